@@ -1,0 +1,56 @@
+"""Architecture parameters of the DARTS space: (..., G, E, O) = (..., 2, 14, 8), one individual or a whole population.
+
+alphas[..., 0, :, :] is the normal cell, 1 the reduction cell. Edges are numbered node by node, within a node by input.
+"""
+
+import torch
+
+from genotypes import PRIMITIVES, Genotype
+
+STEPS = 4
+NODE_EDGES = [range(0, 2), range(2, 5), range(5, 9), range(9, 14)]  # the edges into each node
+
+
+def random_alphas(P, generator=None):
+    """P raw individuals (P, 2, 14, 8), entries uniform in [0, 1), drawn on the generator's device."""
+    device = generator.device if generator is not None else None
+    return torch.rand(P, 2, NODE_EDGES[-1].stop, len(PRIMITIVES), generator=generator, device=device)
+
+
+def _select(alphas):
+    """Best operation of each edge (..., 14), and a list with each node's edges, strongest first (..., n_edges)."""
+    candidates = torch.softmax(alphas, dim=-1)[..., 1:]  # `none` takes no part
+    op = candidates.argmax(dim=-1) + 1  # argmax, unlike max, promises the lowest index among equals
+    strength = candidates.amax(dim=-1)
+    ranked = [
+        torch.sort(strength[..., edges.start : edges.stop], dim=-1, descending=True, stable=True).indices + edges.start
+        for edges in NODE_EDGES
+    ]
+    return op, ranked
+
+
+def decode(alphas):
+    """One-hot form of raw alphas, same shape (EvNAS section 3): two edges a node keep one operation, all else is 0.
+
+    Of each edge the best operation but `none` counts (the lowest index among equals), of each node the two edges
+    strongest in the softmax of that operation (the lower edge among equals). Idempotent.
+    """
+    op, ranked = _select(alphas)
+    kept = torch.cat([edges[..., :2] for edges in ranked], dim=-1)  # (..., 2, 8)
+    kept_op = op.gather(-1, kept)
+    decoded = torch.zeros_like(alphas)
+    position = kept * alphas.shape[-1] + kept_op  # in the flattened (E * O)
+    return decoded.flatten(-2).scatter(-1, position, 1.0).view_as(alphas)
+
+
+def genotype(alphas):
+    """The Genotype of one raw individual (2, 14, 8); a node's stronger edge comes first."""
+    op, ranked = _select(alphas)
+    cells = []
+    for g in range(2):
+        pairs = []
+        for edges, order in zip(NODE_EDGES, ranked, strict=True):
+            pairs += [(PRIMITIVES[op[g, e]], e - edges.start) for e in order[g, :2].tolist()]
+        cells.append(pairs)
+    concat = list(range(2, 2 + STEPS))
+    return Genotype(cells[0], concat, cells[1], list(concat))

@@ -1,0 +1,112 @@
+"""One epoch of training, the evaluation of a network, and the fitness of a population."""
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import utils
+from safeio import UserError
+
+
+def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, report_freq, where, log):
+    """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits).
+
+    Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
+    if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
+    """
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    unread, first_unread, sums = [], 0, torch.zeros(3, dtype=torch.float64, device=parameters[0].device)
+    bar = utils.progress(loader, where)
+    for step, (x, y) in enumerate(bar):
+        loss, logits = loss_of(step, x, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
+        optimizer.step()
+
+        loss = loss.detach()
+        unread.append(loss)
+        sums += torch.stack([loss * len(y), (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))])
+        if (step + 1) % report_freq == 0 or step + 1 == len(loader):
+            losses = torch.stack(unread).tolist()
+            for i, value in enumerate(losses):
+                if not abs(value) < float("inf"):
+                    raise UserError(
+                        f"{where}, step {first_unread + i + 1}: the loss is {value}; the last checkpoint is kept "
+                        "(try a smaller --learning_rate or --grad_clip)"
+                    )
+            unread, first_unread = [], step + 1
+            loss_so_far, correct, seen = sums.tolist()
+            report = f"loss {loss_so_far / seen:.4f}, top-1 {100 * correct / seen:.2f} %"
+            bar.set_postfix_str(report)
+            if bar.disable:
+                log(f"{where}, step {step + 1}/{len(loader)}: {report}")
+    loss_sum, correct, seen = utils.sum_over_ranks(sums).tolist()
+    return {"train_loss": loss_sum / seen, "train_top1": 100 * correct / seen}
+
+
+@torch.no_grad()
+def evaluate(network, loader, *, report_freq, log, where="test"):
+    """Mean cross-entropy, top-1 and top-5 accuracy in percent of a `model.Network*` on all images of `loader`.
+
+    top-5 counts a class among the best min(5, classes). `log` gets a line every `report_freq` steps if there is no bar.
+    """
+    network.eval()
+    device = next(network.parameters()).device
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    bar = utils.progress(loader, where)
+    for step, (x, y) in enumerate(bar):
+        if bar.disable and (step + 1) % report_freq == 0:
+            log(f"{where}, step {step + 1}/{len(loader)}")
+        if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
+            continue
+        logits, _ = network(x)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == y.view(-1, 1)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))])
+    loss, top1, top5, seen = utils.sum_over_ranks(sums).tolist()
+    return {"loss": loss / seen, "top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
+
+
+@contextlib.contextmanager
+def batch_norm_mode(network, mode):
+    """Measure with "batch" statistics, leaving every BatchNorm buffer as it is, or with the "running" ones."""
+    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
+    tracked, training = [m.track_running_stats for m in norms], network.training
+    network.train(mode == "batch")
+    try:
+        if mode == "batch":
+            for norm in norms:
+                norm.track_running_stats = False
+        yield
+    finally:
+        for norm, before in zip(norms, tracked, strict=True):
+            norm.track_running_stats = before
+        network.train(training)
+
+
+@torch.no_grad()
+def measure_fitness(network, alphas, loader, bn, where="fitness"):
+    """Top-1 accuracy in percent, (P,) float64, of each individual of `alphas` (P, G, E, O) on all images of `loader`.
+
+    A batch is loaded and augmented once and shown to all individuals, so they are compared on the same images; equal
+    alphas are measured once.
+    """
+    device = next(network.parameters()).device
+    distinct, index = unique(alphas)
+    distinct = distinct.to(device)
+    correct = torch.zeros(len(distinct), dtype=torch.int64, device=device)
+    with batch_norm_mode(network, bn):
+        for x, y in utils.progress(loader, where):
+            for i, individual in enumerate(distinct):
+                correct[i] += (network(x, individual).argmax(1) == y).sum()
+    return (100 * correct.cpu().double() / loader.size)[index]
+
+
+def unique(alphas):
+    """The distinct individuals of (P, ...) in order of first appearance, and for each of the P the index of its own."""
+    first = {}
+    index = [first.setdefault(individual.numpy().tobytes(), len(first)) for individual in alphas.contiguous()]
+    return torch.stack([alphas[index.index(i)] for i in range(len(first))]), torch.tensor(index)

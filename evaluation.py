@@ -1,0 +1,105 @@
+"""Which network to build and how to test it: shared by train.py and the three test scripts."""
+
+from pathlib import Path
+
+import torch
+
+import data
+import genotypes
+import utils
+from engine import evaluate
+from model import NetworkCIFAR, NetworkImageNet
+from safeio import UserError
+from utils import Parser, number
+
+
+def choose_genotype(args):
+    """The cell that --arch, --genotype or --dir names. Raises UserError."""
+    if args.arch and args.genotype:
+        raise UserError("--arch and --genotype both name a cell: leave one out")
+    if args.arch:
+        return genotypes.get(args.arch)
+    if args.genotype:
+        return genotypes.load(args.genotype)
+    if args.dir is None:
+        raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
+    files = [Path(args.dir) / name for name in ("genotype.json", "genotype.pickle")]
+    found = next((path for path in files if path.is_file()), None)
+    if found is None:
+        raise UserError(f"{args.dir} has neither genotype.json nor genotype.pickle")
+    return genotypes.load(found)
+
+
+def make_network(genotype, images, args):
+    """The network of the family that the images need: in memory CIFAR's, in files ImageNet's. Raises UserError."""
+    small = isinstance(images, data.Images)
+    if small:
+        data.check_in_memory(images)
+        height, width = images.images.shape[2:]
+    if args.auxiliary and args.layers < 2:
+        raise UserError("--auxiliary needs at least 2 --layers: the head stands behind the second reduction cell")
+    if args.auxiliary and small and (height, width) != (32, 32):
+        raise UserError(f"--auxiliary needs images of 32x32 pixels (8x8 features); these are {width}x{height}")
+    family = NetworkCIFAR if small else NetworkImageNet
+    return family(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
+
+
+def test(prog, dataset, argv, *, datasets, defaults):
+    """The whole of a test script: evaluate weights on the test split of `dataset`, print what comes out, return it."""
+    parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
+    cell = parser.add_argument_group("cell and weights")
+    cell.add_argument("--dir", help="a retraining's run directory: cell, size and (last) weights come from there")
+    cell.add_argument("--model_path", help="a weights file")
+    cell.add_argument("--arch", help=f"a named cell: {', '.join(genotypes.NAMED)}")
+    cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
+    for name, low in (("init_channels", 2), ("layers", 1)):
+        text = f"(default: {defaults[name]}, or what DIR says)"
+        cell.add_argument(f"--{name}", type=number(int, low), help=text)
+    cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
+    run = parser.add_argument_group("data and device")
+    run.add_argument("--data", default=defaults["data"], help="where the data set lies")
+    run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
+    run.add_argument("--batch_size", type=number(int, 1), default=defaults["batch_size"], help="images at a time")
+    run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
+    run.add_argument("--report_freq", type=number(int, 1), default=defaults["report_freq"], help="batches a report")
+    run.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
+    run.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
+    args = parser.parse_args(argv)
+
+    if args.dir is not None:
+        args.model_path = args.model_path or Path(args.dir) / "weights" / "weights.pt"
+    if args.model_path is None:
+        raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
+    about = utils.side_file_of(args.model_path)
+    for name in ("init_channels", "layers"):  # what was saved with the weights, then the paper's
+        given, saved = getattr(args, name), about.get(name)
+        if given is not None and saved is not None and given != saved:
+            raise UserError(f"--{name} {given} differs from {saved}, with which {args.model_path} was trained")
+        setattr(args, name, given or saved or defaults[name])
+    args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
+    if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
+        genotype = genotypes.from_dict(about["genotype"], utils.side_file(args.model_path))
+    else:
+        genotype = choose_genotype(args)
+    device = utils.choose_device(args.device, args.gpu)
+
+    images = data.load(args.dataset, args.data, "test")
+    if about.get("classes") and about["classes"] != images.classes:
+        raise UserError(f"{args.model_path} was trained on the classes {about['classes']}, {args.data} has other ones")
+    needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
+    train = data.load(args.dataset, args.data, "train") if needs_train else images
+    loader = data.make_loader(
+        images, args.batch_size, data.augmentation(args.dataset, train, about), device, workers=args.workers
+    )
+    network = make_network(genotype, images, args)
+    utils.load_weights(network, args.model_path)
+    network = network.to(device, memory_format=torch.channels_last)
+
+    print(utils.describe_device(device))
+    parameters = utils.parameters_in_millions(network)
+    mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
+    print(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
+    result = evaluate(network, loader, report_freq=args.report_freq, log=print)
+    accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
+    print(f"{accuracy}, loss {result['loss']:.4f} on {len(images)} images")
+    return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}

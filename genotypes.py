@@ -1,0 +1,188 @@
+"""Discrete cells of the DARTS search space: the Genotype type, the named cells, JSON and legacy files. No torch here.
+
+A cell is a list of (operation, input) pairs, two for each intermediate node. Input 0 is the output of cell k-2, 1 the
+output of cell k-1, 2 and up are the earlier nodes. The nodes in `*_concat` make up the cell's output.
+"""
+
+import pickle
+from collections import namedtuple
+
+from safeio import UserError, atomic_write, read_bytes, read_json, restricted_unpickle, write_json
+
+Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+
+# The order is part of the method: it is the last axis of the architecture parameters.
+PRIMITIVES = [
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+]
+OPERATIONS = PRIMITIVES + ["sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
+
+_SHORT = {
+    "max": "max_pool_3x3",
+    "avg": "avg_pool_3x3",
+    "skip": "skip_connect",
+    "sep3": "sep_conv_3x3",
+    "sep5": "sep_conv_5x5",
+    "sep7": "sep_conv_7x7",
+    "dil3": "dil_conv_3x3",
+    "dil5": "dil_conv_5x5",
+    "7x1": "conv_7x1_1x7",
+}
+
+
+def _cells(normal, reduce, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)):
+    """Genotype from two texts such as "sep3 0, skip 1"."""
+
+    def pairs(text):
+        return [(_SHORT[op], int(node)) for op, node in (pair.split() for pair in text.split(", "))]
+
+    return Genotype(pairs(normal), list(normal_concat), pairs(reduce), list(reduce_concat))
+
+
+# Found by EvNAS (Sinha & Chen, GECCO 2021).
+EvNASA = _cells(
+    "sep3 0, sep3 1, sep5 2, sep3 1, skip 0, skip 2, dil5 3, sep3 1",
+    "dil5 1, avg 0, sep3 0, avg 2, skip 1, skip 2, skip 1, sep5 0",
+)
+EvNASB = _cells(
+    "sep5 0, sep3 1, sep5 2, max 0, sep3 0, sep3 1, skip 0, sep5 2",
+    "skip 1, max 0, max 0, avg 1, skip 2, avg 3, sep5 2, sep5 0",
+)
+EvNASC = _cells(
+    "skip 0, sep3 1, skip 2, sep5 1, max 1, sep3 0, sep3 0, sep5 3",
+    "sep5 1, dil3 0, sep5 0, skip 1, max 0, max 1, max 0, max 2",
+)
+# Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
+DARTS_V1 = _cells(
+    "sep3 1, sep3 0, skip 0, sep3 1, skip 0, sep3 1, sep3 0, skip 2",
+    "max 0, max 1, skip 2, max 0, max 0, skip 2, skip 2, avg 0",
+)
+DARTS_V2 = _cells(
+    "sep3 0, sep3 1, sep3 0, sep3 1, sep3 1, skip 0, skip 0, dil3 2",
+    "max 0, max 1, skip 2, max 1, max 0, skip 2, skip 2, max 1",
+)
+DARTS = DARTS_V2
+# Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
+NASNet = _cells(
+    "sep5 1, sep3 0, sep5 0, sep3 0, avg 1, skip 0, avg 0, avg 0, sep3 1, skip 1",
+    "sep5 1, sep7 0, max 1, sep7 0, avg 1, sep5 0, skip 3, avg 2, sep3 2, max 1",
+    normal_concat=(2, 3, 4, 5, 6),
+    reduce_concat=(4, 5, 6),
+)
+# Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
+AmoebaNet = _cells(
+    "avg 0, max 1, sep3 0, sep5 2, sep3 0, avg 3, sep3 1, skip 1, skip 0, avg 1",
+    "avg 0, sep3 1, max 0, sep7 2, sep7 0, avg 1, max 0, max 1, 7x1 0, sep3 5",
+    normal_concat=(4, 5, 6),
+    reduce_concat=(3, 4, 6),
+)
+
+NAMED = {
+    "EvNASA": EvNASA,
+    "EvNASB": EvNASB,
+    "EvNASC": EvNASC,
+    "DARTS_V1": DARTS_V1,
+    "DARTS_V2": DARTS_V2,
+    "DARTS": DARTS,
+    "NASNet": NASNet,
+    "AmoebaNet": AmoebaNet,
+}
+
+
+def get(name):
+    """The named cell. Raises UserError listing the names."""
+    if name not in NAMED:
+        raise UserError(f"unknown architecture {name!r}; known are {', '.join(NAMED)}")
+    return NAMED[name]
+
+
+def _show(value):
+    """`value` for a message, short: a hostile file can hold nested values whose repr never ends."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9):
+        return repr(value)
+    return f"<{type(value).__name__}>"
+
+
+def validate(genotype, source="genotype"):
+    """The same cell with plain lists and tuples. Raises UserError saying which entry of `source` is impossible."""
+    if not (isinstance(genotype, tuple) and len(genotype) == 4):
+        raise UserError(f"{source}: a genotype has the four parts {', '.join(Genotype._fields)}")
+    parts = []
+    for kind, pairs, concat in (("normal", *genotype[:2]), ("reduce", *genotype[2:])):
+        if not isinstance(pairs, (list, tuple)) or len(pairs) < 2 or len(pairs) % 2 or len(pairs) > 40:
+            raise UserError(f"{source}: {kind} must be a list of (operation, input) pairs, two a node")
+        for i, pair in enumerate(pairs):
+            where = f"{source}: {kind}[{i}]"
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+                raise UserError(f"{where} is {_show(pair)}, not an (operation, input) pair")
+            op, node = pair
+            if op not in OPERATIONS:
+                raise UserError(f"{where} has the unknown operation {_show(op)}; known are {', '.join(OPERATIONS)}")
+            if type(node) is not int or not 0 <= node < i // 2 + 2:
+                raise UserError(
+                    f"{where} has the impossible input {_show(node)}; node {i // 2} can use 0 to {i // 2 + 1}"
+                )
+        nodes = range(2, len(pairs) // 2 + 2)
+        if isinstance(concat, range):
+            concat = list(concat[: len(nodes) + 1])  # len() fails on the largest ranges
+        if not isinstance(concat, (list, tuple)) or not 0 < len(concat) <= len(nodes):
+            raise UserError(f"{source}: {kind}_concat must list some of the nodes 2 to {nodes[-1]}")
+        if any(type(node) is not int or node not in nodes for node in concat) or len(set(concat)) < len(concat):
+            found = ", ".join(map(_show, concat))
+            raise UserError(f"{source}: {kind}_concat must list distinct nodes from 2 to {nodes[-1]}, not {found}")
+        parts += [[(op, node) for op, node in pairs], list(concat)]
+    return Genotype(*parts)
+
+
+def to_dict(genotype):
+    """The form written as JSON."""
+    return {
+        field: [list(v) if isinstance(v, tuple) else v for v in getattr(genotype, field)] for field in Genotype._fields
+    }
+
+
+def from_dict(value, source="genotype"):
+    """Genotype from its JSON form. Raises UserError."""
+    if not isinstance(value, dict) or set(value) != set(Genotype._fields):
+        raise UserError(f"{source}: a genotype is an object with {', '.join(Genotype._fields)}")
+    return validate(Genotype(**value), source)
+
+
+def _reconstruct(cls, base, state):
+    """What pickles of protocol 0 and 1 call: copyreg._reconstructor, for a Genotype only."""
+    if cls is not Genotype or type(state) is not tuple:
+        raise TypeError("not a Genotype")
+    return Genotype(*state)
+
+
+def load(path):
+    """Read `genotype.json`, or the `genotype.pickle` of the published scripts. Raises UserError naming the file."""
+    if str(path).endswith(".json"):
+        return from_dict(read_json(path), path)
+    allowed = {
+        ("genotypes", "Genotype"): Genotype,
+        ("builtins", "range"): range,
+        ("__builtin__", "xrange"): range,  # protocols below 3
+        ("copy_reg", "_reconstructor"): _reconstruct,  # protocols 0 and 1
+        ("__builtin__", "tuple"): None,  # its second argument; never called
+    }
+    # BUILD could set attributes of the class Genotype; hashing the keys of dictionaries and sets can take for ever.
+    refused = ("BUILD", "DICT", "EMPTY_DICT", "EMPTY_SET", "FROZENSET")
+    return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
+
+
+def save(genotype, path):
+    """Write JSON, or to a path ending in .pickle what the published scripts read (protocol 3: Python 3.6 knows it)."""
+    if str(path).endswith(".json"):
+        return write_json(path, to_dict(genotype))
+    with atomic_write(path) as file:
+        pickle.dump(genotype, file, protocol=3)

@@ -1,0 +1,48 @@
+"""Architecture parameters of the NAS-Bench-201 space: (..., G, E, O) = (..., 1, 6, 5), one or many."""
+
+import torch
+
+from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
+
+__all__ = [
+    "EDGES",
+    "PRIMITIVES",
+    "arch_indices",
+    "arch_string",
+    "decode",
+    "from_arch_string",
+    "one_hot",
+    "random_alphas",
+]
+
+
+def random_alphas(P, generator=None):
+    """P raw individuals (P, 1, 6, 5), entries uniform in [0, 1), float32, drawn on the generator's device."""
+    device = generator.device if generator is not None else None
+    return torch.rand(P, 1, len(EDGES), len(PRIMITIVES), generator=generator, device=device)
+
+
+def decode(alphas):
+    """One-hot form of raw alphas (..., 6, 5), same shape: 1 at each edge's best operation, `none` included.
+
+    The lowest index among equals wins. Idempotent.
+    """
+    best = alphas.argmax(dim=-1, keepdim=True)  # argmax, unlike max, promises the lowest index among equals
+    return torch.zeros_like(alphas).scatter(-1, best, 1.0)
+
+
+def arch_indices(alphas):
+    """Six operation indices, in edge order, of one individual's raw or decoded alphas, (1, 6, 5) or (6, 5)."""
+    if alphas.shape not in ((1, len(EDGES), len(PRIMITIVES)), (len(EDGES), len(PRIMITIVES))):
+        raise ValueError(f"alphas of one architecture are (1, 6, 5) or (6, 5), not {tuple(alphas.shape)}")
+    return tuple(alphas.reshape(len(EDGES), len(PRIMITIVES)).argmax(dim=-1).tolist())
+
+
+def arch_string(alphas):
+    """Arch string of one individual's raw or decoded alphas, (1, 6, 5) or (6, 5)."""
+    return to_arch_string(arch_indices(alphas))
+
+
+def one_hot(ops):
+    """Decoded alphas (1, 6, 5) of six operation indices: the inverse of `arch_indices`."""
+    return torch.eye(len(PRIMITIVES))[list(ops)].unsqueeze(0)

@@ -1,0 +1,69 @@
+"""The supernet of the NAS-Bench-201 space, written for reading: every candidate runs in every forward pass.
+
+This is the reference. Faster paths elsewhere work on these same modules and are held equal to it by tests.
+"""
+
+import torch
+from torch import nn
+
+from nas201.genotypes import PRIMITIVES
+from nas201.operations import OPS, ResidualBlock
+
+
+class Cell(nn.Module):
+    """A complete directed acyclic graph of `max_nodes` nodes; each edge is the weighted sum of all candidates."""
+
+    def __init__(self, C, max_nodes, track_running_stats):
+        super().__init__()
+        self.max_nodes = max_nodes
+        self.edges = nn.ModuleDict()  # node by node, within a node by input
+        for node in range(1, max_nodes):
+            for source in range(node):
+                ops = (OPS[primitive](C, affine=False, track=track_running_stats) for primitive in PRIMITIVES)
+                self.edges[f"{node}<-{source}"] = nn.ModuleList(ops)
+
+    def forward(self, x, weights):  # x: (B, C, H, W), weights: (E, O)
+        nodes = [x]
+        edges = iter(zip(self.edges.values(), weights, strict=True))
+        for _ in range(1, self.max_nodes):
+            incoming = []
+            for state in nodes:
+                ops, edge_weights = next(edges)
+                incoming.append(sum(w * op(state) for w, op in zip(edge_weights, ops, strict=True)))
+            nodes.append(sum(incoming))
+        return nodes[-1]  # (B, C, H, W)
+
+
+class Network(nn.Module):
+    """Three stages of N cells with C, 2C and 4C channels, residual blocks between them.
+
+    `track_running_stats=False` takes the running statistics from the BatchNorms of the searched cells alone; stem,
+    blocks and `lastact` always keep theirs. BatchNorm in the searched cells has no affine parameters.
+    """
+
+    def __init__(self, C, N, num_classes, max_nodes=4, *, track_running_stats=True):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
+        self.cells = nn.ModuleList()
+        for stage in range(3):
+            if stage > 0:
+                self.cells.append(ResidualBlock(C, 2 * C))
+                C *= 2
+            self.cells.extend(Cell(C, max_nodes, track_running_stats) for _ in range(N))
+        self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
+        self.global_pooling = nn.AdaptiveAvgPool2d(1)
+        self.classifier = nn.Linear(C, num_classes)
+
+    def load_state_dict(self, state_dict, *args, **kwargs):
+        """As torch's own; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""
+        if "arch_parameters" in state_dict:
+            state_dict = {name: value for name, value in state_dict.items() if name != "arch_parameters"}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    def forward(self, x, alphas):
+        """Logits (B, num_classes) of images x (B, 3, H, W) with alphas (1, E, O) or (E, O), raw or decoded."""
+        weights = torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
+        s = self.stem(x)
+        for cell in self.cells:
+            s = cell(s, weights) if isinstance(cell, Cell) else cell(s)
+        return self.classifier(self.global_pooling(self.lastact(s)).flatten(1))

@@ -1,0 +1,237 @@
+"""A run's directory: arguments, log, history, checkpoints, TensorBoard, and how to continue. Rank 0 alone writes.
+
+    args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  runs/  (and what the script adds)
+"""
+
+import argparse
+import copy
+import datetime
+import hashlib
+import io
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+import utils
+from safeio import UserError, atomic_write, read_bytes, read_json, write_json
+
+MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
+# Arguments that cannot change the result: a resumed run may have other ones.
+FREE_ARGUMENTS = {"resume", "device", "gpu", "workers", "report_freq"}
+
+
+def parse(parser, argv):
+    """Parse a command line; with --resume RUN_DIR the saved arguments are the defaults.
+
+    Raises UserError for an argument that is given, differs from the saved one and could change the result.
+    """
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    path = Path(args.resume) / "args.json"
+    saved = read_json(path)
+    if not isinstance(saved, dict) or saved.get("prog") != parser.prog or not isinstance(saved.get("args"), dict):
+        raise UserError(f"{args.resume} holds no run of {parser.prog}: {path} says otherwise")
+    if set(saved["args"]) != set(vars(args)):
+        different = ", ".join(sorted(set(saved["args"]) ^ set(vars(args))))
+        raise UserError(f"{args.resume} was started by another version of the program, which differs in {different}")
+    only_given = copy.deepcopy(parser)
+    for action in only_given._actions:
+        action.default = argparse.SUPPRESS
+    for name, value in vars(only_given.parse_args(argv)).items():
+        before = saved["args"][name]
+        if name not in FREE_ARGUMENTS and value != before:
+            raise UserError(f"--{name} {value}: {args.resume} was started with {before}; leave the argument out")
+        saved["args"][name] = value
+    # Sums are split by threads, so a CPU run is bit-identical only with as many of them.
+    torch.set_num_threads(int(saved.get("threads", torch.get_num_threads())))
+    return argparse.Namespace(**saved["args"])
+
+
+class Run:
+    """An open run directory, locked against a second process. `completed` generations or epochs are in `state`.
+
+    Made by `Run.create` or `Run.resume`; `state` is what the last checkpoint holds, {} in a new run.
+    """
+
+    def __init__(self, path):
+        self.path, self.state, self.completed = Path(path), {}, 0
+        self.writes = utils.rank() == 0
+        self._board = None
+        if self.writes:
+            self._lock = lock(self.path)
+
+    @classmethod
+    def create(cls, parent, name, args, prog, **about):
+        """Make PARENT/NAME (with -2, -3 .. behind it if that exists) and write args.json. Raises UserError."""
+        path = Path(parent) / name
+        if utils.rank() == 0:
+            path = make_directory(path)
+        run = cls(path)
+        if run.writes:
+            about = {
+                "prog": prog,
+                "command": " ".join(sys.argv),
+                **about,
+                "args": vars(args),
+                "threads": torch.get_num_threads(),
+                "processes": utils.world_size(),
+                "versions": utils.versions(),
+                "git": utils.git_revision(),
+                "started": datetime.datetime.now().isoformat(timespec="seconds"),
+            }
+            write_json(run.path / "args.json", about)
+        return run
+
+    @classmethod
+    def resume(cls, path):
+        """Open an earlier run and cut its history back to its checkpoint. Raises UserError."""
+        run = cls(path)
+        run.state = load_checkpoint(run.path / "checkpoint.pt")
+        run.completed = run.state["completed"]
+        if run.writes:
+            lines = read_history(run.path)[: run.completed]
+            if len(lines) < run.completed:
+                raise UserError(
+                    f"{run.path}/history.jsonl has {len(lines)} whole lines, the checkpoint {run.completed}: "
+                    "restore the file, or start a new run"
+                )
+            with atomic_write(run.path / "history.jsonl", "w") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        return run
+
+    def close(self):
+        if self._board:
+            self._board.close()
+        if self.writes and self._lock:
+            self._lock.close()
+
+    def log(self, text):
+        """Print a line, above any progress bar, and add it to log.txt."""
+        if self.writes:
+            utils.say(text)
+            with open(self.path / "log.txt", "a", encoding="utf-8") as file:
+                file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+
+    def record(self, step, entry):
+        """Add one line to history.jsonl, and its numbers to TensorBoard."""
+        if not self.writes:
+            return
+        with open(self.path / "history.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if self._board is None:
+            self._board = open_board(self, step)
+        if self._board:
+            for name, value in flatten(entry):
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
+
+    def save_weights(self, network, name, about):
+        """Write weights/NAME, a plain state dict, and what `about` says of it beside it."""
+        if self.writes:
+            (self.path / "weights").mkdir(exist_ok=True)
+            utils.save_weights(network, self.path / "weights" / name, about)
+
+    def save_checkpoint(self, completed, state):
+        """Write checkpoint.pt, keeping the one before as checkpoint.prev.pt. Call it last: it vouches for the rest."""
+        if not self.writes:
+            return
+        content = io.BytesIO()
+        torch.save({**state, "completed": completed}, content)
+        content = content.getbuffer()
+        path, previous = self.path / "checkpoint.pt", self.path / "checkpoint.prev.pt"
+        if path.exists():
+            link = self.path / f"checkpoint.link{os.getpid()}"
+            try:
+                os.link(path, link)  # a second name, so that checkpoint.pt exists at every moment
+            except OSError:  # a file system without links
+                shutil.copyfile(path, link)
+            os.replace(link, previous)
+        with atomic_write(path) as file:
+            file.write(MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
+            file.write(content)
+
+
+def lock(path):
+    """Keep a second process out of a run directory, for as long as this one lives. Raises UserError."""
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return None
+    try:
+        file = open(path / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"cannot open the run directory {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise UserError(f"{path} is in use by another process") from None
+    return file
+
+
+def make_directory(path):
+    """Make `path`, or path-2, path-3 .. where it exists: two runs of the same second get one each."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
+            candidate = path.with_name(path.name + suffix)
+            try:
+                candidate.mkdir()
+                return candidate
+            except FileExistsError:
+                continue
+    except OSError as error:
+        raise UserError(f"cannot make the run directory {path}: {error.strerror}") from error
+    raise UserError(f"cannot make the run directory {path}: there are too many of that name")
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote. Raises UserError naming the file, what is wrong, and the previous one."""
+    previous = path.with_name("checkpoint.prev.pt")
+    hint = f"; to continue from the one before: mv {previous} {path}" if previous.exists() else ""
+    try:
+        data = read_bytes(path)
+    except UserError as error:
+        raise UserError(f"{error}{hint or '; the run ended before its first checkpoint: start a new one'}") from error
+    header, _, content = data.partition(b"\n")
+    if not header.startswith(MAGIC):
+        raise UserError(f"{path} is damaged or was written by another version{hint}")
+    if hashlib.sha256(content).hexdigest().encode() != header.removeprefix(MAGIC):
+        raise UserError(f"{path} is damaged: its checksum does not match{hint}")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+
+
+def read_history(path):
+    """The whole lines of PATH/history.jsonl as dicts; a line cut off by a crash ends it."""
+    entries = []
+    if not (path / "history.jsonl").exists():
+        return entries
+    for line in read_bytes(path / "history.jsonl").splitlines():
+        try:
+            entries.append(json.loads(line))
+        except ValueError:
+            break
+    return entries
+
+
+def open_board(run, step):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        run.log("TensorBoard is not installed: no curves in runs/ (pip install tensorboard)")
+        return False
+    return SummaryWriter(run.path / "runs", purge_step=step)
+
+
+def flatten(entry, prefix=""):
+    """The numbers in nested dicts, as ("a/b", number)."""
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, (int, float)):
+            yield f"{prefix}{name}", value

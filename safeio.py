@@ -1,0 +1,86 @@
+"""Reading files that may be wrong or hostile, and writing files that are never half-written. No torch here."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import pickletools
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its message is one line: what is wrong, where, what to do. Scripts exit with 2."""
+
+
+@contextlib.contextmanager
+def atomic_write(path, mode="wb"):
+    """Open a temporary file beside `path`; it takes `path`'s place, flushed to disk, only if the block succeeds.
+
+    Raises UserError when the folder cannot be written or the disk is full; an existing `path` is then untouched.
+    """
+    temporary = f"{path}.tmp{os.getpid()}"
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
+
+
+def write_json(path, value):
+    with atomic_write(path, "w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+
+
+def read_bytes(path):
+    """The file's bytes. Raises UserError naming the file when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def read_json(path):
+    """The JSON value in `path`. Raises UserError naming the file when it is missing, not UTF-8 or not JSON."""
+    try:
+        return json.loads(read_bytes(path))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def restricted_unpickle(data, allowed, path, refused=(), **kwargs):
+    """Unpickle bytes `data` of file `path`, knowing only the callables in `allowed`: {(module, name): object}.
+
+    Raises UserError for any other callable (which is not executed), for the opcodes named in `refused` and for damaged
+    data. Memo indices are checked before anything is built, since a pickle of 20 bytes can otherwise ask for gigabytes.
+    """
+
+    class Restricted(pickle.Unpickler):
+        def find_class(self, module, name):
+            if (module, name) not in allowed:
+                reference = f"{module}.{name}"
+                raise UserError(f"{path} refers to {reference!r:.200}, which a file of its kind never holds: refused")
+            return allowed[module, name]
+
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
+                raise UserError(f"{path} is not a valid pickle: memo index {argument}")
+            if opcode.name in refused:
+                raise UserError(f"{path} holds {opcode.name}, which a file of its kind never does: refused")
+        return Restricted(io.BytesIO(data), **kwargs).load()
+    except UserError:
+        raise
+    except Exception as error:  # the unpickler raises nearly any exception on damaged data
+        reason = " ".join(f"{type(error).__name__}: {error}".split())  # some messages have two lines
+        raise UserError(f"{path} is not a valid pickle: {reason}") from error

@@ -1,0 +1,426 @@
+"""The NAS-Bench-201 readers: real records, synthetic whole tables, and damaged or hostile files."""
+
+import bz2
+import itertools
+import lzma
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from nas201 import benchmark
+from nas201.genotypes import to_arch_string
+from safeio import UserError
+
+REAL = (0, 11, 284)  # the indices of the sample records
+RECORDS = "NATS-tss-v1_0-3ffb9-simple"
+ARCHS = [to_arch_string(ops) for ops in itertools.product(range(5), repeat=6)]  # not the benchmark's order
+FIGURES = np.round(np.random.RandomState(0).uniform(10, 95, (len(ARCHS), 6)), 3)
+
+
+@pytest.fixture(scope="module")
+def lines():
+    """A whole compact table as lines of text; line 0 is the header."""
+    header = ",".join(["index", "arch", *benchmark.COLUMNS])
+    return [header] + [f"{i},{arch}," + ",".join(map(str, FIGURES[i])) for i, arch in enumerate(ARCHS)]
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(lines, name="table.csv"):
+        path = tmp_path / name
+        data = "\n".join(lines).encode()
+        path.write_bytes(lzma.compress(data) if name.endswith(".xz") else data)
+        return path
+
+    return write
+
+
+def state(index, arch, offset=0.0):
+    """A minimal state of 200-epoch runs with mean FIGURES[index]: two seeds, or one if `offset` is 0."""
+    runs = {}
+    for delta, seed in {-offset: 777, offset: 888}.items():
+        for k, (dataset, metric) in enumerate(benchmark.METRICS.values()):
+            run = runs.setdefault((dataset, seed), {"eval_acc1es": {}})
+            run["eval_acc1es"] |= {f"{metric}@11": 1.0, f"{metric}@199": float(FIGURES[index, k] + delta)}
+    return {"arch_index": index, "arch_str": arch, "all_results": runs}
+
+
+def official(states, archs=ARCHS):
+    """Content of NAS-Bench-201-v1_1: the 12-epoch runs are `less`, the 200-epoch runs `full`."""
+    infos = {index: {"full": full, "less": less} for index, (full, less) in states.items()}
+    return {"meta_archs": archs, "arch2infos": infos, "evaluated_indexes": set(infos)}
+
+
+def check_row(bench, index, expected):
+    for (dataset, split), value in zip(benchmark.METRICS, expected, strict=True):
+        assert bench.accuracy(index, dataset, split) == pytest.approx(value, abs=1e-9)
+
+
+def error_of(function, *args):
+    with pytest.raises(UserError) as caught:
+        function(*args)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# Whole tables
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.xz"])
+def test_compact_table(lines, write, name):
+    order = [0, *(1 + np.random.RandomState(1).permutation(len(ARCHS)))]  # rows in any order
+    bench = benchmark.load(write([lines[i] for i in order], name))
+    assert len(bench) == 15625 and bench.absent == () and bench.missing == ()
+    for index in (0, 1, 777, 15624, np.int64(5)):
+        assert bench.index(bench.arch(index)) == index and bench.arch(index) == ARCHS[index]
+        check_row(bench, index, FIGURES[index])
+
+
+def test_absent_columns_and_12_epochs(lines, write, capsys):
+    header = lines[0].replace("cifar10_valid_200", "cifar10_valid_12")
+    path = write([header, *lines[1:]])
+    bench = benchmark.load(path)
+    assert bench.absent == ("cifar10_valid_200",)
+    assert bench.accuracy(3, "cifar10", "valid") is None
+    assert bench.accuracy(3, "cifar10", "test") == FIGURES[3, 1]
+    benchmark.main(["query", str(path), ARCHS[3]])
+    out, err = capsys.readouterr()
+    assert "absent" in out and "cifar10_valid_200" in err
+    only = [",".join(line.split(",")[:3]) for line in [header, *lines[1:]]]
+    assert "no column of accuracies after 200 epochs" in error_of(benchmark.load, write(only))
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.xz", "out.npz"])
+def test_export_round_trip(lines, write, tmp_path, capsys, name):
+    source, destination = write([line.rpartition(",")[0] for line in lines]), tmp_path / name
+    benchmark.main(["export", str(source), str(destination)])
+    assert "ImageNet16_120_test_200" in capsys.readouterr().err
+    a, b = benchmark.load(source), benchmark.load(destination)
+    assert b.absent == ("ImageNet16_120_test_200",)
+    np.testing.assert_array_equal(a.table, b.table)
+    assert [a.arch(i) for i in range(15625)] == [b.arch(i) for i in range(15625)]
+
+
+def test_query_and_best(lines, write, capsys):
+    path = str(write(lines))
+    winner = int(FIGURES[:, 1].argmax())
+    for arch in (ARCHS[winner], str(winner)):
+        benchmark.main(["query", path, arch])
+        assert re.search(rf"cifar10 +test +{FIGURES[winner, 1]:.2f} +1\n", capsys.readouterr().out)
+    benchmark.main(["best", path])
+    assert re.search(rf"cifar10 +test +{FIGURES[winner, 1]:.2f} +index +{winner} ", capsys.readouterr().out)
+
+
+def test_bad_questions(lines, write):
+    bench = benchmark.load(write(lines))
+    for index in (-1, 15625):
+        assert "not in 0..15624" in error_of(bench.accuracy, index, "cifar10", "test")
+        assert "not in 0..15624" in error_of(bench.arch, index)
+    assert "there are cifar10" in error_of(bench.accuracy, 0, "cifar10-valid", "valid")
+    assert "there are cifar10" in error_of(bench.accuracy, 0, "cifar10", "train")
+    assert "unknown operation" in error_of(bench.index, ARCHS[0].replace("none~2", "foo~2"))
+    assert "lacks the edge 3<-2" in error_of(bench.index, ARCHS[0].replace("none~2|", ""))
+
+
+def cell(at, value):
+    """Change cell `at` of line 100 (index 99)."""
+
+    def change(lines):
+        cells = lines[99 + 1].split(",")
+        cells[at] = value
+        return lines[:100] + [",".join(cells)] + lines[101:]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda x: x[:100] + x[101:], "15624 rows instead of 15625: index 99 is missing"),
+        (lambda x: [*x, x[7]], "line 15627: second row of index 6"),
+        (cell(0, "98"), "line 101: second row of index 98"),
+        (cell(0, "15625"), "line 101: index '15625' is not a number in 0..15624"),
+        (cell(0, "x"), "line 101: index 'x' is not"),
+        (cell(1, ARCHS[5]), "line 101: indices 5 and 99 have the same architecture"),
+        (cell(1, ARCHS[99].replace("none", "zero")), "unknown operation 'zero'"),
+        (cell(1, ""), "line 101: arch string '' lacks the edge 1<-0"),
+        (cell(3, "n/a"), "line 101: cifar10_test_200 is 'n/a', not a number from 0 to 100"),
+        (cell(3, ""), "line 101: cifar10_test_200 is ''"),
+        (cell(3, "nan"), "line 101: cifar10_test_200 is 'nan'"),
+        (cell(3, "100.01"), "line 101: cifar10_test_200 is '100.01'"),
+        (cell(3, "-1"), "line 101: cifar10_test_200 is '-1'"),
+        (lambda x: x[:50] + [x[50] + ",1"] + x[51:], "line 51: 9 cells, but the header has 8"),
+        (lambda x: x[:1], "0 rows instead of 15625"),
+        (lambda x: [], "has no column index"),
+        (lambda x: [x[0].replace("arch", "architecture"), *x[1:]], "has no column arch"),
+        (lambda x: [x[0].replace("cifar10_valid", "cifar10_test"), *x[1:]], "two columns of one name"),
+        (lambda x: ["\0" * 200_000], "table.csv"),
+    ],
+)
+def test_bad_tables(lines, write, capsys, change, message):
+    path = write(change(lines))
+    assert message in error_of(benchmark.load, path)
+    with pytest.raises(SystemExit) as exit_:
+        benchmark.main(["best", str(path)])
+    out, err = capsys.readouterr()
+    assert exit_.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert str(path) in err
+
+
+def test_bad_files(lines, write, tmp_path):
+    good = write(lines, "t.csv.xz").read_bytes()
+    bad = {
+        "truncated.csv.xz": good[: len(good) // 2],
+        "junk.csv.xz": b"junk",
+        "latin.csv": "index,arch\n0,ä".encode("latin-1"),
+        "junk.npz": b"junk",
+        "junk.pth": b"junk",
+        "empty.pth": b"",
+        "junk.txt": b"junk",
+        "bomb.csv.xz": lzma.compress(bytes(benchmark.MAX_BYTES + 1)),
+    }
+    for name, data in bad.items():
+        (tmp_path / name).write_bytes(data)
+        assert name in error_of(benchmark.load, tmp_path / name)
+    for name in ("none.csv", "none.csv.xz", "none.npz", "none.pth"):
+        assert "No such file" in error_of(benchmark.load, tmp_path / name)
+    (tmp_path / "folder").mkdir()
+    assert "meta.pickle.pbz2" in error_of(benchmark.load, tmp_path / "folder")
+    table = benchmark.load(write(lines))
+    assert "written as" in error_of(benchmark.save, table, tmp_path / "out.txt")
+    assert "cannot write" in error_of(benchmark.save, table, tmp_path / "nowhere" / "out.csv")
+
+
+def test_bad_npz(tmp_path):
+    columns = {"index": np.arange(15625), "arch": np.array(ARCHS), "cifar10_test_200": FIGURES[:, 1]}
+    wrong = FIGURES[:, 1].copy()
+    wrong[7] = np.inf
+    cases = [
+        ({}, None),
+        ({"cifar10_test_200": wrong}, "row 7: cifar10_test_200 is inf"),
+        ({"cifar10_test_200": FIGURES}, "array cifar10_test_200 has shape (15625, 6)"),
+        ({"index": np.arange(15625) / 2}, "array index holds float64"),
+        ({"index": np.arange(15625) // 2}, "row 1: second row of index 0"),
+        ({"arch": np.array(ARCHS, dtype=object)}, "not a valid NPZ file"),  # would need a pickle
+    ]
+    for change, message in cases:
+        np.savez(tmp_path / "t.npz", **columns | change)
+        if message is None:
+            assert benchmark.load(tmp_path / "t.npz").accuracy(7, "cifar10", "test") == FIGURES[7, 1]
+        else:
+            assert message in error_of(benchmark.load, tmp_path / "t.npz")
+
+
+def test_loading_is_quick_small_and_without_torch(lines, write):
+    script = (
+        "import sys, time, resource, numpy, nas201.benchmark as b\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, start = peak(), time.perf_counter()\n"
+        "b.load(sys.argv[1])\n"
+        "print(time.perf_counter() - start, peak() - before, 'torch' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(benchmark.__file__).rpartition("/nas201/")[0]}
+    command = [sys.executable, "-c", script, str(write(lines, "t.csv.xz"))]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True, env=environment) for _ in range(2)]
+    seconds, megabytes, torch_loaded = zip(*(run.stdout.split() for run in runs), strict=True)
+    assert min(map(float, seconds)) < 0.5 and max(map(float, megabytes)) < 50 and set(torch_loaded) == {"False"}
+
+
+# The official .pth and the NATS-Bench directory, synthetic
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_official_pth(tmp_path, zipped):
+    """Both of torch's formats; the real file has the older one. Numbers of numpy under its old and new module name."""
+    states = {i: (state(i, arch, offset=0.5 * (i < 100)), {"epochs": 12}) for i, arch in enumerate(ARCHS)}
+    states[3][0]["flop"] = np.float64(1.5)
+    path, destination = tmp_path / "NAS-Bench-201-v1_1.pth", tmp_path / "t.csv"
+    torch.save(official(states), path, _use_new_zipfile_serialization=zipped)
+    if not zipped:
+        path.write_bytes(path.read_bytes().replace(b"cnumpy._core.multiarray\n", b"cnumpy.core.multiarray\n"))
+    bench = benchmark.load(path)
+    assert bench.missing == () and len(bench) == 15625
+    np.testing.assert_allclose(bench.table, FIGURES, rtol=0, atol=1e-9)
+    benchmark.save(bench, destination)
+    np.testing.assert_array_equal(benchmark.load(destination).table, bench.table)
+
+
+def write_pbz2(path, value):
+    path.write_bytes(bz2.compress(value if isinstance(value, bytes) else pickle.dumps(value, protocol=4), 1))
+
+
+@pytest.fixture
+def nats(tmp_path):
+    """A directory with the records 0, 1 and 2."""
+    write_pbz2(tmp_path / "meta.pickle.pbz2", {"meta_archs": ARCHS, "total_archs": 15625})
+    for index in range(3):
+        write_pbz2(tmp_path / f"{index:06d}.pickle.pbz2", {"12": {}, "200": state(index, ARCHS[index])})
+    return tmp_path
+
+
+def test_incomplete_directory(nats, capsys):
+    bench = benchmark.load(nats)
+    assert len(bench) == 15625 and len(bench.missing) == 15622 and bench.missing[0] == 3
+    check_row(bench, 1, FIGURES[1])
+    assert bench.accuracy(3, "cifar10", "test") is None
+    for command in (["export", str(nats), str(nats / "out.csv")], ["best", str(nats)]):
+        with pytest.raises(SystemExit) as exit_:
+            benchmark.main(command)
+        err = capsys.readouterr().err
+        assert exit_.value.code == 2 and err.startswith("error: ") and "first is index 3" in err
+    assert not (nats / "out.csv").exists()
+    benchmark.main(["query", str(nats), "2"])
+    out, err = capsys.readouterr()
+    assert f"{FIGURES[2, 0]:.2f}" in out and "15622" in err
+
+
+def test_complete_directory(nats):
+    for index in range(3, 15625):
+        write_pbz2(nats / f"{index:06d}.pickle.pbz2", {"200": state(index, ARCHS[index])})
+    benchmark.save(benchmark.load(nats), nats / "out.npz")
+    np.testing.assert_allclose(benchmark.load(nats / "out.npz").table, FIGURES, rtol=0, atol=1e-9)
+
+
+def test_bad_records(nats):
+    path = nats / "000001.pickle.pbz2"
+    good = path.read_bytes()
+    wrong = state(1, ARCHS[1])
+    wrong["all_results"]["cifar10", 888]["eval_acc1es"]["ori-test@199"] = 101.0
+    twelve = {"12": state(1, ARCHS[1])}
+    cases = [
+        ({"200": state(1, ARCHS[2])}, "describes"),
+        ({"200": wrong}, "cifar10 ori-test@199 is 101.0, not a number from 0 to 100"),
+        (twelve, "not a record of 200 epochs"),
+        ({"200": {"arch_str": ARCHS[1], "all_results": 3}}, "not a record of 200 epochs"),
+        (["a", "list"], "not a record of 200 epochs"),
+        (b"\x80\x04N", "not a valid pickle"),
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo index"),
+        (bytes(benchmark.MAX_BYTES + 1), "unpacks to more than 64 MB"),
+        (b"cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000\x89\x88tR.", "is no number's type"),
+    ]
+    for value, message in cases:
+        write_pbz2(path, value)
+        text = error_of(benchmark.load(nats).accuracy, 1, "cifar10", "test")
+        assert message in text and "000001.pickle.pbz2" in text
+    path.write_bytes(good[:-9])
+    assert "is damaged" in error_of(benchmark.load(nats).accuracy, 1, "cifar10", "test")
+    for archs, message in ((ARCHS[:-1], "15624"), ([*ARCHS[:-1], ARCHS[0]], "same architecture"), (None, "meta_archs")):
+        write_pbz2(nats / "meta.pickle.pbz2", {"meta_archs": archs})
+        assert message in error_of(benchmark.load, nats)
+
+
+def test_a_seed_without_the_metric_and_12_epochs_never_stand_in(nats):
+    runs = state(0, ARCHS[0], offset=0.5)
+    for (dataset, seed), run in runs["all_results"].items():
+        if dataset == "cifar100" or seed == 777:
+            del run["eval_acc1es"]["x-valid@199" if dataset != "cifar10" else "ori-test@199"]
+    write_pbz2(nats / "000000.pickle.pbz2", {"200": runs})
+    bench = benchmark.load(nats)
+    assert bench.accuracy(0, "cifar100", "valid") is None
+    assert bench.accuracy(0, "cifar10", "test") == pytest.approx(FIGURES[0, 1] + 0.5)  # of the other seed
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_hostile_files_are_refused_and_not_executed(nats):
+    mark = nats / "executed"
+    record = {"200": state(1, ARCHS[1]) | {"flop": Hostile(mark)}}
+    write_pbz2(nats / "000001.pickle.pbz2", record)
+    text = error_of(benchmark.load(nats).accuracy, 1, "cifar10", "test")
+    assert "posix.mkdir" in text and "000001.pickle.pbz2" in text
+    states = {1: (record["200"], {})}
+    for zipped in (True, False):
+        torch.save(official(states), nats / "bad.pth", _use_new_zipfile_serialization=zipped)
+        text = error_of(benchmark.load, nats / "bad.pth")
+        assert "posix.mkdir" in text and "refused" in text and "bad.pth" in text
+    write_pbz2(nats / "meta.pickle.pbz2", Hostile(mark))
+    assert "posix.mkdir" in error_of(benchmark.load, nats)
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_pth(tmp_path, zipped):
+    path = tmp_path / "b.pth"
+    torch.save(official({0: (state(0, ARCHS[0]), {})}), path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    bench = benchmark.load(path)
+    assert len(bench.missing) == 15624
+    check_row(bench, 0, FIGURES[0])
+    assert "first is index 1" in error_of(benchmark.save, bench, tmp_path / "out.csv")
+    for size in (1, 100, len(whole) // 2, len(whole) - 30):
+        path.write_bytes(whole[:size])
+        assert "b.pth" in error_of(benchmark.load, path)
+    for content in ([1, 2], {"meta_archs": ARCHS}, {"meta_archs": ARCHS, "arch2infos": {0: {"less": {}}}}):
+        torch.save(content, path)
+        assert "b.pth" in error_of(benchmark.load, path)
+
+
+# Real data
+
+
+@pytest.fixture(scope="module")
+def real(shared_data):
+    return benchmark.load(shared_data(RECORDS))
+
+
+def test_real_table(shared_data):
+    bench = benchmark.load(shared_data("nb201_accuracy.csv.xz"))
+    assert set(bench.absent) == {"cifar10_valid_200", "cifar100_valid_200", "ImageNet16_120_valid_200"}
+    for dataset, best, index in (("cifar10", 94.37, 6111), ("cifar100", 73.51, None), ("ImageNet16-120", 47.31, None)):
+        accuracies = [bench.accuracy(i, dataset, "test") for i in range(len(bench))]
+        assert round(max(accuracies), 2) == best
+        assert index is None or accuracies.index(max(accuracies)) == index
+        if dataset == "cifar10":
+            assert np.mean(accuracies) == pytest.approx(87.06, abs=0.006)
+            assert np.median(accuracies) == pytest.approx(90.75, abs=0.006)
+
+
+def test_real_records_equal_the_table(real, shared_data):
+    table = benchmark.load(shared_data("nb201_accuracy.csv.xz"))
+    for dataset, figure in (("cifar10", 85.86), ("cifar100", 52.91), ("ImageNet16-120", 26.63)):
+        assert round(real.accuracy(0, dataset, "test"), 2) == figure
+        for index in REAL:
+            assert real.accuracy(index, dataset, "test") == pytest.approx(
+                table.accuracy(index, dataset, "test"), abs=1e-4
+            )
+    assert all(real.arch(i) == table.arch(i) for i in range(15625))
+
+
+def test_real_records_equal_the_package(real, shared_data):
+    nats_bench = pytest.importorskip("nats_bench")
+    api = nats_bench.create(str(shared_data(RECORDS)), "tss", fast_mode=True, verbose=False)
+    names = {"valid": "valid-accuracy", "test": "test-accuracy"}
+    for index in REAL:
+        for dataset, split in benchmark.METRICS:
+            name = "cifar10-valid" if (dataset, split) == ("cifar10", "valid") else dataset
+            info = api.get_more_info(index, name, hp="200", is_random=False)
+            assert real.accuracy(index, dataset, split) == pytest.approx(info[names[split]], abs=1e-9)
+
+
+def test_real_records_as_pth_and_exported(real, shared_data, tmp_path):
+    """The real records inside the official structure, every other architecture synthetic; then the exported table."""
+    archs = [real.arch(i) for i in range(15625)]
+    states = {i: (state(i, arch), {}) for i, arch in enumerate(archs)}
+    for index in REAL:
+        data = bz2.decompress((shared_data(RECORDS) / f"{index:06d}.pickle.pbz2").read_bytes())
+        record = pickle.loads(data)
+        states[index] = record["200"], record["12"]
+    torch.save(official(states, archs), tmp_path / "b.pth")
+    bench = benchmark.load(tmp_path / "b.pth")
+    benchmark.save(bench, tmp_path / "t.csv.xz")
+    table = benchmark.load(tmp_path / "t.csv.xz")
+    for index in REAL:
+        check_row(bench, index, real.row(index))
+        check_row(table, index, real.row(index))

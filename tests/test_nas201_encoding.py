@@ -1,0 +1,88 @@
+"""Alphas, decoding and arch strings of the NAS-Bench-201 space."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nas201.encoding import PRIMITIVES, arch_indices, arch_string, decode, from_arch_string, one_hot, random_alphas
+from nas201.genotypes import to_arch_string
+from safeio import UserError
+
+ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"
+
+
+def test_random_alphas_are_uniform_and_reproducible():
+    alphas = random_alphas(1000, generator=torch.Generator().manual_seed(1))
+    assert alphas.shape == (1000, 1, 6, 5) and alphas.dtype == torch.float32
+    assert 0 <= alphas.min() < 0.001 and 0.999 < alphas.max() < 1
+    assert alphas.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert torch.equal(alphas, random_alphas(1000, generator=torch.Generator().manual_seed(1)))
+
+
+def test_decode_is_argmax_of_1000_random_alphas():
+    raw = random_alphas(1000, generator=torch.Generator().manual_seed(2))
+    decoded = decode(raw)
+    assert decoded.shape == raw.shape and torch.equal(decoded.argmax(-1), raw.argmax(-1))
+    assert torch.equal(decoded.sum(-1), torch.ones(1000, 1, 6)) and set(decoded.unique().tolist()) == {0.0, 1.0}
+    assert torch.equal(decode(decoded), decoded)
+    for one in range(20):  # any leading dimensions
+        assert torch.equal(decode(raw[one]), decoded[one]) and torch.equal(decode(raw[one, 0]), decoded[one, 0])
+    assert torch.equal(decode(raw.view(10, 100, 1, 6, 5)), decoded.view(10, 100, 1, 6, 5))
+    assert (decoded[..., 0] == 1).any()  # `none` can be chosen
+
+
+def test_the_lowest_index_wins_among_equals():
+    assert arch_indices(torch.zeros(6, 5)) == (0,) * 6
+    alphas = torch.zeros(6, 5)
+    alphas[:, 2] = alphas[:, 4] = 0.5
+    assert arch_indices(alphas) == arch_indices(decode(alphas)) == (2,) * 6
+
+
+def test_all_15625_round_trips():
+    strings = set()
+    for ops in itertools.product(range(5), repeat=6):
+        text = to_arch_string(ops)
+        assert from_arch_string(text) == ops
+        strings.add(text)
+    assert len(strings) == 15625
+
+
+def test_arch_string_of_alphas():
+    assert from_arch_string(ARCH) == (3, 3, 4, 1, 3, 1)
+    assert arch_string(one_hot((3, 3, 4, 1, 3, 1))) == arch_string(one_hot((3, 3, 4, 1, 3, 1))[0]) == ARCH
+    assert one_hot((0,) * 6).shape == (1, 6, 5) and PRIMITIVES[3] == "nor_conv_3x3"
+    for shape in ((2, 6, 5), (30,), (5, 6)):
+        with pytest.raises(ValueError, match="alphas of one architecture"):
+            arch_string(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (ARCH.replace("avg_pool_3x3", "max_pool_3x3"), "unknown operation 'max_pool_3x3' on edge 2<-1"),
+        (ARCH.replace("avg_pool_3x3~1|", ""), "lacks the edge 2<-1"),
+        (ARCH.rpartition("+")[0], "lacks the edge 3<-0"),
+        ("", "lacks the edge 1<-0"),
+        (ARCH + "|", "does not have the form"),
+        (ARCH + "\n", "does not have the form"),
+        (" " + ARCH, "does not have the form"),
+        (ARCH.replace("|avg_pool_3x3~1|", "|avg_pool_3x3~1|none~1|"), "does not have the form"),
+        (ARCH.replace("nor_conv_3x3~0|+", "~0|+", 1), "unknown operation ''"),
+        ("x" * 100_000, "lacks the edge"),
+    ],
+)
+def test_bad_arch_strings(text, message):
+    with pytest.raises(UserError) as error:
+        from_arch_string(text)
+    assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
+
+
+@given(st.text(alphabet="|~+012_none3xskipcv", max_size=80) | st.text(max_size=40))
+def test_any_text_is_refused_or_round_trips(text):
+    try:
+        assert to_arch_string(from_arch_string(text)) == text
+    except UserError as error:
+        assert "\n" not in str(error)

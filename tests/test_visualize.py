@@ -1,0 +1,489 @@
+"""Cells are drawn without overlaps, reports are self-contained pages, and bad input is one line."""
+
+import fcntl
+import json
+import os
+import random
+import re
+import select
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+
+import genotypes
+import report
+import visualize
+from safeio import UserError, write_json
+
+SVG = "{http://www.w3.org/2000/svg}"
+ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|none~0|nor_conv_3x3~1|skip_connect~2|"
+
+
+def random_genotype(seed):
+    rng = random.Random(seed)
+    cells = []
+    for _ in range(2):
+        nodes = rng.choice((1, 2, 4, 4, 5, 7))
+        pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(2 * nodes)]
+        cells += [pairs, sorted(rng.sample(range(2, nodes + 2), rng.randint(1, nodes)))]
+    return genotypes.validate(genotypes.Genotype(*cells))
+
+
+def random_arch(seed, nodes=3):
+    rng = random.Random(seed)
+    node = ("|".join(f"{rng.choice(visualize.NAS201_OPERATIONS)}~{i}" for i in range(n)) for n in range(1, nodes + 1))
+    return "+".join(f"|{text}|" for text in node)
+
+
+ARCHITECTURES = {
+    **genotypes.NAMED,
+    **{f"genotype {seed}": random_genotype(seed) for seed in range(60)},
+    **{f"arch {seed}": random_arch(seed) for seed in range(30)},
+    "arch of 7 nodes": random_arch(0, 6),
+}
+
+
+# ---- cells
+
+
+def boxes_of(root):
+    """[(kind, text, x, y, width, height)] of the drawn nodes and labels, each with the text drawn in it."""
+    boxes, last = [], None
+    for element in root:
+        if element.get("data-kind") in ("node", "op"):
+            last = [element.get("data-kind"), *(float(element.get(k)) for k in ("x", "y", "width", "height"))]
+        elif element.tag == f"{SVG}text" and last:
+            kind, x, y, width, height = last
+            boxes.append((kind, element.text, x, y, width, height))
+            half = len(element.text) * visualize.CHAR_WIDTH / 2
+            assert x <= float(element.get("x")) - half and float(element.get("x")) + half <= x + width
+            assert y + 8 <= float(element.get("y")) <= y + height - 6  # cap height above, descenders below
+            last = None
+    return boxes
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_nothing_overlaps(name):
+    for file, cell in visualize.cells(ARCHITECTURES[name]).items():
+        root = ElementTree.fromstring(visualize.cell_svg(title=visualize.title_of(file, name), **cell))
+        width, height = (float(root.get(key)) for key in ("width", "height"))
+        boxes = boxes_of(root)
+        labels = sorted(text for kind, text, *_ in boxes if kind == "op" and text != "concat")
+        assert labels == sorted(op for _, _, op in cell["edges"])  # parallel edges have a label each, apart
+        nodes = {n for source, target, _ in cell["edges"] for n in (source, target)} | set(cell.get("inputs", ()))
+        assert sorted(text for kind, text, *_ in boxes if kind == "node") == sorted(
+            nodes | ({"c_{k}"} if cell.get("concat") else set())
+        )
+        for i, (_, text, x, y, w, h) in enumerate(boxes):
+            assert 0 <= x and x + w <= width and visualize.TITLE_HEIGHT <= y and y + h <= height
+            for _, other, ox, oy, ow, oh in boxes[:i]:
+                apart = ox - (x + w), x - (ox + ow), oy - (y + h), y - (oy + oh)
+                assert max(apart) >= 8, (text, other)
+        for line in root.iter(f"{SVG}path"):
+            if line.get("data-kind") != "line":
+                continue
+            x0, y0, x1, y1, x2, y2, x3, y3, end = map(float, re.findall(r"-?[\d.]+", line.get("d")))
+            points = [(x3 + (end - x3) * t / 10, y3) for t in range(11)]
+            for t in (t / 50 for t in range(51)):
+                weights = (1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t * t * (1 - t), t**3
+                points.append((np.dot(weights, (x0, x1, x2, x3)), np.dot(weights, (y0, y1, y2, y3))))
+            for px, py in points:
+                for _, text, x, y, w, h in boxes:  # a line may touch a box where it ends, and never enters one
+                    assert not (x + 0.2 < px < x + w - 0.2 and y < py < y + h), (text, px, py)
+
+
+def test_lines_connect_what_the_genotype_says():
+    boxes, lines, _, _ = visualize.layout(title="", **visualize.cells(genotypes.NASNet)["cell_reduce"])
+    ahead = {}  # where the line from a point goes on: bends end where the next piece starts
+    for points, straight, _, _ in lines:
+        ahead.setdefault((round(points[0][0], 3), round(points[0][1], 3)), []).append((straight, points[-1][1]))
+
+    def reached(box):
+        found, todo = [], [(box.x + box.width, box.y)]
+        while todo:
+            for x, y in ahead.get(tuple(round(v, 3) for v in todo.pop()), ()):
+                hit = [b for b in boxes if abs(b.x - x) < 1e-6 and abs(b.y - y) < 1e-6]
+                found += hit
+                todo += [] if hit else [(x, y)]
+        return found
+
+    drawn = []
+    for node in (b for b in boxes if b.kind == "node"):
+        for op in reached(node):
+            drawn += [(node.text, target.text, op.text) for target in reached(op)]
+    cell = visualize.cells(genotypes.NASNet)["cell_reduce"]
+    assert sorted(drawn) == sorted(cell["edges"] + [(n, "c_{k}", "concat") for n in cell["concat"]])
+
+
+def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
+    ElementTree.fromstring(visualize.cell_svg([("0", "1", "none")], "\x01\udcff").encode())  # a strange file name
+    svg = visualize.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
+    root = ElementTree.fromstring(svg)
+    assert root.get("role") == "img" and root.get("aria-label") == 'A <b> & "c"'
+    assert root.find(f"{SVG}desc").text == "c_{k-2} to 0: skip_connect. The output c_{k} concatenates 0."
+    assert "prefers-color-scheme:dark" in root.find(f"{SVG}style").text
+    assert root.find(f"{SVG}rect").get("fill") == "#ffffff"  # an own background, whatever is behind
+
+    def luminance(colour):
+        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
+
+    for theme in (0, 1):
+        paper = luminance(visualize.PALETTE["paper"][theme])
+        for name, colours in visualize.PALETTE.items():
+            ratio = max(luminance(colours[theme]), paper) / min(luminance(colours[theme]), paper)
+            least = {"ink": 7, "soft": 4.5, "paper": 1, "rule": 1, "node": 1}.get(name, 3)  # WCAG: text 4.5, shapes 3
+            assert ratio >= least, (name, theme, ratio)
+        ink, node = (luminance(visualize.PALETTE[name][theme]) for name in ("ink", "node"))
+        assert max(ink, node) / min(ink, node) >= 7
+    assert set(genotypes.OPERATIONS) | set(visualize.NAS201_OPERATIONS) <= set(visualize.COLOUR)
+
+
+def test_largest_cells_are_drawn_quickly():
+    rng = random.Random(0)
+    pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(40)]
+    largest = genotypes.validate(genotypes.Genotype(pairs, [2], pairs, list(range(2, 22))))
+    start = time.monotonic()
+    for architecture in (largest, random_arch(0, 16)):
+        for cell in visualize.cells(architecture).values():
+            visualize.cell_svg(title="", **cell)
+    assert time.monotonic() - start < 20
+
+
+# ---- command line
+
+
+def run(capsys, *argv):
+    visualize.main([str(a) for a in argv])
+    return capsys.readouterr().out.split("\n")[:-1]
+
+
+def test_command_line_draws_names_files_runs_and_arch_strings(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, "EvNASA") == ["./EvNASA_normal.svg", "./EvNASA_reduce.svg"]
+    assert "EvNASA: reduction cell" in open("EvNASA_reduce.svg").read()
+    os.mkdir("run")
+    genotypes.save(genotypes.EvNASB, "run/genotype.pickle")
+    assert run(capsys, "run") == ["run/cell_normal.svg", "run/cell_reduce.svg"]
+    genotypes.save(genotypes.EvNASB, "mine.json")
+    assert run(capsys, "mine.json", "--output", "out/deep") == ["out/deep/mine_normal.svg", "out/deep/mine_reduce.svg"]
+    assert run(capsys, ARCH) == ["./cell.svg"]
+    write_json("run/genotype.json", {"arch": ARCH})  # JSON goes before the legacy file
+    assert run(capsys, "run") == ["run/cell.svg"]
+    assert open("run/cell.svg").read() == open("cell.svg").read()
+
+
+def test_png_without_a_display(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    for path in run(capsys, "AmoebaNet", "--format", "png", "--output", tmp_path):
+        data = open(path, "rb").read()
+        assert data.startswith(b"\x89PNG") and len(data) > 10_000
+
+
+def fails(capsys, *argv):
+    """The one line that a refused command prints."""
+    with pytest.raises(SystemExit) as stop:
+        visualize.main([str(a) for a in argv])
+    captured = capsys.readouterr()
+    assert stop.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "EvNASA" in fails(capsys, "EvNASX")  # lists the names
+    assert "no file" in fails(capsys, "nowhere/genotype.json")
+    assert "genotype.json" in fails(capsys, tmp_path)
+    assert "not a run directory" in fails(capsys, "--report", tmp_path)
+    assert "--report" in fails(capsys)
+    assert "--report" in fails(capsys, "EvNASA", "--report", tmp_path)
+    bad = ["|", "|none~1|", "|conv~0|", "|none~0|+|none~0|", "|none~0|+", "|none~0|none~1|", "|none~٠|"]
+    for arch in [*bad, "+".join(["|none~0|"] * 100_000), random_arch(0, 17)]:
+        assert "NAS-Bench-201" in fails(capsys, arch)
+    for text in ("{", "[]", '{"arch": 3}', '{"arch": "|none~3|"}', '{"normal": []}', "\x00", "[" * 100_000):
+        (tmp_path / "bad.json").write_text(text)
+        assert "bad.json" in fails(capsys, "bad.json")
+    (tmp_path / "file").write_text("")
+    assert "file" in fails(capsys, "EvNASA", "--output", "file/below")
+
+
+def test_missing_matplotlib_is_said(tmp_path, capsys, monkeypatch):
+    for name in ("matplotlib", "matplotlib.figure", "matplotlib.backends.backend_agg"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert "pip install matplotlib" in fails(capsys, "EvNASA", "--format", "png", "--output", tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+def test_import_is_light():
+    code = "import sys, visualize, report; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# ---- reports
+
+
+def make_run(folder, kind="search", space="s1", steps=4, **changes):
+    """A run directory as the scripts write it, with invented figures."""
+    (folder / "population").mkdir(parents=True)
+    args = {"dataset": "digits", "epochs": 5, "dir": None, "data": "/a/long/path/" + "x" * 90, "cutout": True}
+    about = {"kind": kind, "command": "python train_search.py <&>", "git": None, "threads": 2, "started": "2025-01-01"}
+    write_json(folder / "args.json", {"args": args, "space": space, "versions": {"torch": "2.6"}, **about})
+    rng = np.random.default_rng(0)
+    best = ARCH if space == "s2" else genotypes.to_dict(genotypes.EvNASA)
+    write_json(folder / "genotype.json", {"arch": ARCH} if space == "s2" else best)
+    with open(folder / "history.jsonl", "w") as file:
+        for step in range(1, steps + 1):
+            row = {"train_loss": 2 / step, "train_top1": 80 - 30 / step, "lr": 0.025 / step, "images_per_second": 900.5,
+                   "seconds": 61.5, "peak_memory_mb": None}  # fmt: skip
+            if kind == "eval":
+                row |= {"epoch": step, "test_loss": 3 / step, "test_top1": 96.25, "test_top5": 99.5, "best_top1": 96.5}
+            else:
+                row |= {"generation": step, "fitness_best": 60.0 + step, "fitness_mean": 50.0, "fitness_std": 2.5,
+                        "distinct": 17, "best_genotype": best}  # fmt: skip
+                alphas = rng.random((6, *report.SPACES[space]), dtype=np.float32)
+                np.savez(folder / "population" / f"{step:03d}.npz", alphas=alphas, fitness=np.full(6, np.nan))
+            if space == "s2":
+                true = {"cifar10": {"valid": None, "test": 91.23}, "cifar100": {"valid": 66.5, "test": 67.25}}
+                row |= {"true_accuracy": true, "kendall_tau": 0.4, "spearman_rho": None}
+            file.write(json.dumps(row | changes) + "\n")
+    return folder
+
+
+def page_of(run_dir):
+    path = visualize.write_report(run_dir)
+    assert path == os.path.join(run_dir, "report.html")
+    page = open(path, encoding="utf-8").read()
+    assert "<script" not in page and "url(" not in page and "@import" not in page
+    assert set(re.findall(r"\w+://[^\"'<\s]*", page)) <= {"http://www.w3.org/2000/svg"}  # a name, not an address
+    for svg in re.findall(r"<svg .*?</svg>", page, flags=re.DOTALL):
+        assert "nan" not in re.sub(r"<desc>.*?</desc>", "", svg).lower().replace("nanc", "")
+        assert 'role="img"' not in svg or ("<title>" in svg and "<desc>" in svg and 'aria-label="' in svg)
+    return page
+
+
+def headings(page):
+    return re.findall(r"<h2>(.*?)</h2>", page) + re.findall(r"<figcaption>(.*?) <small>", page)
+
+
+def test_search_report(tmp_path):
+    page = page_of(make_run(tmp_path / "run"))
+    assert "EvNAS search, DARTS space" in page and "Not in this report" not in page
+    assert headings(page) == [
+        "Winning architecture", "Fitness and training", "Population", "Time", "Settings",
+        "Fitness", "Training accuracy", "Training loss", "Operations, normal cell", "Operations, reduction cell",
+        "Distinct architectures", "Time of each generation", "Throughput", "Learning rate",
+    ]  # fmt: skip
+    assert "4 of 5" in page and "python train_search.py &lt;&amp;&gt;" in page and "Reduction cell" in page
+    assert "best: 61 at first, 64 at last" in page and "4 min 6 s" in page
+
+
+def test_nas201_report(tmp_path):
+    page = page_of(make_run(tmp_path / "run", space="s2"))
+    text = re.sub(r"<[^>]*>", " ", page)
+    assert re.search(r"CIFAR-10 test\s+91.23\s+92.18 ± 1.11\s+94.37\s+87.66\s+93.51", text)
+    assert re.search(r"CIFAR-10 valid\s+–\s+88.98 ± 1.40\s+91.61\s+84.16\s+90.00", text)
+    assert re.search(r"CIFAR-100 valid\s+66.50\s+66.35 ± 2.59\s+73.49\s+59.00\s+71.14", text)
+    assert "Rank correlation" in page and ARCH in page and "True accuracy, ImageNet16-120" not in page
+
+
+def test_retraining_report(tmp_path):
+    page = page_of(make_run(tmp_path / "run", kind="eval", steps=130))
+    assert "EvNAS retraining" in page and "Population" not in page and "Not in this report" not in page
+    assert {"Loss", "Top-1 accuracy", "Top-5 accuracy", "Architecture"} <= set(headings(page))
+    assert "3.75" in page  # the test error
+
+
+def test_operation_shares_are_those_of_the_decoded_population(tmp_path):
+    from encoding import genotype, random_alphas
+
+    alphas = random_alphas(5)
+    np.savez(tmp_path / "001.npz", alphas=alphas.numpy(), fitness=np.zeros(5))
+    found = [genotype(a) for a in alphas]
+    for g, kind in enumerate(("normal", "reduce")):
+        chosen = [op for one in found for op, _ in getattr(one, kind)]
+        expected = [100 * chosen.count(op) / 40 for op in genotypes.PRIMITIVES]
+        assert np.allclose(report.operation_shares(tmp_path / "001.npz", "s1")[g], expected)
+    np.savez(tmp_path / "002.npz", alphas=np.eye(5, dtype=np.float32)[[[[0, 3, 3, 3, 1, 0]]]], fitness=np.zeros(1))
+    assert np.allclose(report.operation_shares(tmp_path / "002.npz", "s2"), [[100 / 3, 50 / 3, 0, 50, 0]])
+
+
+def test_report_says_what_is_missing(tmp_path):
+    folder = make_run(tmp_path / "run", fitness_best=None, fitness_mean=None, fitness_std=None, lr=float("nan"))
+    (folder / "population" / "002.npz").unlink()
+    (folder / "population" / "003.npz").write_bytes(b"PK damaged")
+    np.savez(folder / "population" / "004.npz", alphas=np.array([object()], dtype=object))
+    (folder / "args.json").write_text("{")
+    (folder / "genotype.json").unlink()
+    page = page_of(folder)
+    for text in ("Fitness was not measured", "003.npz", "004.npz", "generation 2, 3, 4", "args.json", "genotype.json"):
+        assert text in page
+    assert "Winning architecture" in page and "Learning rate" not in headings(page)
+    (folder / "genotype.json").write_text('{"arch": 3}')
+    assert "The cells cannot be drawn" in page_of(folder)
+    (folder / "history.jsonl").unlink()
+    assert "no generation yet" in page_of(folder)
+    shutil.rmtree(folder / "population")
+    (folder / "history.jsonl").write_text("\n")
+    assert "no generation yet" in page_of(folder)
+
+
+def test_malformed_history_names_file_and_line(tmp_path):
+    folder = make_run(tmp_path / "run")
+    good = (folder / "history.jsonl").read_text()
+    bad = [
+        *("{", "[]", "null", "{}", "[" * 100_000),
+        *(f'{{"generation": {v}}}' for v in ("0", '"5"', "true", "1e400")),
+    ]
+    bad += ['{"epoch": 5}', '{"generation": 5, "seconds": "long"}', '{"generation": 5, "lr": [1]}']
+    for line in bad:
+        (folder / "history.jsonl").write_text(good + line + "\n")
+        with pytest.raises(UserError, match="history.jsonl line 5") as error:
+            visualize.write_report(folder)
+        assert "\n" not in str(error.value)
+
+
+def test_odd_values_do_not_break_a_report(tmp_path):
+    folder = make_run(tmp_path / "run", space="s2", steps=1, true_accuracy=[1], distinct=1e300, seconds=-1, lr=0)
+    page_of(folder)
+    write_json(
+        folder / "args.json",
+        {"args": [1], "versions": {"\ud800": "\x01"}, "space": ["s2"], "kind": {}, "command": 7, "git": []},
+    )
+    page_of(folder)
+    (folder / "history.jsonl").write_text('{"generation": 7, "best_genotype": {"normal": 1}}\n')
+    (folder / "genotype.json").unlink()
+    assert "The cells cannot be drawn" in page_of(folder)
+
+
+# ---- in a browser
+
+
+class Chromium:
+    """Headless Chromium, spoken to through its debugging pipe (descriptors 3 and 4, JSON ended by a zero byte)."""
+
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-pipe"
+    ).split()
+
+    def __init__(self, binary, folder):
+        ours, theirs = os.pipe(), os.pipe()  # we write and they read; they write and we read
+        read, write = (fcntl.fcntl(fd, fcntl.F_DUPFD, 20) for fd in (ours[0], theirs[1]))
+        launch = (
+            "import os, sys; [os.dup2(int(sys.argv[i]), i + 2) for i in (1, 2)]; os.execvp(sys.argv[3], sys.argv[3:])"
+        )
+        command = [
+            sys.executable,
+            "-c",
+            launch,
+            str(read),
+            str(write),
+            binary,
+            *self.flags,
+            f"--user-data-dir={folder}",
+        ]
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen([*command, "about:blank"], pass_fds=(read, write), **quiet)
+        for fd in (ours[0], theirs[1], read, write):
+            os.close(fd)
+        self.write, self.read, self.buffer, self.number, self.events = ours[1], theirs[0], b"", 0, []
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            self.call(f"{domain}.enable")
+
+    session = None
+
+    def message(self, deadline):
+        while b"\0" not in self.buffer:
+            ready, _, _ = select.select([self.read], [], [], max(deadline - time.monotonic(), 0))
+            data = os.read(self.read, 1 << 20) if ready else b""
+            if not data:
+                raise TimeoutError("Chromium does not answer")
+            self.buffer += data
+        text, _, self.buffer = self.buffer.partition(b"\0")
+        return json.loads(text)
+
+    def call(self, method, **params):
+        self.number += 1
+        request = {"id": self.number, "method": method, "params": params}
+        request |= {"sessionId": self.session} if self.session else {}
+        os.write(self.write, json.dumps(request).encode() + b"\0")
+        deadline = time.monotonic() + 60
+        while (message := self.message(deadline)).get("id") != self.number:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
+
+    def open(self, url, width):
+        """Load a page; returns what it logged and asked for."""
+        self.events.clear()
+        size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        self.call("Emulation.setDeviceMetricsOverride", **size)
+        self.call("Page.navigate", url=url)
+        deadline = time.monotonic() + 60
+        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+            self.events.append(self.message(deadline))
+        return self.events
+
+    def value(self, expression):
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+
+    def close(self):
+        self.session = None
+        try:
+            self.call("Browser.close")
+            self.process.wait(20)
+        except Exception:
+            self.process.kill()
+            self.process.wait()
+        os.close(self.write)
+        os.close(self.read)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+    binary = next(filter(None, map(shutil.which, names)), None)
+    if binary is None:
+        pytest.skip("no Chromium or Chrome on this machine: the reports are not looked at in a browser")
+    browser = Chromium(binary, tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.mark.parametrize("kind, space", [("search", "s1"), ("search", "s2"), ("eval", "s1")])
+def test_report_in_a_browser(chromium, tmp_path, kind, space):
+    path = visualize.write_report(make_run(tmp_path / "run", kind=kind, space=space, steps=50))
+    url = f"file://{path}"
+    for width in (1280, 390):
+        events = chromium.open(url, width)
+        asked = {e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"}
+        assert {u for u in asked if not u.startswith("data:")} == {url}
+        wrong = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
+        assert [e for e in events if e.get("method") in wrong] == []
+        assert chromium.value("innerWidth") == width
+        chromium.value("document.querySelectorAll('details').forEach(d => d.open = true)||0")
+        assert chromium.value("document.documentElement.scrollWidth") <= width
+        # Text of charts and cells as drawn on the screen, in pixels, and no text of a chart outside its picture.
+        smallest = """Math.min(...[...document.querySelectorAll('svg text')].map(t =>
+            parseFloat(getComputedStyle(t).fontSize) * t.getCTM().a))"""
+        assert chromium.value(smallest) >= 9
+        outside = """[...document.querySelectorAll('svg[role=img] text')].filter(t => {
+            const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
+            return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1
+        }).map(t => t.textContent)"""
+        assert chromium.value(outside) == []
+        # The labels of cells fit their boxes in the font that the browser has chosen.
+        spilt = """[...document.querySelectorAll('rect[data-kind]')].filter(r =>
+            r.nextElementSibling.getBBox().width > r.getBBox().width - 4).map(r => r.nextElementSibling.textContent)"""
+        assert chromium.value(spilt) == []

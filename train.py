@@ -1,0 +1,244 @@
+"""Retrain a cell from scratch: the paper's recipe for CIFAR-10, CIFAR-100, ImageNet, own image folders and the digits.
+
+One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
+"""
+
+import math
+import time
+
+import torch
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import data
+import genotypes
+import runs
+import utils
+from engine import evaluate, train_one_epoch
+from evaluation import choose_genotype, make_network
+from safeio import UserError
+from utils import Parser, command, number
+
+# Defaults that depend on the recipe (EvNAS, section 4): small images in memory, and ImageNet.
+RECIPES = {
+    "cifar": dict(
+        data="../data",
+        batch_size=96,
+        learning_rate=0.025,
+        weight_decay=3e-4,
+        epochs=600,
+        init_channels=36,
+        layers=20,
+        drop_path_prob=0.2,
+        seed=18,
+        label_smooth=0.0,
+        lr_scheduler="cosine",
+    ),
+    "imagenet": dict(
+        data="../data/imagenet",
+        batch_size=256,
+        learning_rate=0.1,
+        weight_decay=3e-5,
+        epochs=250,
+        init_channels=48,
+        layers=14,
+        drop_path_prob=0.0,
+        seed=0,
+        label_smooth=0.1,
+        lr_scheduler="linear",
+    ),
+}
+
+
+def make_parser():
+    def default(name):
+        cifar, imagenet = (RECIPES[recipe][name] for recipe in ("cifar", "imagenet"))
+        return f"(default: {cifar}; imagenet: {imagenet})"
+
+    parser = Parser(prog="train.py", description=__doc__)
+    group = parser.add_argument_group("cell: one of")
+    group.add_argument("--arch", help=f"a named cell: {', '.join(genotypes.NAMED)}")
+    group.add_argument("--genotype", help="a genotype.json or genotype.pickle")
+    group.add_argument("--dir", help="a search's run directory with one of these; the new run is made in it")
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", help=f"where the data set lies {default('data')}")
+    group.add_argument("--dataset", default="cifar10", choices=["cifar10", "cifar100", "imagenet", "folder", "digits"])
+    group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
+    group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
+    group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
+    group.add_argument("--workers", type=number(int, 0), default=4, help="processes that read image files (imagenet)")
+    group = parser.add_argument_group("network")
+    group.add_argument("--init_channels", type=number(int, 2), help=default("init_channels"))
+    group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}")
+    group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
+    group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
+    group.add_argument("--drop_path_prob", type=number(float, 0, 0.99), help=f"at the end {default('drop_path_prob')}")
+    group = parser.add_argument_group("training")
+    group.add_argument("--epochs", type=number(int, 1), help=default("epochs"))
+    group.add_argument("--batch_size", type=number(int, 1), help=f"of all processes together {default('batch_size')}")
+    group.add_argument("--learning_rate", type=number(float, 0), help=default("learning_rate"))
+    group.add_argument("--lr_scheduler", choices=["cosine", "linear"], help=default("lr_scheduler"))
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
+    group.add_argument("--weight_decay", type=number(float, 0), help=default("weight_decay"))
+    group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, help="largest gradient norm")
+    group.add_argument("--label_smooth", type=number(float, 0, 1), help=default("label_smooth"))
+    group = parser.add_argument_group("run")
+    group.add_argument("--save", default="EXP", help="the run directory is called eval-SAVE-TIME")
+    group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
+    group.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
+    group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
+    group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
+    return parser
+
+
+def learning_rate(args, epoch, warmup):
+    """Of `epoch` (from 0): cosine to 0, or linear in two slopes, the last five epochs gently; warm-up multiplies it."""
+    lr, E, e = args.learning_rate, args.epochs, epoch
+    if args.lr_scheduler == "cosine":
+        lr *= (1 + math.cos(math.pi * e / E)) / 2
+    elif E - e > 5:
+        lr *= (E - 5 - e) / (E - 5)
+    else:
+        lr *= (E - e) / (5 * max(E - 5, 1))
+    return lr * (e + 1) / 5 if warmup and e < 5 else lr
+
+
+def load_splits(args):
+    """(train, test, Augmentation); also fills in the defaults that depend on the data. Raises UserError."""
+    if args.data is None:
+        args.data = RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]["data"]
+    train, test = (data.load(args.dataset, args.data, split) for split in ("train", "test"))
+    if train.classes != test.classes or type(train) is not type(test):
+        raise UserError(f"the training and test images in {args.data} differ in their classes or sizes")
+    for name, value in RECIPES["imagenet" if isinstance(train, data.Files) else "cifar"].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    augmentation = data.augmentation(args.dataset, train)
+    train = data.draw(train, args.train_samples, torch.Generator().manual_seed(args.seed))
+    data.check_batch(args.batch_size, train)
+    if args.cutout and isinstance(train, data.Files):
+        raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
+    return train, test, augmentation
+
+
+@command
+def main(argv=None):
+    args = runs.parse(make_parser(), argv)
+    genotype = choose_genotype(args)
+    device = utils.choose_device(args.device, args.gpu)
+    utils.join_process_group(device)
+    train, test, augmentation = load_splits(args)
+    warmup = isinstance(train, data.Files) and args.batch_size > 256
+
+    torch.manual_seed(args.seed)
+    network = make_network(genotype, train, args).to(device, memory_format=torch.channels_last)
+    optimizer = utils.make_sgd(network.parameters(), args)
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    train_loader = data.make_loader(
+        train,
+        args.batch_size,
+        augmentation,
+        device,
+        generator=generator,
+        augment=True,
+        cutout=args.cutout_length if args.cutout else 0,
+        workers=args.workers,
+    )
+    test_loader = data.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
+
+    run = open_run(args, genotype)
+    try:
+        best = 0.0
+        if run.state:
+            network.load_state_dict(run.state["network"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            generator.set_state(run.state["generator"])
+            best = run.state["best_top1"]
+        run.log(f"{utils.describe_device(device)}; run directory {run.path}")
+        parameters = utils.parameters_in_millions(network)
+        run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
+        trained = network
+        if utils.world_size() > 1:
+            trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+
+        def loss_of(step, x, y):
+            logits, logits_aux = trained(x)
+            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
+            if logits_aux is not None:
+                loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
+            return loss, logits
+
+        for epoch in range(run.completed, args.epochs):
+            start = time.perf_counter()
+            where = f"epoch {epoch + 1}/{args.epochs}"
+            lr = learning_rate(args, epoch, warmup)
+            utils.set_learning_rate(optimizer, lr)
+            # Drop path draws from the global generator of the device: seeded here, a resumed run draws the same.
+            torch.manual_seed((args.seed + 1) * 100_003 + epoch * utils.world_size() + utils.rank())
+            network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
+            trained.train()
+            entry = {"epoch": epoch + 1, "lr": lr}
+            entry |= train_one_epoch(
+                loss_of,
+                trained,
+                train_loader,
+                optimizer,
+                grad_clip=args.grad_clip,
+                report_freq=args.report_freq,
+                where=where,
+                log=run.log,
+            )
+            tested = evaluate(network, test_loader, report_freq=args.report_freq, log=run.log, where=f"{where}, test")
+            seconds = time.perf_counter() - start
+            is_best = tested["top1"] > best or epoch == 0
+            best = max(best, tested["top1"])
+            entry |= {f"test_{name}": value for name, value in tested.items()}
+            entry |= {
+                "best_top1": best,
+                "images_per_second": (len(train) + len(test)) / seconds,
+                "seconds": seconds,
+                "peak_memory_mb": utils.peak_memory_mb(device),
+            }
+            about = describe(args, genotype, train, augmentation, entry)
+            run.save_weights(network, "weights.pt", about)
+            if is_best:
+                run.save_weights(network, "best_weights.pt", about)
+            run.record(epoch + 1, entry)
+            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"generator": generator.get_state(), "best_top1": best}
+            run.save_checkpoint(epoch + 1, state)
+            run.log(
+                f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
+                f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {seconds:.1f} s"
+            )
+        run.log(f"finished {run.path}")
+    finally:
+        run.close()
+
+
+def open_run(args, genotype):
+    if args.resume:
+        return runs.Run.resume(args.resume)
+    name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run = runs.Run.create(args.dir or ".", name, args, "train.py", kind="eval")
+    if run.writes:
+        genotypes.save(genotype, run.path / "genotype.json")
+    return run
+
+
+def describe(args, genotype, images, augmentation, entry):
+    """What a test must know of the weights: written into the JSON file beside them."""
+    return {
+        "genotype": genotypes.to_dict(genotype),
+        "dataset": args.dataset,
+        "classes": images.classes,
+        "mean": augmentation.mean,
+        "std": augmentation.std,
+        **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
+        **{name: entry[name] for name in ("epoch", "test_top1")},
+    }
+
+
+if __name__ == "__main__":
+    main()

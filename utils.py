@@ -1,0 +1,276 @@
+"""Command lines, devices, processes, weights files and small figures. A leaf: it imports nothing of ours but safeio."""
+
+import argparse
+import functools
+import hashlib
+import importlib.metadata
+import os
+import pickle
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from safeio import UserError, atomic_write, read_bytes, read_json, write_json
+
+# ---- command lines
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with defaults in the help, no abbreviations, and one line instead of the usage for a bad argument."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def number(kind, low=None, high=None, above=None):
+    """An argparse type: `kind` (int or float), at least `low`, greater than `above`, at most `high`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
+        if not abs(value) < float("inf"):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if low is not None and value < low or above is not None and value <= above or high is not None and value > high:
+            bounds = [
+                f"{word} {bound}"
+                for word, bound in (("at least", low), ("greater than", above), ("at most", high))
+                if bound is not None
+            ]
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
+        return value
+
+    return parse
+
+
+def command(main):
+    """Decorate `main(argv=None)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            code = 2
+        except KeyboardInterrupt:
+            print("interrupted; what was saved can be continued with --resume RUN_DIR", file=sys.stderr)
+            code = 130
+        finally:
+            leave_process_group()
+        raise SystemExit(code)
+
+    return wrapper
+
+
+def say(text):
+    """Print a line on rank 0, above any progress bar."""
+    if rank() == 0:
+        tqdm.write(text)
+
+
+def progress(batches, title):
+    """A bar with the time left around `batches`; none where stderr is not a terminal."""
+    return tqdm(batches, desc=title, leave=False, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+
+
+# ---- devices and processes
+
+
+def choose_device(name=None, gpu=0):
+    """CUDA device `gpu` where there is one, else the CPU, or the device called `name`. Raises UserError."""
+    try:
+        if name is None:
+            device = torch.device("cuda", local_rank(gpu)) if torch.cuda.is_available() else torch.device("cpu")
+        else:
+            device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name or f'cuda:{gpu}'} cannot be used: {str(error).splitlines()[0]}") from error
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+    return device
+
+
+def describe_device(device):
+    if device.type == "cuda":
+        return f"running on {torch.cuda.get_device_name(device)} ({device})"
+    return f"running on the {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def rank():
+    return int(os.environ.get("RANK", 0))
+
+
+def world_size():
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def local_rank(default=0):
+    return int(os.environ.get("LOCAL_RANK", default))
+
+
+def join_process_group(device):
+    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
+    if world_size() > 1 and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def leave_process_group():
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def sum_over_ranks(tensor):
+    """The sum of every process's `tensor`, in place."""
+    if world_size() > 1:
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
+def peak_memory_mb(device):
+    """Peak memory in MiB: of the GPU's allocator, or of this whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def versions():
+    """Of Python and the packages that figures depend on; CUDA's where it is used."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    cuda = {"cuda": torch.version.cuda} if torch.cuda.is_available() else {}
+    return {"python": platform.python_version(), **packages, **cuda}
+
+
+def git_revision():
+    """The project's commit, with a + where files differ from it, or None outside a checkout."""
+    try:
+        call = functools.partial(
+            subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+        revision = call(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
+        return revision + ("+" if call(["git", "status", "--porcelain", "-uno"]).stdout else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---- weights
+
+
+def load_torch(path, what="weights file"):
+    """What torch.save wrote to `path`, on the CPU, nothing in it executed. Raises UserError naming the file."""
+    if not os.path.isfile(path):
+        raise UserError(f"cannot read {path}: no such file")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))  # what the pickle asked for
+        reason = (
+            f"it refers to {found[1].rstrip('.,')}, which a {what} never holds" if found else "not a pickle of tensors"
+        )
+        raise UserError(f"{path} is refused: {reason}; nothing in it was executed") from error
+    except Exception as error:  # a damaged archive raises nearly any exception
+        raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
+
+
+def load_weights(model, path, ignore=()):
+    """Load a published or own weights file into `model`, strictly.
+
+    Accepts a state dict, or a dict with one under `state_dict`; names with or without `module.`; an auxiliary head and
+    names in `ignore` that the model does not have. Anything else missing, unexpected or of another shape raises
+    UserError with the first differing entries.
+    """
+    state = load_torch(path)
+    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
+        state = state["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{path} holds no state dict (names and tensors)")
+    side_file_of(path)
+    expected = model.state_dict()
+    state = {str(name).removeprefix("module."): value for name, value in state.items()}
+    state = {
+        name: value
+        for name, value in state.items()
+        if name in expected or not (name.startswith("auxiliary_head.") or name in ignore)
+    }
+    differing = [f"{name} is missing" for name in expected if name not in state]
+    differing += [f"{name} is not in the network" for name in state if name not in expected]
+    differing += [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
+        for name, value in expected.items()
+        if name in state and state[name].shape != value.shape
+    ]
+    if differing:
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise UserError(f"{path} holds the weights of another network: {'; '.join(differing[:3])}{more}")
+    model.load_state_dict(state)
+
+
+def side_file(path):
+    return Path(path).with_suffix(".json")
+
+
+def save_weights(model, path, about):
+    """The plain state dict at `path`, and beside it a JSON file: `about` (network, normalisation) and a checksum."""
+    with atomic_write(path) as file:
+        torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, file)
+    write_json(side_file(path), {**about, "sha256": hashlib.sha256(read_bytes(path)).hexdigest()})
+
+
+def side_file_of(path):
+    """What was saved about the weights at `path`, {} where nothing was. Raises UserError if they are not those."""
+    if not side_file(path).is_file():
+        return {}
+    about = read_json(side_file(path))
+    if not isinstance(about, dict) or about.get("sha256") != hashlib.sha256(read_bytes(path)).hexdigest():
+        raise UserError(
+            f"{path} is damaged or was replaced: its checksum is not the one in {side_file(path)} "
+            "(delete that file to use the weights all the same)"
+        )
+    return about
+
+
+def parameters_in_millions(model):
+    """Trainable parameters without the auxiliary head, as papers count them."""
+    return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
+
+
+def mult_adds_in_millions(model, image_shape):
+    """Multiply-adds of convolutions and linear layers for one image (C, H, W), evaluation mode."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.zeros(1, *image_shape, device=device))
+    model.train(training)
+    return counter.get_total_flops() / 2e6
+
+
+def make_sgd(parameters, args, nesterov=False):
+    """SGD of the recipes: one parameter group, weight decay on everything."""
+    return torch.optim.SGD(
+        parameters, args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=nesterov
+    )
+
+
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        group["lr"] = lr
