@@ -71,17 +71,18 @@ AUGMENTATION = {
 # ---- reading
 
 
-def load(dataset, root, split):
+def load(dataset, root, split, workers=None):
     """Split "train" or "test" of cifar10, cifar100, digits, folder or imagenet below `root`: Images, or Files if large.
 
-    Raises UserError naming what is missing or unreadable.
+    A folder's images are read by `workers` threads (default: one a core). Raises UserError naming what is missing or
+    unreadable.
     """
     if dataset in ("cifar10", "cifar100"):
         return load_cifar(dataset, root, split)
     if dataset == "digits":
         return load_digits(split)
     files = scan_folder(root, split, imagenet=dataset == "imagenet")
-    return files if dataset == "imagenet" or not all_small(files) else read_images(files)
+    return files if dataset == "imagenet" or not all_small(files) else read_images(files, workers)
 
 
 def load_cifar(dataset, root, split):
@@ -90,7 +91,8 @@ def load_cifar(dataset, root, split):
 
     kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
     try:
-        source = kind(root, train=split == "train", download=True)
+        with utils.one_after_the_other():
+            source = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded: {error}") from error
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
@@ -150,8 +152,8 @@ def all_small(files):
     return max(first) <= SMALL and all(size == first for size in sizes)
 
 
-def read_images(files):
-    with ThreadPool() as pool:  # decoding releases the interpreter lock
+def read_images(files, workers=None):
+    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
         arrays = pool.map(lambda path: np.asarray(open_image(path)), files.paths, chunksize=256)
     return Images(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), files.labels, files.classes)
 
@@ -181,7 +183,7 @@ def augmentation(dataset, train=None, about=None):
 
 
 def stratified_order(labels, generator):
-    """A permutation of 0..N-1 whose every prefix holds the classes in proportion, to within one image a class."""
+    """A permutation of 0..N-1 whose every prefix holds the same share of each class, to within half an image."""
     permutation = torch.randperm(len(labels), generator=generator)
     shuffled = labels[permutation]
     by_class = torch.sort(shuffled, stable=True)
@@ -236,14 +238,19 @@ def check_batch(batch_size, train):
 # ---- loaders
 
 
-def make_loader(split, batch_size, augmentation, device, *, generator=None, augment=False, cutout=0, workers=0):
+def make_loader(split, batch_size, augmentation, device, *, workers=0, cutout=0, **settings):
     """The loader that `split` (Images or Files) needs; batches larger than the split are cut to it."""
     batch_size = min(batch_size, len(split))
     if isinstance(split, Files):
-        return FileLoader(
-            split, batch_size, augmentation, device, generator=generator, augment=augment, workers=workers
-        )
-    return Loader(split, batch_size, augmentation, device, generator=generator, augment=augment, cutout=cutout)
+        return FileLoader(split, batch_size, augmentation, device, workers=workers, **settings)
+    return Loader(split, batch_size, augmentation, device, cutout=cutout, **settings)
+
+
+def share_of(batch, shared, training):
+    """This process's share of a batch, if batches are `shared` out; never an empty one in training."""
+    if not shared or (training and len(batch) < utils.world_size()):
+        return slice(None)
+    return slice(utils.rank(), None, utils.world_size())
 
 
 class Loader:
@@ -251,11 +258,13 @@ class Loader:
 
     With `augment`, each sample gets its own crop offset and flip, and a cutout of `cutout` pixels if that is not 0.
     An epoch's random numbers are drawn from `generator` (CPU) when its iteration starts. Under torchrun each process
-    gets its share of every batch.
+    gets its share of every batch, or with `shared=False` the whole of it.
     """
 
-    def __init__(self, split, batch_size, augmentation, device, *, generator=None, augment=False, cutout=0):
-        self.augmentation, self.augment, self.generator = augmentation, augment, generator
+    def __init__(
+        self, split, batch_size, augmentation, device, *, generator=None, augment=False, cutout=0, shared=True
+    ):
+        self.augmentation, self.augment, self.generator, self.shared = augmentation, augment, generator, shared
         self.batch_size, self.size = batch_size, len(split)
         self.cutout = min(cutout, augmentation.max_cutout) if augment else 0
         self.image_shape = split.images.shape[1:]
@@ -272,7 +281,7 @@ class Loader:
         return -(-self.size // self.batch_size)
 
     def __iter__(self):
-        n, device, share = self.size, self.labels.device, slice(utils.rank(), None, utils.world_size())
+        n, device = self.size, self.labels.device
         crops = self.windows.shape[2]
         random_int = lambda high: torch.randint(high, (n,), generator=self.generator).to(device)  # noqa: E731
         order = torch.arange(n) if self.generator is None else torch.randperm(n, generator=self.generator)
@@ -283,8 +292,9 @@ class Loader:
             if self.cutout:
                 center_y, center_x = random_int(self.height), random_int(self.width)
         for start in range(0, n, self.batch_size):
-            batch = order[start : start + self.batch_size][share]
-            draws = slice(start, start + self.batch_size)
+            batch, draws = order[start : start + self.batch_size], slice(start, start + self.batch_size)
+            share = share_of(batch, self.shared, self.augment)
+            batch = batch[share]
             if not self.augment:
                 x = self.windows[batch, :, 0, 0]
             else:
@@ -316,12 +326,14 @@ class FileLoader:
 
     image_shape = (3, 224, 224)
 
-    def __init__(self, split, batch_size, augmentation, device, *, generator=None, augment=False, workers=0):
+    def __init__(
+        self, split, batch_size, augmentation, device, *, generator=None, augment=False, workers=0, shared=True
+    ):
         self.device, self.generator = device, generator
         self.batch_size, self.size = batch_size, len(split)
         self.loader = torch.utils.data.DataLoader(
             _Samples(split, imagenet_transform(augmentation, augment)),
-            batch_sampler=_Batches(len(split), batch_size, generator),
+            batch_sampler=_Batches(len(split), batch_size, generator, shared, augment),
             num_workers=workers,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
@@ -343,8 +355,9 @@ class FileLoader:
 class _Batches:
     """Lists of (index, seed), this process's share of each batch; drawn anew each epoch, in order without generator."""
 
-    def __init__(self, size, batch_size, generator):
+    def __init__(self, size, batch_size, generator, shared, training):
         self.size, self.batch_size, self.generator = size, batch_size, generator
+        self.shared, self.training = shared, training
 
     def __len__(self):
         return -(-self.size // self.batch_size)
@@ -356,7 +369,8 @@ class _Batches:
             seeds = torch.randint(2**62, (self.size,), generator=self.generator)
         samples = list(zip(order.tolist(), seeds.tolist(), strict=True))
         for start in range(0, self.size, self.batch_size):
-            yield samples[start : start + self.batch_size][utils.rank() :: utils.world_size()]
+            batch = samples[start : start + self.batch_size]
+            yield batch[share_of(batch, self.shared, self.training)]
 
 
 class _Samples(torch.utils.data.Dataset):
@@ -375,6 +389,8 @@ class _Samples(torch.utils.data.Dataset):
 
 
 def _collate(samples):
+    if not samples:  # the last batch can have fewer images than there are processes
+        return torch.empty(0, *FileLoader.image_shape), torch.empty(0, dtype=torch.int64)
     bad = next((sample for sample in samples if isinstance(sample, UserError)), None)
     return bad if bad is not None else torch.utils.data.default_collate(samples)
 

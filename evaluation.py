@@ -62,8 +62,7 @@ def test(prog, dataset, argv, *, datasets, defaults):
     run.add_argument("--batch_size", type=number(int, 1), default=defaults["batch_size"], help="images at a time")
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
     run.add_argument("--report_freq", type=number(int, 1), default=defaults["report_freq"], help="batches a report")
-    run.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
-    run.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
+    utils.add_device_arguments(run)
     args = parser.parse_args(argv)
 
     if args.dir is not None:
@@ -81,7 +80,7 @@ def test(prog, dataset, argv, *, datasets, defaults):
         genotype = genotypes.from_dict(about["genotype"], utils.side_file(args.model_path))
     else:
         genotype = choose_genotype(args)
-    device = utils.choose_device(args.device, args.gpu)
+    device = utils.choose_device(args)
 
     images = data.load(args.dataset, args.data, "test")
     if about.get("classes") and about["classes"] != images.classes:
@@ -95,11 +94,11 @@ def test(prog, dataset, argv, *, datasets, defaults):
     utils.load_weights(network, args.model_path)
     network = network.to(device, memory_format=torch.channels_last)
 
-    print(utils.describe_device(device))
+    utils.say(utils.describe_device(device))
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
-    print(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
-    result = evaluate(network, loader, report_freq=args.report_freq, log=print)
+    utils.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
+    result = evaluate(network, loader, report_freq=args.report_freq, log=utils.say)
     accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-    print(f"{accuracy}, loss {result['loss']:.4f} on {len(images)} images")
+    utils.say(f"{accuracy}, loss {result['loss']:.4f} on {len(images)} images")
     return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}

@@ -1,6 +1,6 @@
 """A run's directory: arguments, log, history, checkpoints, TensorBoard, and how to continue. Rank 0 alone writes.
 
-    args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  runs/  (and what the script adds)
+args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  runs/  (and what the script adds)
 """
 
 import argparse
@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 import utils
-from safeio import UserError, atomic_write, read_bytes, read_json, write_json
+import visualize
+from safeio import UserError, append_line, atomic_write, read_bytes, read_json, write_json
 
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
 # Arguments that cannot change the result: a resumed run may have other ones.
@@ -40,6 +41,7 @@ def parse(parser, argv):
         different = ", ".join(sorted(set(saved["args"]) ^ set(vars(args))))
         raise UserError(f"{args.resume} was started by another version of the program, which differs in {different}")
     only_given = copy.deepcopy(parser)
+    only_given._defaults.clear()  # those of set_defaults
     for action in only_given._actions:
         action.default = argparse.SUPPRESS
     for name, value in vars(only_given.parse_args(argv)).items():
@@ -91,18 +93,25 @@ class Run:
     def resume(cls, path):
         """Open an earlier run and cut its history back to its checkpoint. Raises UserError."""
         run = cls(path)
-        run.state = load_checkpoint(run.path / "checkpoint.pt")
-        run.completed = run.state["completed"]
-        if run.writes:
-            lines = read_history(run.path)[: run.completed]
-            if len(lines) < run.completed:
-                raise UserError(
-                    f"{run.path}/history.jsonl has {len(lines)} whole lines, the checkpoint {run.completed}: "
-                    "restore the file, or start a new run"
-                )
-            with atomic_write(run.path / "history.jsonl", "w") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+        try:
+            run.state = load_checkpoint(run.path / "checkpoint.pt")
+            run.completed = run.state["completed"]
+            if run.writes:
+                run._cut_history()
+        except BaseException:
+            run.close()
+            raise
         return run
+
+    def _cut_history(self):
+        lines = read_history(self.path)[: self.completed]
+        if len(lines) < self.completed:
+            raise UserError(
+                f"{self.path}/history.jsonl has {len(lines)} whole lines, the checkpoint {self.completed}: "
+                "restore the file, or start a new run"
+            )
+        with atomic_write(self.path / "history.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def close(self):
         if self._board:
@@ -114,15 +123,19 @@ class Run:
         """Print a line, above any progress bar, and add it to log.txt."""
         if self.writes:
             utils.say(text)
-            with open(self.path / "log.txt", "a", encoding="utf-8") as file:
-                file.write(f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}\n")
+            append_line(self.path / "log.txt", f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
+
+    def finish(self, cell):
+        """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with."""
+        if self.writes:
+            visualize.write_cells(self.path, cell)
+            self.log(f"finished; report: {visualize.write_report(self.path)}")
 
     def record(self, step, entry):
         """Add one line to history.jsonl, and its numbers to TensorBoard."""
         if not self.writes:
             return
-        with open(self.path / "history.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        append_line(self.path / "history.jsonl", json.dumps(entry))
         if self._board is None:
             self._board = open_board(self, step)
         if self._board:
@@ -203,7 +216,10 @@ def load_checkpoint(path):
         raise UserError(f"{path} is damaged or was written by another version{hint}")
     if hashlib.sha256(content).hexdigest().encode() != header.removeprefix(MAGIC):
         raise UserError(f"{path} is damaged: its checksum does not match{hint}")
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    try:
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except Exception as error:  # a checksum does not say who wrote it
+        raise UserError(f"{path} does not hold tensors and numbers alone{hint}") from error
 
 
 def read_history(path):

@@ -39,6 +39,15 @@ def write_json(path, value):
         file.write("\n")
 
 
+def append_line(path, line):
+    """Add a line to a text file. Raises UserError when that fails; the file may then end in a part of the line."""
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
 def read_bytes(path):
     """The file's bytes. Raises UserError naming the file when it cannot be read."""
     try:

@@ -5,6 +5,7 @@ One process, or several on one or more machines: torchrun --nproc_per_node=N tra
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -86,8 +87,8 @@ def make_parser():
     group.add_argument("--save", default="EXP", help="the run directory is called eval-SAVE-TIME")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
-    group.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
-    group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
+    utils.add_device_arguments(group)
+    utils.add_speed_arguments(group)
     group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     return parser
 
@@ -117,6 +118,9 @@ def load_splits(args):
     augmentation = data.augmentation(args.dataset, train)
     train = data.draw(train, args.train_samples, torch.Generator().manual_seed(args.seed))
     data.check_batch(args.batch_size, train)
+    last = len(train) % args.batch_size or args.batch_size
+    if args.auxiliary and isinstance(train, data.Images) and 1 in (last, last // utils.world_size()):
+        raise UserError(f"--auxiliary cannot train on one image, the last share of {len(train)}: change --batch_size")
     if args.cutout and isinstance(train, data.Files):
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
     return train, test, augmentation
@@ -125,15 +129,15 @@ def load_splits(args):
 @command
 def main(argv=None):
     args = runs.parse(make_parser(), argv)
-    genotype = choose_genotype(args)
-    device = utils.choose_device(args.device, args.gpu)
-    utils.join_process_group(device)
+    # A run has its own copy of the cell: the search that it came from may have gone on since.
+    genotype = genotypes.load(Path(args.resume) / "genotype.json") if args.resume else choose_genotype(args)
+    device = utils.choose_device(args)
     train, test, augmentation = load_splits(args)
     warmup = isinstance(train, data.Files) and args.batch_size > 256
 
     torch.manual_seed(args.seed)
     network = make_network(genotype, train, args).to(device, memory_format=torch.channels_last)
-    optimizer = utils.make_sgd(network.parameters(), args)
+    optimizer = utils.make_sgd(network.parameters(), args, device)
     generator = torch.Generator().manual_seed(args.seed + 1)
     train_loader = data.make_loader(
         train,
@@ -159,6 +163,9 @@ def main(argv=None):
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
         trained = network
+        if args.compile:
+            for cell in network.cells:
+                cell.compile()
         if utils.world_size() > 1:
             trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
@@ -175,7 +182,8 @@ def main(argv=None):
             lr = learning_rate(args, epoch, warmup)
             utils.set_learning_rate(optimizer, lr)
             # Drop path draws from the global generator of the device: seeded here, a resumed run draws the same.
-            torch.manual_seed((args.seed + 1) * 100_003 + epoch * utils.world_size() + utils.rank())
+            seed = (args.seed + 1) * 100_003 + epoch * utils.world_size() + utils.rank()
+            torch.manual_seed(seed % 2**63)
             network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             trained.train()
             entry = {"epoch": epoch + 1, "lr": lr}
@@ -185,11 +193,19 @@ def main(argv=None):
                 train_loader,
                 optimizer,
                 grad_clip=args.grad_clip,
+                amp=args.amp,
                 report_freq=args.report_freq,
                 where=where,
                 log=run.log,
             )
-            tested = evaluate(network, test_loader, report_freq=args.report_freq, log=run.log, where=f"{where}, test")
+            tested = evaluate(
+                network,
+                test_loader,
+                report_freq=args.report_freq,
+                log=run.log,
+                amp=args.amp,
+                where=f"{where}, test",
+            )
             seconds = time.perf_counter() - start
             is_best = tested["top1"] > best or epoch == 0
             best = max(best, tested["top1"])
@@ -212,7 +228,7 @@ def main(argv=None):
                 f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
                 f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {seconds:.1f} s"
             )
-        run.log(f"finished {run.path}")
+        run.finish(genotype)
     finally:
         run.close()
 

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 import data
 import encoding
+import fast_search
 import genotypes
 import runs
 import utils
-from engine import measure_fitness, train_one_epoch, unique
+from engine import measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, next_generation
 from model_search import Network
 from safeio import UserError, atomic_write
@@ -30,7 +32,9 @@ class SearchSpace:
     decode: Callable  # raw (P, G, E, O) -> decoded, same shape
     genotype: Callable  # raw (G, E, O) -> the discrete cell, as JSON has it
     save_genotype: Callable  # (raw (G, E, O), run directory)
-    report: Callable = lambda alphas, fitness: {}  # (sorted population, fitness) -> more fields for the history
+    fast: object  # module with forward(network, x, alphas) and fitness(network, bn), see fast_search
+    picture: Callable  # raw (G, E, O) -> what visualize draws
+    report: Callable = lambda alphas, fitness: ({}, "")  # (sorted population, fitness) -> history fields, log text
     nesterov: bool = False
 
 
@@ -45,13 +49,20 @@ S1 = SearchSpace(
     decode=encoding.decode,
     genotype=lambda alphas: genotypes.to_dict(encoding.genotype(alphas)),
     save_genotype=save_genotype,
+    fast=fast_search,
+    picture=encoding.genotype,
 )
 
 
 def search(args, space, network, train_loader, valid_loader, run):
     """The search loop of EvNAS (section 3), for any space. Returns the best raw alphas (G, E, O) and their fitness."""
     device = next(network.parameters()).device
-    optimizer = utils.make_sgd(network.parameters(), args, space.nesterov)
+    if args.plain:
+        forward, fitness_of = plain_forward, plain_fitness
+    else:
+        forward = partial(space.fast.forward, compile=args.compile)
+        fitness_of = partial(space.fast.fitness, compile=args.compile)
+    optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
     breeding = torch.Generator().manual_seed(args.seed)
     generators = {"breeding": breeding, "train": train_loader.generator, "valid": valid_loader.generator}
     alphas = space.random_alphas(args.pop_size, generator=breeding)  # (P, G, E, O) raw
@@ -93,7 +104,7 @@ def search(args, space, network, train_loader, valid_loader, run):
         measured = alphas if args.variant in ("nd", "ndf") else decoded
 
         def loss_of(step, x, y, trained=trained):
-            logits = network(x, trained[step % len(trained)])
+            logits = forward(network, x, trained[step % len(trained)])
             return F.cross_entropy(logits, y), logits
 
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
@@ -106,14 +117,19 @@ def search(args, space, network, train_loader, valid_loader, run):
             train_loader,
             optimizer,
             grad_clip=args.grad_clip,
+            amp=args.amp,
             report_freq=args.report_freq,
             where=where,
             log=run.log,
         )
+        # Each process has normalised its own shares of the batches: measure and go on with the mean statistics.
+        utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
         images = train_loader.size
-        entry["distinct"] = len(unique(decoded)[0])
+        entry["distinct"], said = len(unique(decoded)[0]), ""
         if args.variant != "rand" or generation == args.epochs:
-            fitness = measure_fitness(network, measured, valid_loader, args.bn, f"{where}, fitness")
+            fitness = measure_fitness(
+                network, measured, valid_loader, args.bn, fitness_of, amp=args.amp, where=f"{where}, fitness"
+            )
             order = torch.sort(fitness, descending=True, stable=True).indices
             alphas, fitness = alphas[order], fitness[order]
             images += len(unique(measured)[0]) * valid_loader.size
@@ -123,7 +139,8 @@ def search(args, space, network, train_loader, valid_loader, run):
                 "fitness_std": fitness.std(correction=0).item(),
                 "best_genotype": space.genotype(alphas[0]),
             }
-            entry |= space.report(alphas, fitness)
+            fields, said = space.report(alphas, fitness)
+            entry |= fields
         seconds = time.perf_counter() - start
         entry |= {
             "images_per_second": images / seconds,
@@ -132,7 +149,7 @@ def search(args, space, network, train_loader, valid_loader, run):
         }
         save_generation(space, network, alphas, fitness, entry, run)
         run.save_checkpoint(generation, state())
-        run.log(summary(where, entry))
+        run.log(summary(where, entry) + said)
     return alphas[0], fitness[0].item()
 
 
@@ -200,8 +217,9 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--run_name", help="name of the run directory (default: search-TIME)")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=18, help="of every random number")
-    group.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
-    group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
+    utils.add_device_arguments(group)
+    utils.add_speed_arguments(group)
+    group.add_argument("--plain", action="store_true", help="compute with the readable reference network: slower")
     group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     parser.set_defaults(**defaults)
     return parser
@@ -211,8 +229,10 @@ def check_search(args):
     for name in ("tsize", "num_elites"):
         if getattr(args, name) > args.pop_size:
             raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
-    if utils.world_size() > 1:
-        raise UserError("the search runs in one process; start it without torchrun")
+    if args.plain and args.compile:
+        raise UserError("--plain runs the reference as it is written: leave --compile out")
+    if args.batch_size < utils.world_size():
+        raise UserError(f"--batch_size {args.batch_size} is too small for {utils.world_size()} processes")
 
 
 def search_loaders(args, train, valid, augmentation, device):
@@ -230,6 +250,7 @@ def search_loaders(args, train, valid, augmentation, device):
             generator=torch.Generator().manual_seed(args.seed + offset),
             augment=augment,
             cutout=cutout,
+            shared=offset == 1,  # individuals are shared out for fitness, so each process needs every validation image
         )
         for split, batch_size, offset, augment in (
             (train, args.batch_size, 1, True),
@@ -249,7 +270,7 @@ def run_search(args, space, network, loaders, device, prog):
         run.log(f"{utils.describe_device(device)}; run directory {run.path}")
         best, fitness = search(args, space, network, *loaders, run)
         run.log(f"best fitness {fitness:.2f} %: {space.genotype(best)}")
-        run.log(f"finished {run.path}")
+        run.finish(space.picture(best))
     finally:
         run.close()
 
@@ -262,7 +283,7 @@ def main(argv=None):
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)
     check_search(args)
-    device = utils.choose_device(args.device, args.gpu)
+    device = utils.choose_device(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     torch.manual_seed(args.seed)

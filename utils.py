@@ -1,6 +1,7 @@
 """Command lines, devices, processes, weights files and small figures. A leaf: it imports nothing of ours but safeio."""
 
 import argparse
+import contextlib
 import functools
 import hashlib
 import importlib.metadata
@@ -54,7 +55,7 @@ def number(kind, low=None, high=None, above=None):
 
 
 def command(main):
-    """Decorate `main(argv=None)`: a UserError becomes one line on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Decorate `main(argv=None)`: a UserError or OSError ends in one line on stderr and exit code 2, Ctrl-C in 130."""
 
     @functools.wraps(main)
     def wrapper(argv=None):
@@ -62,6 +63,9 @@ def command(main):
             return main(argv)
         except UserError as error:
             print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            code = 2
+        except OSError as error:
+            print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
             code = 2
         except KeyboardInterrupt:
             print("interrupted; what was saved can be continued with --resume RUN_DIR", file=sys.stderr)
@@ -87,20 +91,43 @@ def progress(batches, title):
 # ---- devices and processes
 
 
-def choose_device(name=None, gpu=0):
-    """CUDA device `gpu` where there is one, else the CPU, or the device called `name`. Raises UserError."""
+def add_device_arguments(group):
+    group.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
+    group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
+
+
+def add_speed_arguments(group):
+    group.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, not on the CPU)"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell (not on the CPU)")
+
+
+def choose_device(args):
+    """CUDA device --gpu where there is one, else the CPU, or --device. Settles --amp and joins the other processes.
+
+    Raises UserError for a device that cannot be used.
+    """
+    name = args.device or (f"cuda:{local_rank(args.gpu)}" if torch.cuda.is_available() else "cpu")
     try:
-        if name is None:
-            device = torch.device("cuda", local_rank(gpu)) if torch.cuda.is_available() else torch.device("cpu")
-        else:
-            device = torch.device(name)
+        device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name or f'cuda:{gpu}'} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    if getattr(args, "amp", False) is None:
+        args.amp = device.type == "cuda"
+    if getattr(args, "compile", False) and device.type == "cpu":
+        raise UserError("--compile is not for the CPU: leave it out")
+    join_process_group(device)
     return device
+
+
+def autocast(device, enabled):
+    """bfloat16 where it is safe, if `enabled`. Its weight cache holds for one block, so a block is one step."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def describe_device(device):
@@ -127,16 +154,40 @@ def join_process_group(device):
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
+@contextlib.contextmanager
+def one_after_the_other():
+    """The first process of each machine goes through the block before the others: for downloads."""
+    if world_size() > 1 and local_rank() > 0:
+        torch.distributed.barrier()
+    yield
+    if world_size() > 1 and local_rank() == 0:
+        torch.distributed.barrier()
+
+
 def leave_process_group():
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
 def sum_over_ranks(tensor):
-    """The sum of every process's `tensor`, in place."""
+    """The sum of every process's `tensor`, in place. Raises UserError if a process is gone."""
     if world_size() > 1:
-        torch.distributed.all_reduce(tensor)
+        try:
+            torch.distributed.all_reduce(tensor)
+        except RuntimeError as error:  # what gloo and NCCL raise when a connection ends
+            raise UserError(
+                "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
+                "with as many processes as you like"
+            ) from error
     return tensor
+
+
+def average_over_ranks(tensors):
+    """Replace each floating-point tensor by its mean over the processes: gradients of the shared weights, buffers."""
+    if world_size() > 1:
+        flat = sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size()
+        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(mean.view_as(tensor))
 
 
 def peak_memory_mb(device):
@@ -196,12 +247,12 @@ def load_weights(model, path, ignore=()):
     names in `ignore` that the model does not have. Anything else missing, unexpected or of another shape raises
     UserError with the first differing entries.
     """
+    side_file_of(path)
     state = load_torch(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict (names and tensors)")
-    side_file_of(path)
     expected = model.state_dict()
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
     state = {
@@ -264,10 +315,15 @@ def mult_adds_in_millions(model, image_shape):
     return counter.get_total_flops() / 2e6
 
 
-def make_sgd(parameters, args, nesterov=False):
+def make_sgd(parameters, args, device, nesterov=False):
     """SGD of the recipes: one parameter group, weight decay on everything."""
     return torch.optim.SGD(
-        parameters, args.learning_rate, momentum=args.momentum, weight_decay=args.weight_decay, nesterov=nesterov
+        parameters,
+        args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=nesterov,
+        fused=device.type == "cuda",
     )
 
 

@@ -11,16 +11,13 @@ The SVG is written here, by a layered layout of our own: no Graphviz, and nothin
 
 import argparse
 import os
-import re
 import sys
 from dataclasses import dataclass
 from html import escape
-from itertools import pairwise
+from itertools import chain, pairwise
 
+import genotypes
 from safeio import UserError, atomic_write, read_json
-
-# NAS-Bench-201's operations, in the order of its alphas.
-NAS201_OPERATIONS = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 
 # Colours on light and on dark. The light one is an SVG attribute, which every viewer knows; the dark one is CSS.
 PALETTE = {
@@ -42,7 +39,7 @@ BOX_HEIGHT, ROW_GAP, MARGIN, TITLE_HEIGHT = 26, 12, 16, 30
 GAP_INTO_OP, GAP_INTO_NODE = 46, 28  # between layers: where lines spread out, and the short hop to the sum
 
 
-@dataclass
+@dataclass(eq=False)
 class Box:
     """A vertex of the drawing: a node, an operation (the label of an edge), or a bend of a line passing by."""
 
@@ -54,8 +51,8 @@ class Box:
     width: float = 0.0
 
     @property
-    def height(self):
-        return 0 if self.kind == "bend" else BOX_HEIGHT
+    def colour(self):
+        return COLOUR.get(self.text, "line") if self.kind == "op" else "ink"
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -65,85 +62,57 @@ class Box:
 # the same nodes are two boxes.
 
 
-def _build(edges, concat, inputs):
-    """Boxes, and for each edge (operation, [box index, one a layer, from source to target])."""
+def build(edges, concat, inputs):
+    """The boxes in layers, and {(box, box in the next layer): whether the line between them is dashed}."""
     rank = dict.fromkeys(inputs, 0)  # the longest path from an input
     for source, target, _ in edges:
         rank[target] = max(rank.get(target, 0), rank.setdefault(source, 0) + 1)
-    boxes, routes = [], []
-
-    def add(kind, text, layer):
-        boxes.append(Box(kind, text, layer))
-        return len(boxes) - 1
-
-    node = {name: add("node", name, 2 * r) for name, r in rank.items()}
-    trunk = {name: [index] for name, index in node.items()}  # all edges from a node share one line, and branch off it
-
-    def route(source, layer):
-        while len(trunk[source]) < layer - 2 * rank[source]:
-            trunk[source].append(add("bend", "", boxes[trunk[source][-1]].layer + 1))
-        return trunk[source][: layer - 2 * rank[source]]
-
-    for source, target, operation in edges:
-        layer = 2 * rank[target] - 1
-        routes.append((operation, [*route(source, layer), add("op", operation, layer), node[target]]))
+    node = {name: Box("node", name, 2 * r) for name, r in rank.items()}
+    routes = [(source, Box("op", op, node[target].layer - 1), node[target]) for source, target, op in edges]
     if concat:
-        layer = 2 * max(rank.values()) + 1
-        ends = [add("op", "concat", layer), add("node", "c_{k}", layer + 1)]
-        routes += [("concat", route(source, layer) + ends) for source in concat]
-    return boxes, routes
+        label = Box("op", "concat", 2 * max(rank.values()) + 1)
+        output = Box("node", "c_{k}", label.layer + 1)
+        routes += [(source, label, output) for source in concat]
+
+    trunks = {name: [box] for name, box in node.items()}  # all edges from a node share one line, and branch off it
+    links = {}
+    for source, label, target in routes:
+        trunk = trunks[source]
+        while trunk[-1].layer < label.layer - 1:
+            trunk.append(Box("bend", "", trunk[-1].layer + 1))
+        for link in pairwise([*trunk[: label.layer - trunk[0].layer], label, target]):
+            links[link] = links.get(link, True) and label.text == "none"
+    layers = {}
+    for box in dict.fromkeys([*node.values(), *chain.from_iterable(links)]):
+        layers.setdefault(box.layer, []).append(box)
+    return [layers[i] for i in sorted(layers)], links
 
 
-def _crossings(links, place):
-    pairs = [(place[a], place[b]) for a, b in links]
-    return sum((a - c) * (b - d) < 0 for i, (a, b) in enumerate(pairs) for c, d in pairs[:i])
-
-
-def _order(layers, links):
-    """Order every layer so that lines cross little: barycentre sweeps, then swaps of neighbours. links: by gap."""
-    place = {box: i for layer in layers for i, box in enumerate(layer)}
-    near = {box: ([], []) for box in place}  # neighbours in the layer before, and in the layer behind
-    for a, b in (link for gap in links for link in gap):
-        near[a][1].append(b)
-        near[b][0].append(a)
-    best, fewest = dict(place), sum(_crossings(gap, place) for gap in links)
-    for sweep in range(16):
-        for layer in layers if sweep % 2 == 0 else reversed(layers):
-            centre = {b: [place[n] for n in near[b][sweep % 2]] or [place[b]] for b in layer}
-            for i, box in enumerate(sorted(layer, key=lambda b: (sum(centre[b]) / len(centre[b]), place[b]))):
-                place[box] = i
-        count = sum(_crossings(gap, place) for gap in links)
-        if count < fewest:
-            best, fewest = dict(place), count
-    place, improved = best, True
-    while improved:
-        improved = False
-        for number, layer in enumerate(layers):
-            around = links[max(number - 1, 0) : number + 1]
-            layer.sort(key=place.get)
-            for a, b in pairwise(list(layer)):
-                before = sum(_crossings(gap, place) for gap in around)
-                place[a], place[b] = place[b], place[a]
-                if sum(_crossings(gap, place) for gap in around) < before:
-                    improved = True
-                    break  # the list of neighbours is stale
-                place[a], place[b] = place[b], place[a]
-    return [sorted(layer, key=place.get) for layer in layers]
-
-
-def _spread(wanted, heights):
-    """Positions nearest to `wanted` (least squares) that keep the order and the gaps: pool adjacent violators."""
+def place(layer, near, sort=False):
+    """Pull every box of a layer towards its `near` [(box, weight)], keeping the order (unless `sort`) and the gaps."""
+    wanted = {}
+    for box in layer:
+        weight = sum(w for _, w in near[box])
+        wanted[box] = sum(other.y * w for other, w in near[box]) / weight if weight else box.y
+    if sort:
+        layer.sort(key=wanted.get)
     offsets = [0.0]
-    for above, below in pairwise(heights):
-        offsets.append(offsets[-1] + (above + below) / 2 + ROW_GAP)
-    groups = []  # [mean, size]
-    for want, offset in zip(wanted, offsets, strict=True):
-        groups.append([want - offset, 1])
+    for pair in pairwise(layer):
+        offsets.append(offsets[-1] + ROW_GAP + sum(0 if box.kind == "bend" else BOX_HEIGHT / 2 for box in pair))
+    groups = []  # [mean, size]: least squares by pooling adjacent violators
+    for box, offset in zip(layer, offsets, strict=True):
+        groups.append([wanted[box] - offset, 1])
         while len(groups) > 1 and groups[-2][0] > groups[-1][0]:
             (m, n), (k, o) = groups[-2], groups.pop()
             groups[-1] = [(m * n + k * o) / (n + o), n + o]
     means = [mean for mean, size in groups for _ in range(size)]
-    return [mean + offset for mean, offset in zip(means, offsets, strict=True)]
+    for box, mean, offset in zip(layer, means, offsets, strict=True):
+        box.y = mean + offset
+
+
+def crossings(links):
+    pairs = [(a.layer, a.y, b.y) for a, b in links]
+    return sum(i == j and (a - c) * (b - d) < 0 for k, (i, a, b) in enumerate(pairs) for j, c, d in pairs[:k])
 
 
 def layout(edges, title, concat=(), inputs=()):
@@ -151,49 +120,39 @@ def layout(edges, title, concat=(), inputs=()):
 
     A line is (four points of a Bezier curve, x up to which it goes straight on, dashed, has an arrow).
     """
-    boxes, routes = _build(edges, concat, inputs)
-    layers = [[] for _ in range(max(box.layer for box in boxes) + 1)]
-    for index, box in enumerate(boxes):
-        layers[box.layer].append(index)
-    dashed = {}  # (box, box) in neighbouring layers; a line that several edges share is drawn once
-    for operation, route in routes:
-        for link in pairwise(route):
-            dashed[link] = dashed.get(link, True) and operation == "none"
-    links = [[] for _ in layers[1:]]
-    near = [[] for _ in boxes]
-    for a, b in dashed:
-        links[boxes[a].layer].append((a, b))
-        weight = 6 if boxes[a].kind == boxes[b].kind == "bend" else 1  # long lines should run straight
-        near[a].append((b, weight))
-        near[b].append((a, weight))
-    layers = _order(layers, links)
+    layers, links = build(edges, concat, inputs)
+    boxes = [box for layer in layers for box in layer]
+    before, behind = {box: [] for box in boxes}, {box: [] for box in boxes}
+    for a, b in links:
+        weight = 6 if a.kind == b.kind == "bend" else 1  # long lines should run straight
+        before[b].append((a, weight))
+        behind[a].append((b, weight))
+    around = {box: before[box] + behind[box] for box in boxes}
+    best, fewest = layers, float("inf")
+    for sweep in range(24):  # order the layers so that few lines cross; the first sweep only makes room
+        for layer in layers[:: -1 if sweep % 2 else 1]:
+            place(layer, behind if sweep % 2 else before, sort=sweep > 0)
+        if (count := crossings(links)) < fewest:
+            best, fewest = [list(layer) for layer in layers], count
+    for sweep in range(41):  # straighten them; the last sweep runs forward
+        for layer in best[:: -1 if sweep % 2 else 1]:
+            place(layer, around)
 
-    for sweep in range(41):  # pull every box towards its neighbours; the last sweep runs forward
-        for layer in layers if sweep % 2 == 0 else reversed(layers):
-            wanted = [
-                sum(boxes[n].y * w for n, w in near[i]) / sum(w for _, w in near[i]) if near[i] else 0.0 for i in layer
-            ]
-            for index, y in zip(layer, _spread(wanted, [boxes[i].height for i in layer]), strict=True):
-                boxes[index].y = y
     top = min(box.y for box in boxes) - BOX_HEIGHT / 2 - MARGIN - TITLE_HEIGHT
     x = MARGIN
     for number, layer in enumerate(layers):
-        width = max(max(len(boxes[i].text) * CHAR_WIDTH + 18 for i in layer), 30)
-        for index in layer:
-            boxes[index].x, boxes[index].width = x, width
-            boxes[index].y -= top
+        width = max(max(len(box.text) * CHAR_WIDTH + 18 for box in layer), 30)
+        for box in layer:
+            box.x, box.y, box.width = x, box.y - top, width
         x += width + (GAP_INTO_NODE if number % 2 else GAP_INTO_OP)
-
     lines = []
-    for link, is_dashed in dashed.items():
-        a, b = (boxes[i] for i in link)
+    for (a, b), dashed in links.items():
         start, end = a.x + a.width, b.x
         points = [(start, a.y), ((start + end) / 2, a.y), ((start + end) / 2, b.y), (end, b.y)]
-        lines.append((points, end + (b.width if b.kind == "bend" else 0), is_dashed, b.kind == "node"))
-    boxes = [box for box in boxes if box.kind != "bend"]
-    width = max(max(box.x + box.width for box in boxes), MARGIN + len(title) * CHAR_WIDTH * 1.3) + MARGIN
-    height = max(y for y in [box.y for box in boxes] + [points[-1][1] for points, *_ in lines])
-    return boxes, lines, width, height + BOX_HEIGHT / 2 + MARGIN
+        lines.append((points, end + b.width if b.kind == "bend" else end, dashed, b.kind == "node"))
+    width = max(x - GAP_INTO_OP, MARGIN + len(title) * CHAR_WIDTH * 1.3) + MARGIN
+    height = max(box.y for box in boxes) + BOX_HEIGHT / 2 + MARGIN
+    return [box for box in boxes if box.kind != "bend"], lines, width, height
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -219,74 +178,63 @@ def cell_svg(edges, title, concat=(), inputs=(), standalone=True):
     concat: the nodes whose concatenation is the output c_{k}. inputs: nodes to show even where no edge uses them.
     standalone=False leaves out the dark colours' style sheet: the page around it has `theme_css()` once.
     """
-    title = "".join(c if c.isprintable() else "?" for c in title)  # it may be a file's name, and XML is choosy
+    title = escape("".join(c if c.isprintable() else "?" for c in title))  # XML is choosy, names of files are not
     boxes, lines, width, height = layout(edges, title, concat, inputs)
     said = "; ".join(f"{source} to {target}: {operation}" for source, target, operation in edges)
     said += f". The output c_{{k}} concatenates {', '.join(concat)}." if concat else "."
     out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}" '
-        f'font-family="{FONT}" font-size="{FONT_SIZE}">',
-        f"<title>{escape(title)}</title><desc>{escape(said)}</desc>",
-        f"<style>{theme_css()}</style>" if standalone else "",
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" role="img" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" aria-label="{title}" font-family="{FONT}" font-size="{FONT_SIZE}">',
+        f"<title>{title}</title><desc>{escape(said)}</desc>",
+        f"<style>{theme_css() if standalone else ''}</style>",
         f'<rect width="{width:.0f}" height="{height:.0f}" rx="8" {paint(fill="paper")}/>',
-        f'<text x="{MARGIN}" y="{MARGIN + 10}" font-size="14" font-weight="600" {paint(fill="ink")}>'
-        f"{escape(title)}</text>",
+        f'<text x="{MARGIN}" y="{MARGIN + 10}" font-size="14" font-weight="600" {paint(fill="ink")}>{title}</text>',
     ]
-    for points, straight, dashed, arrow in lines:
-        (ax, ay), (bx, by), (cx, cy), (x, y) = points
+    for ((ax, ay), (bx, by), (cx, cy), (x, y)), straight, dashed, arrow in lines:
         path = f"M{ax:.1f} {ay:.1f}C{bx:.1f} {by:.1f} {cx:.1f} {cy:.1f} {x:.1f} {y:.1f}H{straight:.1f}"
         dashes = ' stroke-dasharray="4 4"' if dashed else ""
         out.append(f'<path data-kind="line" d="{path}" fill="none" stroke-width="1.5"{dashes} {paint(stroke="line")}/>')
         if arrow:
             out.append(f'<path d="M{x:.1f} {y:.1f}l-8 -4v8z" {paint(fill="line")}/>')
     for box in boxes:
-        colour = COLOUR.get(box.text, "line") if box.kind == "op" else "ink"
-        fill = paint(fill="node" if box.kind == "node" else "paper", stroke=colour)
+        radius, fill = (13, "node") if box.kind == "node" else (4, "paper")
         dashes = ' stroke-dasharray="4 3"' if box.text == "none" else ""
         out.append(
             f'<rect data-kind="{box.kind}" x="{box.x:.1f}" y="{box.y - BOX_HEIGHT / 2:.1f}" width="{box.width:.1f}" '
-            f'height="{BOX_HEIGHT}" rx="{13 if box.kind == "node" else 4}" stroke-width="1.6"{dashes} {fill}/>'
+            f'height="{BOX_HEIGHT}" rx="{radius}" stroke-width="1.6"{dashes} {paint(fill=fill, stroke=box.colour)}/>'
             f'<text x="{box.x + box.width / 2:.1f}" y="{box.y + 4:.1f}" text-anchor="middle" {paint(fill="ink")}>'
             f"{escape(box.text)}</text>"
         )
-    return "\n".join([*filter(None, out), "</svg>", ""])
+    return "\n".join([*out, "</svg>", ""])
 
 
 def cell_png(edges, title, file, concat=(), inputs=()):
     """The same drawing as PNG, into an open binary file. Needs matplotlib, but no display."""
     try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.patches import FancyBboxPatch, PathPatch
         from matplotlib.path import Path
     except ImportError as error:
-        raise UserError("--format png needs matplotlib, which is not installed: pip install matplotlib, or ask for "
-                        "--format svg, which needs nothing") from error  # fmt: skip
+        raise UserError("--format png needs matplotlib: pip install matplotlib, or ask for --format svg") from error
     boxes, lines, width, height = layout(edges, title, concat, inputs)
-    figure = Figure(figsize=(width / 72, height / 72), dpi=150, facecolor=PALETTE["paper"][0])
-    FigureCanvasAgg(figure)  # draws into memory whatever backend the host prefers
+    colour = {name: light for name, (light, _) in PALETTE.items()}
+    figure = Figure(figsize=(width / 72, height / 72), dpi=150, facecolor=colour["paper"])
     axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
     axes.axis("off")
-    text = {"color": PALETTE["ink"][0], "parse_math": False}
-    axes.text(MARGIN, MARGIN + 10, title, fontsize=12, fontweight="bold", **text)
-    line = PALETTE["line"][0]
+    ink = {"color": colour["ink"], "parse_math": False}
+    axes.text(MARGIN, MARGIN + 10, title, fontsize=12, fontweight="bold", **ink)
     for points, straight, dashed, arrow in lines:
         x, y = points[-1]
         path = Path([*points, (straight, y)], [Path.MOVETO, *[Path.CURVE4] * 3, Path.LINETO])
-        style = {"linestyle": "--" if dashed else "-", "linewidth": 1.2, "zorder": 1}
-        axes.add_patch(PathPatch(path, facecolor="none", edgecolor=line, **style))
+        axes.add_patch(PathPatch(path, fill=False, ec=colour["line"], lw=1.2, ls="--" if dashed else "-"))
         if arrow:
-            axes.fill((x, x - 8, x - 8), (y, y - 4, y + 4), color=line, linewidth=0)
+            axes.fill((x, x - 8, x - 8), (y, y - 4, y + 4), color=colour["line"], linewidth=0)
     for box in boxes:
-        colour = COLOUR.get(box.text, "line") if box.kind == "op" else "ink"
-        axes.add_patch(FancyBboxPatch(
-            (box.x, box.y - BOX_HEIGHT / 2), box.width, BOX_HEIGHT, linewidth=1.3, edgecolor=PALETTE[colour][0],
-            boxstyle=f"round,pad=0,rounding_size={13 if box.kind == 'node' else 4}",
-            facecolor=PALETTE["node" if box.kind == "node" else "paper"][0],
-            linestyle="--" if box.text == "none" else "-",
-        ))  # fmt: skip
-        axes.text(box.x + box.width / 2, box.y, box.text, fontsize=9, ha="center", va="center_baseline", **text)
+        radius, fill = (13, "node") if box.kind == "node" else (4, "paper")
+        style = {"boxstyle": f"round,pad=0,rounding_size={radius}", "ls": "--" if box.text == "none" else "-"}
+        style |= {"fc": colour[fill], "ec": colour[box.colour], "lw": 1.3}
+        axes.add_patch(FancyBboxPatch((box.x, box.y - BOX_HEIGHT / 2), box.width, BOX_HEIGHT, **style))
+        axes.text(box.x + box.width / 2, box.y, box.text, fontsize=9, ha="center", va="center_baseline", **ink)
     figure.savefig(file, format="png")
 
 
@@ -294,32 +242,14 @@ def cell_png(edges, title, file, concat=(), inputs=()):
 # Architectures
 
 
-def parse_arch(arch):
-    """[(source, target, operation)] by node number of `|op~0|+|op~0|op~1|+...`. Raises UserError."""
-    wrong = UserError(
-        f"{arch[:200]!r} is not a NAS-Bench-201 architecture: expected |op~0|+|op~0|op~1|+|op~0|op~1|op~2| with "
-        f"operations from {', '.join(NAS201_OPERATIONS)}"
-    )
-    edges = []
-    for target, node in enumerate(arch.split("+"), start=1):
-        if not re.fullmatch(r"\|(\w+~\d+\|)+", node, flags=re.ASCII):
-            raise wrong
-        pairs = [part.split("~") for part in node[1:-1].split("|")]
-        if [source for _, source in pairs] != [str(i) for i in range(target)]:
-            raise wrong
-        if any(operation not in NAS201_OPERATIONS for operation, _ in pairs) or target > 16:
-            raise wrong
-        edges += [(int(source), target, operation) for operation, source in pairs]
-    return edges
-
-
 def cells(architecture):
-    """{file name: keyword arguments of `cell_svg`} of a Genotype or an arch string."""
+    """{file name: keyword arguments of `cell_svg`} of a Genotype or an arch string. Raises UserError."""
     if isinstance(architecture, str):
-        edges = parse_arch(architecture)
-        last = edges[-1][1]
-        name = {**{i: str(i) for i in range(last)}, 0: "0 (input)", last: f"{last} (output)"}
-        return {"cell": {"edges": [(name[a], name[b], op) for a, b, op in edges]}}
+        from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
+
+        names = ("0 (input)", "1", "2", "3 (output)")
+        operations = [PRIMITIVES[op] for op in from_arch_string(architecture)]
+        return {"cell": {"edges": [(names[b], names[a], op) for (a, b), op in zip(EDGES, operations, strict=True)]}}
     drawn = {}
     for kind in ("normal", "reduce"):
         pairs = getattr(architecture, kind)
@@ -338,36 +268,28 @@ def title_of(file_name, name=""):
 
 def load_architecture(path):
     """The Genotype or arch string in a genotype file. Raises UserError naming the file."""
-    import genotypes
-
-    if not str(path).endswith(".pickle"):
-        value = read_json(path)
-        if isinstance(value, dict) and "arch" in value:
-            if not isinstance(value["arch"], str):
-                raise UserError(f'{path}: "arch" is not a string')
-            try:
-                parse_arch(value["arch"])
-            except UserError as error:
-                raise UserError(f"{path}: {error}") from error
-            return value["arch"]
-    return genotypes.load(path)
+    value = read_json(path) if str(path).endswith(".json") else None
+    if not isinstance(value, dict) or not isinstance(value.get("arch"), str):
+        return genotypes.load(path)
+    try:
+        cells(value["arch"])
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return value["arch"]
 
 
 def find(target):
     """(architecture, name, folder for its drawings) of what the command line names. Raises UserError."""
-    import genotypes
-
     if target.lstrip().startswith("|"):
         return target.strip(), "", "."
     if os.path.isdir(target):
-        for file in ("genotype.json", "genotype.pickle"):
-            if os.path.exists(os.path.join(target, file)):
-                return load_architecture(os.path.join(target, file)), "", target
-        raise UserError(f"{target} has no genotype.json: not a run directory, or its first generation is not over")
-    if os.path.isfile(target):
-        return load_architecture(target), os.path.splitext(os.path.basename(target))[0], "."
+        paths = [os.path.join(target, file) for file in ("genotype.json", "genotype.pickle")]
+        found = [path for path in paths if os.path.exists(path)]
+        if not found:
+            raise UserError(f"{target} has no genotype.json: not a run directory, or its first generation is not over")
+        return load_architecture(found[0]), "", target
     if os.sep in target or target.endswith((".json", ".pickle")):
-        raise UserError(f"there is no file or directory {target}: give a genotype file, a run directory or a name")
+        return load_architecture(target), os.path.splitext(os.path.basename(target))[0], "."
     return genotypes.get(target), target, "."
 
 
@@ -382,13 +304,13 @@ def write_cells(folder, architecture, format="svg", name=""):
         raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
     paths = []
     for file, cell in cells(architecture).items():
-        path = os.path.join(folder, f"{file.replace('cell', name, 1) if name else file}.{format}")
-        with atomic_write(path) as output:
+        title = title_of(file, name)
+        paths.append(os.path.join(folder, f"{file.replace('cell', name, 1) if name else file}.{format}"))
+        with atomic_write(paths[-1]) as output:
             if format == "png":
-                cell_png(title=title_of(file, name), file=output, **cell)
+                cell_png(title=title, file=output, **cell)
             else:
-                output.write(cell_svg(title=title_of(file, name), **cell).encode())
-        paths.append(path)
+                output.write(cell_svg(title=title, **cell).encode())
     return paths
 
 
@@ -415,7 +337,7 @@ def main(argv=None):
         else:
             architecture, name, folder = find(args.target)
             paths = write_cells(args.output or folder, architecture, args.format, name)
-        print("\n".join(str(path) for path in paths))
+        print("\n".join(paths))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 
 @pytest.fixture(scope="session")
@@ -20,3 +22,44 @@ def shared_data():
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def fails(tmp_path, monkeypatch, capsys):
+    """`fails(main, argv)`: main must end with exit code 2, one line and no new file; returns the line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(main, argv, new_files=False):
+        before = sorted(tmp_path.rglob("*"))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main([str(word) for word in argv])
+        stderr = capsys.readouterr().err
+        assert stopped.value.code == 2, stderr
+        assert stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1, stderr
+        assert new_files or sorted(tmp_path.rglob("*")) == before
+        return stderr
+
+    return run
+
+
+@pytest.fixture
+def make_images(tmp_path):
+    """`make_images("train", per_class, sizes)`: writes random images below tmp_path/images and returns that folder.
+
+    `sizes` (width, height) and `suffixes` are taken in turn; every second image is grey. Classes differ in brightness.
+    """
+
+    def make(split, per_class, sizes, suffixes=(".jpg",), classes=("ant", "bee", "cat")):
+        random = np.random.RandomState(len(split))
+        for label, name in enumerate(classes):
+            folder = tmp_path / "images" / split / name
+            folder.mkdir(parents=True)
+            for i in range(per_class):
+                width, height = sizes[i % len(sizes)]
+                pixels = random.randint(70 * label, 70 * label + 90, (height, width, 3)).astype(np.uint8)
+                image = Image.fromarray(pixels)
+                (image.convert("L") if i % 2 else image).save(folder / f"{i}{suffixes[i % len(suffixes)]}")
+        return tmp_path / "images"
+
+    return make

@@ -93,9 +93,10 @@ def test_operations_do_not_change_their_input():
             assert torch.equal(x, images(2, (2, 4, 6, 6))), name
 
 
-def test_factorized_reduce():
-    reduce = FactorizedReduce(3, 8, affine=False).eval()
-    x = images(3, (2, 3, 6, 4))
+@pytest.mark.parametrize("channels", [3, 16])
+def test_factorized_reduce(channels):
+    reduce = FactorizedReduce(channels, 8, affine=False).eval()
+    x = images(3, (2, channels, 6, 4))
     y = reduce(x) * (1 + reduce.bn.eps) ** 0.5  # running statistics are 0 and 1
     positive = x.clamp(min=0)
     first = torch.einsum("oi,bihw->bohw", reduce.conv_1.weight[:, :, 0, 0], positive[:, :, 0::2, 0::2])

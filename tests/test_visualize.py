@@ -18,6 +18,7 @@ import pytest
 import genotypes
 import report
 import visualize
+from nas201.genotypes import PRIMITIVES
 from safeio import UserError, write_json
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -36,7 +37,7 @@ def random_genotype(seed):
 
 def random_arch(seed, nodes=3):
     rng = random.Random(seed)
-    node = ("|".join(f"{rng.choice(visualize.NAS201_OPERATIONS)}~{i}" for i in range(n)) for n in range(1, nodes + 1))
+    node = ("|".join(f"{rng.choice(PRIMITIVES)}~{i}" for i in range(n)) for n in range(1, nodes + 1))
     return "+".join(f"|{text}|" for text in node)
 
 
@@ -44,7 +45,6 @@ ARCHITECTURES = {
     **genotypes.NAMED,
     **{f"genotype {seed}": random_genotype(seed) for seed in range(60)},
     **{f"arch {seed}": random_arch(seed) for seed in range(30)},
-    "arch of 7 nodes": random_arch(0, 6),
 }
 
 
@@ -142,7 +142,7 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
             assert ratio >= least, (name, theme, ratio)
         ink, node = (luminance(visualize.PALETTE[name][theme]) for name in ("ink", "node"))
         assert max(ink, node) / min(ink, node) >= 7
-    assert set(genotypes.OPERATIONS) | set(visualize.NAS201_OPERATIONS) <= set(visualize.COLOUR)
+    assert set(genotypes.OPERATIONS) | set(PRIMITIVES) <= set(visualize.COLOUR)
 
 
 def test_largest_cells_are_drawn_quickly():
@@ -150,9 +150,8 @@ def test_largest_cells_are_drawn_quickly():
     pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(40)]
     largest = genotypes.validate(genotypes.Genotype(pairs, [2], pairs, list(range(2, 22))))
     start = time.monotonic()
-    for architecture in (largest, random_arch(0, 16)):
-        for cell in visualize.cells(architecture).values():
-            visualize.cell_svg(title="", **cell)
+    for cell in visualize.cells(largest).values():
+        visualize.cell_svg(title="", **cell)
     assert time.monotonic() - start < 20
 
 
@@ -200,14 +199,14 @@ def fails(capsys, *argv):
 def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "EvNASA" in fails(capsys, "EvNASX")  # lists the names
-    assert "no file" in fails(capsys, "nowhere/genotype.json")
+    assert "No such file" in fails(capsys, "nowhere/genotype.json")
     assert "genotype.json" in fails(capsys, tmp_path)
     assert "not a run directory" in fails(capsys, "--report", tmp_path)
     assert "--report" in fails(capsys)
     assert "--report" in fails(capsys, "EvNASA", "--report", tmp_path)
     bad = ["|", "|none~1|", "|conv~0|", "|none~0|+|none~0|", "|none~0|+", "|none~0|none~1|", "|none~٠|"]
-    for arch in [*bad, "+".join(["|none~0|"] * 100_000), random_arch(0, 17)]:
-        assert "NAS-Bench-201" in fails(capsys, arch)
+    for arch in [*bad, "+".join(["|none~0|"] * 100_000), random_arch(0, 6)]:
+        assert "arch string" in fails(capsys, arch)
     for text in ("{", "[]", '{"arch": 3}', '{"arch": "|none~3|"}', '{"normal": []}', "\x00", "[" * 100_000):
         (tmp_path / "bad.json").write_text(text)
         assert "bad.json" in fails(capsys, "bad.json")
@@ -354,11 +353,10 @@ def test_malformed_history_names_file_and_line(tmp_path):
 def test_odd_values_do_not_break_a_report(tmp_path):
     folder = make_run(tmp_path / "run", space="s2", steps=1, true_accuracy=[1], distinct=1e300, seconds=-1, lr=0)
     page_of(folder)
-    write_json(
-        folder / "args.json",
-        {"args": [1], "versions": {"\ud800": "\x01"}, "space": ["s2"], "kind": {}, "command": 7, "git": []},
-    )
-    page_of(folder)
+    odd = {"versions": {"\ud800": "\x01"}, "space": ["s2"], "kind": {}, "command": 7, "git": []}
+    for arguments in ([1], {"epochs": ["<b>"], "dataset": {}}):
+        write_json(folder / "args.json", {"args": arguments, **odd})
+        assert "<b>" not in page_of(folder).replace("<td><b>", "")
     (folder / "history.jsonl").write_text('{"generation": 7, "best_genotype": {"normal": 1}}\n')
     (folder / "genotype.json").unlink()
     assert "The cells cannot be drawn" in page_of(folder)

@@ -1,0 +1,39 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+DEMO ?= demo
+
+.PHONY: demo test test-slow lint clean
+
+# Search on the embedded digits, retrain the found cell, test it.
+demo: $(VENV)/.installed
+	rm -rf $(DEMO)
+	$(BIN)/python train_search.py --dataset digits --dir $(DEMO) --run_name search \
+		--epochs 8 --pop_size 12 --tsize 4 --init_channels 8 --layers 4
+	$(BIN)/python train.py --dataset digits --dir $(DEMO)/search --save digits \
+		--init_channels 16 --layers 5 --epochs 40 --batch_size 64 --cutout --cutout_length 2
+	$(BIN)/python test_cifar.py --dataset digits --dir $(DEMO)/search/eval-digits-*
+	@echo "The search, its report and the found cell: $(DEMO)/search; the retrained network: $(DEMO)/search/eval-digits-*"
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) $(DEMO)
+
+$(VENV)/.installed: requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-dev: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -r requirements-dev.txt
+	touch $(VENV)/.installed $@

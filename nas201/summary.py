@@ -1,0 +1,108 @@
+"""Three searches and their table: what searchNAS201.sh ends with.
+
+python -m nas201.summary OUTPUT_DIR DATASET     reads OUTPUT_DIR/search-DATASET-seed*, writes OUTPUT_DIR/summary.json
+"""
+
+import statistics
+from pathlib import Path
+
+import numpy as np
+
+from nas201.benchmark import COLUMNS, METRICS, SPLITS, load
+from report import NAS201_PUBLISHED, NAS201_SPREAD, read_history
+from safeio import UserError, read_json, write_json
+from utils import Parser, command
+
+SEEDS = (18, 19, 20)
+PUBLISHED_SECONDS = 20249.7
+
+
+def finished(run):
+    """The history of a run that has all its generations and its report, else None. Raises UserError."""
+    run = Path(run)
+    if not (run / "report.html").exists() or not (run / "history.jsonl").exists():
+        return None
+    history, epochs = read_history(run / "history.jsonl"), read_json(run / "args.json")["args"]["epochs"]
+    return history if history and history[-1].get("generation") == epochs else None
+
+
+def read_run(run):
+    """The figures of a finished run. Raises UserError where it is not finished."""
+    history = finished(run)
+    if history is None:
+        raise UserError(f"{run} is not a finished search: start searchNAS201.sh again to continue it")
+    keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
+    figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
+    figures["kendall_tau_by_generation"] = [entry.get("kendall_tau") for entry in history]
+    return figures | {"generations": len(history), "seconds": sum(entry["seconds"] for entry in history)}
+
+
+def mean_std(values):
+    """{"mean", "std"} (n - 1 in the denominator), each None where there are too few values."""
+    values = [value for value in values if value is not None]
+    mean = statistics.fmean(values) if values else None
+    return {"mean": mean, "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def summarise(folder, dataset):
+    """The dict that becomes summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
+    paths = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
+    runs = [read_run(path) for path in paths]
+    args = read_json(paths[0] / "args.json")["args"]
+    table = load(args["api_path"]).table if args["api_path"] else None  # None too where rows are read one by one
+    accuracy = {}
+    for k, ((name, split), column) in enumerate(zip(METRICS, COLUMNS, strict=True)):
+        at = SPLITS.index(split)
+        row = {
+            "searched": mean_std([((run["true_accuracy"] or {}).get(name) or {}).get(split) for run in runs]),
+            "published": {"mean": NAS201_PUBLISHED[name][0][at], "std": NAS201_SPREAD[name][at]},
+            "optimum": NAS201_PUBLISHED[name][1][at],
+        }
+        if table is not None and not np.isnan(table[:, k]).any():
+            true = table[:, k]
+            row |= {"optimum": true.max(), "space_mean": true.mean(), "space_median": float(np.median(true))}
+        accuracy[column.removesuffix("_200")] = row
+    summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args, "accuracy": accuracy}
+    for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
+        summary[key] = mean_std([run[key] for run in runs])
+    return summary | {"published_seconds": PUBLISHED_SECONDS, "runs": runs}
+
+
+def show(figures, digits=2):
+    """Mean ± std, a number, or a dash."""
+    mean, std = (figures["mean"], figures["std"]) if isinstance(figures, dict) else (figures, None)
+    return "-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def print_table(summary):
+    args, seeds = summary["arguments"], ", ".join(map(str, SEEDS))
+    size = f"C {args['init_channels']}, N {args['num_cells']}, {args['pop_size']} individuals"
+    print(f"\n{summary['dataset']}: seeds {seeds}; {size}, {args['epochs']} generations")
+    for run in summary["runs"]:
+        print(f"  {run['best_genotype']}")
+    line = "{:22} {:>16} {:>16} {:>8} {:>11} {:>13}"
+    print(line.format("accuracy, %", "these searches", "published", "optimum", "space mean", "space median"))
+    for name, row in summary["accuracy"].items():
+        keys = ("searched", "published", "optimum", "space_mean", "space_median")
+        print(line.format(name, *(show(row.get(key)) for key in keys)))
+    print(line.format("seconds", show(summary["seconds"], 1), summary["published_seconds"], "", "", ""))
+    truth = summary["runs"][0]["truth"]
+    if truth:
+        tau, rho = show(summary["kendall_tau"], 3), show(summary["spearman_rho"], 3)
+        print(f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}")
+    print("mean ± standard deviation over the seeds (n - 1); a dash: the benchmark's table does not have it")
+
+
+@command
+def main(argv=None):
+    parser = Parser(prog="python -m nas201.summary", description="The table of three finished searches.")
+    parser.add_argument("output_dir", help="where search-DATASET-seed18 and so on are")
+    parser.add_argument("dataset", help="their data set")
+    args = parser.parse_args(argv)
+    summary = summarise(args.output_dir, args.dataset)
+    write_json(Path(args.output_dir) / "summary.json", summary)
+    print_table(summary)
+
+
+if __name__ == "__main__":
+    main()

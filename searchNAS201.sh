@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# Three EvNAS searches on NAS-Bench-201, seeds 18, 19 and 20, and their table.
+#
+#   ./searchNAS201.sh DATASET GPU OUTPUT_DIR [more flags of nas201.train_search]
+#   ./searchNAS201.sh digits cpu out --epochs 3 --pop_size 8 --tsize 3 --init_channels 4 --num_cells 1
+#
+# DATASET: cifar10, cifar100, ImageNet16-120, folder or digits. GPU: a number; -1 or cpu for the CPU.
+# Runs are OUTPUT_DIR/search-DATASET-seed18 and so on. Called again, it skips finished runs and continues broken ones.
+# Environment: PYTHON, the interpreter (python); DATA, the data directory (../data, or ../data/ImageNet16).
+set -euo pipefail
+
+if [ $# -lt 3 ]; then
+  echo "error: usage: $0 DATASET GPU OUTPUT_DIR [more flags]" >&2
+  exit 2
+fi
+dataset=$1 gpu=$2 output=$3
+shift 3
+python=${PYTHON:-python}
+
+case $dataset in
+  cifar10 | cifar100 | folder | digits) data=../data ;;
+  ImageNet16-120) data=../data/ImageNet16 ;;
+  *)
+    echo "error: unknown data set $dataset: give cifar10, cifar100, ImageNet16-120, folder or digits" >&2
+    exit 2
+    ;;
+esac
+case $gpu in
+  -1 | cpu) device=(--device cpu) ;;
+  *) device=(--gpu "$gpu") ;;
+esac
+for flag in "$@"; do
+  case ${flag%%=*} in
+    --dataset | --dir | --run_name | --resume | --seed)
+      echo "error: ${flag%%=*} is set by $0" >&2
+      exit 2
+      ;;
+  esac
+done
+
+# Modules are found from anywhere, so that paths on the command line mean what they say.
+PYTHONPATH=$(cd "$(dirname "$0")" && pwd)${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH
+
+for seed in 18 19 20; do
+  run=$output/search-$dataset-seed$seed
+  if [ -e "$run/checkpoint.pt" ]; then
+    place=(--resume "$run")
+  else
+    if [ -e "$run" ]; then # it ended before its first checkpoint
+      mv -- "$run" "$run.broken-$(date +%Y%m%d-%H%M%S)"
+    fi
+    place=(--dir "$output" --run_name "${run##*/}")
+  fi
+  "$python" -m nas201.train_search "${place[@]}" --dataset "$dataset" --data "${DATA:-$data}" "${device[@]}" \
+    --seed "$seed" "$@"
+done
+"$python" -m nas201.summary "$output" "$dataset"

@@ -1,0 +1,305 @@
+"""Bad input ends in one line on stderr, exit code 2, and nothing half-written."""
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+import genotypes
+import test_cifar
+import test_cifar100
+import test_imagenet
+import train
+import train_search
+from model import NetworkCIFAR
+
+SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
+TRAIN = "--dataset digits --init_channels 2 --layers 3 --epochs 1 --train_samples 96".split()
+TEST = "--dataset digits --init_channels 2 --layers 3".split()
+EVNASA = ["--arch", "EvNASA"]
+
+
+def save_weights(path, genotype=genotypes.EvNASA, classes=10, C=2, layers=3):
+    torch.save(NetworkCIFAR(C, classes, layers, False, genotype).state_dict(), path)
+    return path
+
+
+class Hostile:
+    """Its pickle calls os.mkdir."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+# ---- cells
+
+
+@pytest.mark.parametrize("main, argv", [(train.main, TRAIN), (test_cifar.main, [*TEST, "--model_path", "w.pt"])])
+def test_unknown_architecture(fails, main, argv):
+    line = fails(main, [*argv, "--arch", "EvNASZ"])
+    assert "'EvNASZ'" in line and all(name in line for name in genotypes.NAMED)
+
+
+@pytest.mark.parametrize(
+    "pair, message",
+    [
+        (["conv_9x9", 0], r"normal[3] has the unknown operation 'conv_9x9'"),
+        (["sep_conv_3x3", 3], r"normal[3] has the impossible input 3; node 1 can use 0 to 2"),
+        (["sep_conv_3x3", -1], r"normal[3] has the impossible input -1"),
+        ("sep_conv_3x3", r"normal[3] is 'sep_conv_3x3', not an (operation, input) pair"),
+    ],
+)
+@pytest.mark.parametrize("where", ["--genotype", "--dir"])
+def test_impossible_genotype(fails, tmp_path, pair, message, where):
+    cell = genotypes.to_dict(genotypes.EvNASA)
+    cell["normal"][3] = pair
+    path = tmp_path / "genotype.json"
+    path.write_text(json.dumps(cell))
+    line = fails(train.main, [*TRAIN, where, path if where == "--genotype" else tmp_path])
+    assert f"{path}: {message}" in line
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"normal": []}', "\0\xff"])
+def test_damaged_genotype(fails, tmp_path, content):
+    (tmp_path / "genotype.json").write_text(content, encoding="latin-1")
+    assert "genotype.json" in fails(train.main, [*TRAIN, "--genotype", "genotype.json"])
+
+
+def test_a_pickle_that_calls_anything_is_refused(fails, tmp_path):
+    (tmp_path / "genotype.pickle").write_bytes(pickle.dumps(Hostile()))
+    line = fails(train.main, [*TRAIN, "--genotype", "genotype.pickle"])
+    assert "genotype.pickle" in line and "mkdir" in line
+    torch.save({"stem.0.weight": Hostile()}, tmp_path / "weights.pt")
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "weights.pt"])
+    assert "weights.pt is refused" in line and "mkdir" in line
+    assert not (tmp_path / "executed").exists()
+
+
+def test_no_cell_or_two(fails, tmp_path):
+    assert "--arch NAME, --genotype FILE or --dir" in fails(train.main, TRAIN)
+    assert "leave one out" in fails(train.main, [*TRAIN, *EVNASA, "--genotype", "genotype.json"])
+    assert "neither genotype.json nor genotype.pickle" in fails(train.main, [*TRAIN, "--dir", tmp_path])
+    assert "missing.json" in fails(train.main, [*TRAIN, "--genotype", "missing.json"])
+
+
+# ---- weights
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(genotype=genotypes.EvNASB), "cells.0._ops.3.op.1.weight is missing"),
+        (dict(classes=7), r"classifier.weight is (7, 32), not (10, 32); classifier.bias is (7,), not (10,)"),
+        (dict(C=4), r"stem.0.weight is (12, 3, 3, 3), not (6, 3, 3, 3)"),
+        (dict(layers=4), "cells.3.preprocess0.conv_1.weight is not in the network"),
+    ],
+)
+def test_weights_of_another_network(fails, tmp_path, changed, message):
+    save_weights(tmp_path / "w.pt", **changed)
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    assert "w.pt holds the weights of another network: " in line and message in line
+
+
+@pytest.mark.parametrize("length", [0, 100, -100])
+def test_truncated_weights(fails, tmp_path, length):
+    path = save_weights(tmp_path / "w.pt")
+    path.write_bytes(path.read_bytes()[:length])
+    assert "w.pt is damaged or not a weights file" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+
+
+@pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {"a": "text"}}, torch.zeros(3)])
+def test_files_without_a_state_dict(fails, tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    assert "w.pt holds no state dict" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+
+
+def test_no_weights(fails, tmp_path):
+    assert "give --model_path FILE or --dir RUN_DIR" in fails(test_cifar.main, [*TEST, *EVNASA])
+    assert "w.pt: no such file" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"]).lower()
+    assert "weights.pt" in fails(test_cifar.main, [*TEST, *EVNASA, "--dir", tmp_path])
+
+
+def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_images):
+    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path)])
+    weights = next(tmp_path.glob("eval-*/weights/weights.pt"))
+    line = fails(test_cifar.main, ["--dataset", "digits", "--layers", "4", "--model_path", weights])
+    assert "--layers 4 differs from 3" in line
+    root = make_images("test", 1, [(8, 8)])
+    line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
+    assert "was trained on the classes" in line
+
+
+# ---- data
+
+MAINS = [
+    (train_search.main, SEARCH),
+    (train.main, [*TRAIN, *EVNASA]),
+    (test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"]),
+    (test_cifar100.main, [*TEST, *EVNASA, "--model_path", "w.pt"]),
+]
+
+
+@pytest.mark.parametrize("main, argv", MAINS)
+def test_missing_data(fails, tmp_path, main, argv):
+    folder = ["--dataset", "folder", "--data"]
+    assert "data directory nowhere does not exist" in fails(main, [*argv, *folder, "nowhere"])
+    (tmp_path / "empty").mkdir()
+    assert "data directory empty has no folder t" in fails(main, [*argv, *folder, "empty"])
+
+
+@pytest.mark.parametrize("main, argv", MAINS[:3])
+def test_damaged_image_folders(fails, make_images, main, argv):
+    root = make_images("train", 2, [(8, 8)])
+    make_images("test", 2, [(8, 8)])
+    argv = [*argv, "--dataset", "folder", "--data", root]
+    split = "test" if main is test_cifar.main else "train"
+    image = root / split / "bee/1.jpg"
+    whole = image.read_bytes()
+    for content in (b"", b"not an image", whole[: len(whole) // 2]):
+        image.write_bytes(content)
+        assert f"cannot read image {image}" in fails(main, argv)
+    for path in (root / split / "bee").iterdir():
+        path.unlink()
+    assert f"class folder {root / split / 'bee'} has no images" in fails(main, argv)
+
+
+def test_missing_imagenet(fails, tmp_path):
+    argv = [*EVNASA, "--dataset", "imagenet", "--data", tmp_path]
+    assert "has no folder train" in fails(train.main, argv)
+    assert "has no folder val" in fails(test_imagenet.main, [*argv, "--model_path", "w.pt"])
+    (tmp_path / "val").mkdir()
+    assert "val has no class folders" in fails(test_imagenet.main, [*argv, "--model_path", "w.pt"])
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_unreadable_photograph(fails, make_images, workers):
+    root = make_images("val", 2, [(80, 70)])
+    make_images("train", 2, [(80, 70)])
+    image = root / "train/bee/1.jpg"
+    image.write_bytes(image.read_bytes()[:-300])
+    argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", "6", "--workers", workers]
+    argv += ["--init_channels", "4", "--layers", "3"]
+    assert f"cannot read image {image}" in fails(train.main, argv, new_files=True)
+
+
+def test_splits_of_different_classes(fails, make_images):
+    root = make_images("train", 2, [(8, 8)])
+    make_images("test", 2, [(8, 8)], classes=("ant", "bee", "cow"))
+    argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root]
+    assert "differ in their classes or sizes" in fails(train.main, argv)
+
+
+def test_cifar_that_cannot_be_downloaded(fails, monkeypatch):
+    def offline(self):
+        raise urllib.error.URLError("no network")
+
+    for dataset, name in (("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")):
+        monkeypatch.setattr(getattr(torchvision.datasets, name), "download", offline)
+        line = fails(train_search.main, ["--dataset", dataset, "--data", "nowhere"])
+        assert f"{dataset} is not in nowhere and cannot be downloaded" in line and "no network" in line
+
+
+def test_more_images_than_there_are(fails):
+    assert "700 images are asked for, but the split has" in fails(
+        train_search.main, [*SEARCH, "--train_portion", "0.1", "--train_samples", "700"]
+    )
+    assert "1438 images are asked for, but the split has 1437" in fails(
+        train.main, [*TRAIN, *EVNASA, "--train_samples", "1438"]
+    )
+
+
+# ---- arguments
+
+
+def test_population_smaller_than_its_parts(fails):
+    assert "--tsize 3 is larger than --pop_size 2" in fails(train_search.main, [*SEARCH, "--tsize", "3"])
+    assert "--num_elites 3 is larger than --pop_size 2" in fails(train_search.main, [*SEARCH, "--num_elites", "3"])
+
+
+def test_batch_larger_than_the_split(fails):
+    line = fails(train_search.main, [*SEARCH, "--batch_size", "65"])
+    assert "--batch_size 65 is larger than the training split of 64 images" in line
+    line = fails(train.main, [*TRAIN, *EVNASA, "--batch_size", "97"])
+    assert "--batch_size 97 is larger than the training split of 96 images" in line
+
+
+def test_auxiliary_head_where_it_cannot_be(fails, tmp_path, make_images):
+    line = fails(train.main, [*TRAIN, *EVNASA, "--auxiliary"])
+    assert "--auxiliary needs images of 32x32 pixels" in line and "these are 8x8" in line
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", save_weights(tmp_path / "w.pt"), "--auxiliary"])
+    assert "--auxiliary needs images of 32x32 pixels" in line
+    root = make_images("train", 3, [(32, 32)])
+    make_images("test", 1, [(32, 32)])
+    argv = [*EVNASA, "--dataset", "folder", "--data", root, "--auxiliary", "--init_channels", "2"]
+    assert "--auxiliary needs at least 2 --layers" in fails(train.main, [*argv, "--layers", "1", "--batch_size", "9"])
+    assert "--auxiliary cannot train on one image" in fails(train.main, [*argv, "--layers", "3", "--batch_size", "4"])
+
+
+def test_cutout_of_large_images(fails, make_images):
+    root = make_images("train", 2, [(80, 70)])
+    make_images("test", 1, [(80, 70)])
+    argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root, "--train_samples", "6", "--batch_size", "6"]
+    assert "--cutout is for small images" in fails(train.main, [*argv, "--cutout"])
+    argv = [*SEARCH, "--dataset", "folder", "--data", root]
+    assert "must all have one size of at most 64 pixels" in fails(train_search.main, argv)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--pop_size 0", "--pop_size: 0 must be at least 1"),
+        ("--epochs many", "--epochs: 'many' is not a whole number"),
+        ("--learning_rate nan", "--learning_rate: nan is not a finite number"),
+        ("--mutate_rate 1.5", "--mutate_rate: 1.5 must be at least 0 and at most 1"),
+        ("--train_portion 0", "--train_portion: 0 must be greater than 0"),
+        ("--grad_clip 0", "--grad_clip: 0 must be greater than 0"),
+        ("--variant best", "--variant: invalid choice: 'best'"),
+        ("--dataset mnist", "--dataset: invalid choice: 'mnist'"),
+        ("--popsize 3", "unrecognized arguments: --popsize 3"),
+        ("--pop 3", "unrecognized arguments: --pop 3"),
+        ("--device toaster", "device toaster cannot be used"),
+        ("--train_portion 1", "the validation split is empty"),
+        ("--dir /dev/null/x", "cannot make the run directory /dev/null/x"),
+    ],
+)
+def test_arguments(fails, flags, message):
+    assert message in fails(train_search.main, [*SEARCH, *flags.split()])
+
+
+# ---- resume
+
+
+def test_resume(fails, tmp_path):
+    train_search.main([*SEARCH, "--valid_samples", "32", "--dir", str(tmp_path), "--run_name", "found"])
+    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path)])
+    retrained = next(tmp_path.glob("eval-*"))
+    line = fails(train_search.main, ["--resume", "found", "--pop_size", "3"])
+    assert "--pop_size 3: found was started with 2; leave the argument out" in line
+    line = fails(train_search.main, ["--resume", "found", "--cutout"])
+    assert "--cutout True: found was started with False" in line
+    assert "--arch EvNASB: " in fails(train.main, ["--resume", retrained, "--arch", "EvNASB"])
+    assert "found holds no run of train.py" in fails(train.main, ["--resume", "found"])
+    assert "holds no run of train_search.py" in fails(train_search.main, ["--resume", retrained])
+    assert "nowhere/args.json" in fails(train_search.main, ["--resume", "nowhere"])
+    for name in ("history.jsonl", "checkpoint.pt"):
+        (tmp_path / "found" / name).write_text("")
+        assert name in fails(train_search.main, ["--resume", "found"])
+
+
+# ---- a process of its own
+
+
+def test_a_process_ends_in_one_line(tmp_path):
+    script = Path(train_search.__file__)
+    command = [sys.executable, script, *SEARCH, "--tsize", "3"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: --tsize 3 is larger than --pop_size 2\n"
+    assert list(tmp_path.iterdir()) == []

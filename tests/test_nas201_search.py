@@ -1,0 +1,388 @@
+"""Searches on NAS-Bench-201 end to end: resume, variants, the benchmark's figures, searchNAS201.sh, bad input."""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import runs
+import train_search
+from nas201 import encoding, summary
+from nas201.benchmark import COLUMNS
+from nas201.genotypes import to_arch_string
+from nas201.train_search import main
+from visualize import load_architecture
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCHS = [to_arch_string(ops) for ops in itertools.product(range(5), repeat=6)]
+TRUTH = np.round(np.random.RandomState(0).uniform(10, 95, (len(ARCHS), 6)), 3)
+TINY = [
+    *("--dataset", "digits", "--device", "cpu", "--epochs", "3", "--pop_size", "6", "--tsize", "3"),
+    *("--init_channels", "4", "--num_cells", "1", "--batch_size", "32"),
+    *("--train_samples", "400", "--valid_samples", "100", "--learning_rate", "0.1"),
+]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """One thread, and no TensorBoard: writing its files takes longer than these searches."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.setattr(runs, "open_board", lambda run, step: False)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    """`table()` writes a whole table; `table(absent=("valid",))` one without columns whose name holds such a word."""
+
+    def write(absent=()):
+        kept = [k for k, name in enumerate(COLUMNS) if not any(word in name for word in absent)]
+        path = tmp_path_factory.mktemp("table") / "table.csv"
+        rows = [",".join(["index", "arch", *(COLUMNS[k] for k in kept)])]
+        rows += [f"{i},{arch}," + ",".join(map(str, TRUTH[i, kept])) for i, arch in enumerate(ARCHS)]
+        path.write_text("\n".join(rows))
+        return path
+
+    return write
+
+
+def search(folder, *flags):
+    """Run a tiny search and return its directory."""
+    main([*TINY, "--dir", str(folder), "--run_name", "run", *map(str, flags)])
+    return folder / "run"
+
+
+def history(run):
+    return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+
+
+def deterministic(run):
+    """The history without what a clock or the memory has measured."""
+    measured = ("seconds", "images_per_second", "peak_memory_mb")
+    return [{key: value for key, value in entry.items() if key not in measured} for entry in history(run)]
+
+
+def same(a, b):
+    """Whether two values, nested dicts and lists of tensors, are bit-identical."""
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b) or torch.equal(a.isnan(), b.isnan()) and a.isnan().all()
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+# The run and its files
+
+
+def test_a_run_and_its_history(tmp_path, table, capsys):
+    run = search(tmp_path, "--api_path", table())
+    entries = history(run)
+    assert [entry["generation"] for entry in entries] == [1, 2, 3]
+    index = {arch: i for i, arch in enumerate(ARCHS)}
+    for entry in entries:
+        with np.load(run / "population" / f"{entry['generation']:03d}.npz") as file:
+            alphas, fitness = torch.from_numpy(file["alphas"]), file["fitness"]
+        assert alphas.shape == (6, 1, 6, 5) and (np.diff(fitness) <= 0).all() and len(set(fitness)) > 1
+        archs = [encoding.arch_string(individual) for individual in alphas]
+        assert entry["best_genotype"] == archs[0] and entry["fitness_best"] == fitness[0]
+        best = TRUTH[index[archs[0]]]
+        assert list(entry["true_accuracy"]) == ["cifar10", "cifar100", "ImageNet16-120"]
+        assert [v for pair in entry["true_accuracy"].values() for v in (pair["valid"], pair["test"])] == list(best)
+        truth = [TRUTH[index[arch], 0] for arch in archs]  # CIFAR-10 validation, column 0
+        assert entry["truth"] == "cifar10 valid"
+        assert entry["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
+        assert entry["spearman_rho"] == pytest.approx(stats.spearmanr(fitness, truth).statistic)
+    assert json.loads((run / "genotype.json").read_text()) == {"arch": entries[-1]["best_genotype"]}
+    assert load_architecture(run / "genotype.json") == entries[-1]["best_genotype"]
+    assert (run / "cell.svg").exists() and (run / "weights/weights.pt").exists()
+    assert "True accuracy, CIFAR-10" in (run / "report.html").read_text()
+    assert "cifar10 valid accuracy of the best" in (run / "log.txt").read_text()
+    before = (run / "history.jsonl").read_bytes()
+    capsys.readouterr()
+    main(["--resume", str(run)])
+    assert capsys.readouterr().out == f"{run} is finished\n" and (run / "history.jsonl").read_bytes() == before
+
+
+def test_tensorboard_has_the_true_accuracies(tmp_path, table, monkeypatch):
+    written = []
+
+    class Board:
+        def add_scalar(self, name, value, step):
+            written.append(name)
+
+        flush = close = lambda self: None
+
+    monkeypatch.setattr(runs, "open_board", lambda run, step: Board())
+    search(tmp_path, "--api_path", table(), "--epochs", 1)
+    assert {"kendall_tau", "spearman_rho", "fitness_best", "true_accuracy/ImageNet16-120/test"} <= set(written)
+
+
+def test_without_a_table_the_string_alone(tmp_path):
+    run = search(tmp_path, "--epochs", 1)
+    entry = history(run)[0]
+    assert entry["best_genotype"] in ARCHS
+    assert not {"true_accuracy", "truth", "kendall_tau", "spearman_rho"} & set(entry)
+
+
+def test_a_table_without_validation_is_compared_by_test(tmp_path, table, capsys):
+    run = search(tmp_path, "--api_path", table(absent=("valid",)), "--epochs", 1, "--api_dataset", "cifar100")
+    assert "cifar100 test accuracy after 200 epochs; absent are cifar10_valid_200" in capsys.readouterr().out
+    entry = history(run)[0]
+    assert entry["truth"] == "cifar100 test" and entry["true_accuracy"]["cifar100"]["valid"] is None
+    assert -1 <= entry["kendall_tau"] <= 1
+
+
+def test_a_table_without_the_data_set(tmp_path, table):
+    run = search(tmp_path, "--api_path", table(absent=("cifar10_",)), "--epochs", 1)
+    entry = history(run)[0]
+    assert entry["truth"] is None and entry["kendall_tau"] is None and entry["spearman_rho"] is None
+    assert entry["true_accuracy"]["cifar10"] == {"valid": None, "test": None}
+    assert entry["true_accuracy"]["cifar100"]["test"] is not None
+
+
+def test_the_shared_table(tmp_path, shared_data):
+    run = search(tmp_path, "--api_path", shared_data("nb201_accuracy.csv.xz"), "--epochs", 1)
+    entry = history(run)[0]  # this table has test accuracies alone
+    assert entry["truth"] == "cifar10 test" and entry["true_accuracy"]["cifar10"]["test"] > 9
+
+
+def test_equal_fitness_has_no_correlation(tmp_path, table):
+    run = search(tmp_path, "--api_path", table(), "--epochs", 1, "--learning_rate", 0, "--learning_rate_min", 0)
+    entry = history(run)[0]  # nothing is learnt, and fresh running statistics see one class in everything
+    assert entry["fitness_std"] == 0 and entry["kendall_tau"] is None and entry["spearman_rho"] is None
+
+
+# Resume
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, table):
+    """An uninterrupted run with a table."""
+    torch.set_num_threads(1)
+    path = table()
+    return search(tmp_path_factory.mktemp("whole"), "--api_path", path, "--cutout", "--cutout_length", 4), path
+
+
+@pytest.mark.parametrize("generation", [0, 1, 2, 3])
+@pytest.mark.parametrize("saved", [True, False])
+def test_resume_is_bit_identical(tmp_path, whole, monkeypatch, generation, saved):
+    """Interrupted right after a checkpoint, or right before, when the generation's other files are there already."""
+    expected, path = whole
+    save = runs.Run.save_checkpoint
+
+    def interrupt(self, completed, state):
+        if saved or completed != generation:
+            save(self, completed, state)
+        if completed == generation:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(runs.Run, "save_checkpoint", interrupt)
+        search(tmp_path, "--api_path", path, "--cutout", "--cutout_length", 4)
+    assert stopped.value.code == 130
+    run = tmp_path / "run"
+    if generation == 0 and not saved:
+        with pytest.raises(SystemExit):
+            main(["--resume", str(run)])  # no checkpoint yet
+        return
+    torch.manual_seed(1), torch.rand(5)  # the global generator is in another state
+    main(["--resume", str(run), "--workers", "1", "--report_freq", "1"])
+    assert deterministic(run) == deterministic(expected)
+    assert same(runs.load_checkpoint(run / "checkpoint.pt"), runs.load_checkpoint(expected / "checkpoint.pt"))
+    for name in ("001.npz", "002.npz", "003.npz"):
+        with np.load(run / "population" / name) as a, np.load(expected / "population" / name) as b:
+            assert np.array_equal(a["alphas"], b["alphas"]) and np.array_equal(a["fitness"], b["fitness"])
+    for name in ("genotype.json", "cell.svg"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes()
+
+
+def test_resume_with_other_arguments(whole, fails):
+    run, _ = whole
+    for flags, words in (
+        (["--bn", "batch"], "--bn batch"),
+        (["--epochs", "4"], "--epochs 4"),
+        (["--no-track_running_stats"], "--track_running_stats False"),
+    ):
+        assert words in fails(main, ["--resume", run, *flags])
+
+
+def test_resume_keeps_what_differs_from_this_spaces_defaults(tmp_path):
+    run = search(tmp_path, "--bn", "batch", "--valid_transform", "train", "--epochs", 1)
+    (run / "report.html").unlink()
+    main(["--resume", str(run)])
+    assert json.loads((run / "args.json").read_text())["args"]["bn"] == "batch" and (run / "report.html").exists()
+
+
+# Flags
+
+
+def test_defaults(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr("nas201.train_search.run_search", lambda args, *rest: seen.update(vars(args), rest=rest))
+    main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4"])
+    expected = dict(
+        batch_size=64, valid_batch_size=1024, epochs=50, pop_size=50, tsize=10, num_elites=1, mutate_rate=0.1, seed=18,
+        learning_rate=0.025, learning_rate_min=0.001, momentum=0.9, weight_decay=3e-4, grad_clip=5, num_cells=5,
+        max_nodes=4, track_running_stats=True, bn="running", valid_transform="test", cutout=False, workers=2,
+    )  # fmt: skip
+    assert expected.items() <= seen.items()
+    space, network, (train, valid), *_ = seen["rest"]
+    assert space.nesterov and len(network.cells) == 17 and (train.cutout, valid.augment) == (0, False)
+    main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4", "--cutout", "--track_running_stats"])
+    assert seen["rest"][2][0].cutout == 4  # 16, held to a quarter of a digit's image
+
+
+@pytest.mark.parametrize("variant", ["rand", "nd", "ndt", "ndf", "mut", "cross"])
+def test_variants(tmp_path, table, variant):
+    run = search(tmp_path, "--variant", variant, "--api_path", table(), "--epochs", 2)
+    entries = history(run)
+    assert ("fitness_best" in entries[0]) == (variant != "rand")
+    assert entries[1]["best_genotype"] in ARCHS and "kendall_tau" in entries[1]
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
+    measure, checked = train_search.measure_fitness, []
+
+    def check(network, *rest, **more):
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        fitness = measure(network, *rest, **more)
+        assert same(before, dict(network.state_dict())) and network.training
+        assert rest[2] == bn
+        checked.append(fitness)
+        return fitness
+
+    monkeypatch.setattr(train_search, "measure_fitness", check)
+    search(tmp_path, "--bn", bn, "--epochs", 2)
+    assert len(checked) == 2
+
+
+def test_no_running_statistics_and_no_momentum(tmp_path):
+    run = search(tmp_path, "--no-track_running_stats", "--bn", "batch", "--momentum", 0, "--epochs", 1)
+    weights = torch.load(run / "weights/weights.pt", weights_only=True)
+    assert not any("edges" in name and "running" in name for name in weights)
+
+
+# Three seeds
+
+
+def shell(*words, check=True):
+    environment = {**os.environ, "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", ROOT / "searchNAS201.sh", *map(str, words)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=check,
+    )
+
+
+def test_three_seeds_and_their_summary(tmp_path, table, monkeypatch):
+    """One run is finished, one was interrupted, one ended before its first checkpoint."""
+    path, tiny = table(), [*TINY[4:], "--epochs", "2"]  # --dataset and --device are the script's
+    flags = [*tiny, "--api_path", str(path), "--data", "../data", "--device", "cpu", "--dataset", "digits"]
+    folder = tmp_path / "out put"
+    names = [f"search-digits-seed{seed}" for seed in (18, 19, 20)]
+    main([*flags, "--seed", "18", "--dir", str(folder), "--run_name", names[0]])
+    save = runs.Run.save_checkpoint
+
+    def interrupt(self, completed, state):
+        save(self, completed, state)
+        if completed == 1:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(runs.Run, "save_checkpoint", interrupt)
+        main([*flags, "--seed", "19", "--dir", str(folder), "--run_name", names[1]])
+    (folder / names[2]).mkdir()
+    finished = (folder / names[0] / "history.jsonl").read_bytes()
+
+    out = shell("digits", "cpu", folder, *tiny, "--api_path", path).stdout
+    assert f"{names[0]} is finished" in out and (folder / names[0] / "history.jsonl").read_bytes() == finished
+    assert "generation 1/2" in (folder / names[1] / "log.txt").read_text()
+    assert len(list(folder.glob(f"{names[2]}.broken-*"))) == 1
+    result = json.loads((folder / "summary.json").read_text())
+    entries = [history(folder / name) for name in names]
+    assert [len(lines) for lines in entries] == [2, 2, 2]
+    assert [run["best_genotype"] for run in result["runs"]] == [lines[-1]["best_genotype"] for lines in entries]
+    tests = [lines[-1]["true_accuracy"]["cifar10"]["test"] for lines in entries]
+    row = result["accuracy"]["cifar10_test"]
+    assert row["searched"] == pytest.approx({"mean": np.mean(tests), "std": np.std(tests, ddof=1)})
+    assert row["published"] == {"mean": 92.18, "std": 1.11} and row["optimum"] == TRUTH[:, 1].max()
+    assert row["space_mean"] == pytest.approx(TRUTH[:, 1].mean())
+    assert result["seconds"]["mean"] == pytest.approx(np.mean([sum(e["seconds"] for e in lines) for lines in entries]))
+    assert "92.18 ± 1.11" in out and f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out
+    assert "20249.7" in out and "Kendall's tau" in out
+    assert result["runs"][1]["kendall_tau_by_generation"] == [entry["kendall_tau"] for entry in entries[1]]
+
+
+def test_summary_without_a_table(tmp_path, capsys):
+    for seed in summary.SEEDS:
+        flags = ["--epochs", 1, "--seed", seed, "--run_name", f"search-digits-seed{seed}"]
+        search(tmp_path, *flags)
+    summary.main([str(tmp_path), "digits"])
+    out = capsys.readouterr().out
+    result = json.loads((tmp_path / "summary.json").read_text())
+    assert result["accuracy"]["cifar10_test"]["searched"] == {"mean": None, "std": None}
+    assert result["accuracy"]["cifar10_test"]["optimum"] == 94.37 and "Kendall" not in out and "92.18 ± 1.11" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["digits", "cpu"], "usage"),
+        (["mnist", "cpu", "out"], "unknown data set mnist"),
+        (["digits", "cpu", "out", "--seed", "3"], "--seed is set by"),
+        (["digits", "cpu", "out", "--dir=x"], "--dir is set by"),
+    ],
+)
+def test_bad_arguments_of_the_script(words, expected):
+    done = shell(*words, check=False)
+    assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+
+
+# Bad input
+
+
+def test_bad_arguments(fails, table, tmp_path_factory):
+    other = tmp_path_factory.mktemp("bad")
+    bad_table, split, damaged = other / "table.csv", other / "split.txt", other / "bench.pth"
+    bad_table.write_text("\n".join(table().read_text().splitlines()[:-1]))
+    split.write_text('{"train": ["int", ["1"]], "valid": ["int", ["1"]]}')
+    damaged.write_bytes(b"PK\x03\x04 no archive")
+    for flags, words in (
+        (["--api_path", bad_table], "15624 rows"),
+        (["--api_path", other / "absent.csv"], "absent.csv"),
+        (["--api_path", damaged], "bench.pth"),
+        (["--split_file", split], "--split_file is for"),
+        (["--dataset", "ImageNet16-120", "--data", other], "train_data_batch_1"),
+        (["--dataset", "folder", "--data", other / "nowhere"], "nowhere"),
+        (["--dataset", "mnist"], "mnist"),
+        (["--max_nodes", "5"], "--max_nodes"),
+        (["--workers", "0"], "--workers"),
+        (["--no-track_running_stats"], "--bn batch"),
+        (["--tsize", "7"], "--tsize 7"),
+        (["--num_elites", "7"], "--num_elites 7"),
+        (["--batch_size", "401"], "--batch_size 401"),
+        (["--valid_samples", "100000"], "100000 images"),
+        (["--epochs", "0"], "--epochs"),
+        (["--layers", "8"], "--layers"),
+        (["--train_portion", "0.5"], "--train_portion"),
+        (["--resume", other], "args.json"),
+    ):
+        assert words in fails(main, [*TINY, *flags])
+
+
+def test_an_unfinished_run_has_no_summary(fails, tmp_path):
+    assert "search-digits-seed18 is not a finished search" in fails(summary.main, [tmp_path, "digits"])

@@ -1,0 +1,351 @@
+"""The search loop: what it computes, against a plain re-implementation, and that stopping it changes nothing."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import encoding
+import evolution
+import genotypes
+import runs
+import train_search
+from engine import measure_fitness
+from model_search import Network
+
+TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
+# 70 images in batches of 30: two and a smaller one, fewer than individuals; 45 in batches of 20 to validate.
+SIZES = dict(dataset="digits", pop_size=4, tsize=2, train_samples=70, valid_samples=45)
+SIZES |= dict(batch_size=30, valid_batch_size=20, init_channels=2, layers=2, epochs=3, device="cpu")
+
+
+def command_line(**changed):
+    return [word for name, value in {**SIZES, **changed}.items() for word in (f"--{name}", str(value))]
+
+
+def search(parent, *flags, **changed):
+    """Runs train_search in a new directory below `parent` and returns that directory."""
+    train_search.main([*command_line(dir=parent, run_name="run", **changed), *flags])
+    return parent / "run"
+
+
+def populations(run):
+    """(raw alphas (P, G, E, O), fitness (P,)) of each generation, from its files."""
+    files = [np.load(path) for path in sorted((run / "population").glob("*.npz"))]
+    return [(torch.from_numpy(file["alphas"]), torch.from_numpy(file["fitness"])) for file in files]
+
+
+def history(run):
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in runs.read_history(run)]
+
+
+def raw_individuals(alphas):
+    return sorted(individual.numpy().tobytes() for individual in alphas)
+
+
+# ---- stopped and resumed
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    return search(tmp_path_factory.mktemp("uninterrupted"), cutout_length=4, num_elites=1)
+
+
+def stop_at_checkpoint(monkeypatch, generation, before):
+    save = runs.Run.save_checkpoint
+
+    def stopping(run, completed, state):
+        if before and completed == generation:
+            raise KeyboardInterrupt
+        save(run, completed, state)
+        if completed == generation:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "save_checkpoint", stopping)
+
+
+def stop_while_measuring(monkeypatch, generation):
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == generation:
+            raise KeyboardInterrupt
+        return measure_fitness(*args, **kwargs)
+
+    monkeypatch.setattr(train_search, "measure_fitness", stopping)
+
+
+def assert_same_runs(run, expected):
+    saved, reference = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected))
+    assert saved["network"].keys() == reference["network"].keys()
+    assert all(torch.equal(saved["network"][name], value) for name, value in reference["network"].items())
+    momenta = [[p["momentum_buffer"] for p in s["optimizer"]["state"].values()] for s in (saved, reference)]
+    assert len(momenta[0]) == len(momenta[1]) > 0
+    assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
+    assert all(torch.equal(state, reference["generators"][name]) for name, state in saved["generators"].items())
+    weights = [torch.load(folder / "weights/weights.pt", weights_only=True) for folder in (run, expected)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+    for pair in zip(populations(run), populations(expected), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
+    assert history(run) == history(expected)
+    for name in ("genotype.json", "genotype.pickle", "cell_normal.svg"):
+        assert (run / name).read_bytes() == (expected / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        *(pytest.param(lambda m, g=g: stop_at_checkpoint(m, g, False), id=f"after generation {g}") for g in (1, 2)),
+        pytest.param(lambda m: stop_at_checkpoint(m, 2, True), id="before the checkpoint of generation 2"),
+        pytest.param(lambda m: stop_while_measuring(m, 2), id="within generation 2"),
+    ],
+)
+def test_a_stopped_search_continues_as_if_it_had_not_been(uninterrupted, tmp_path, monkeypatch, stop):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop(patch)
+        search(tmp_path, cutout_length=4, num_elites=1)
+    assert stopped.value.code == 130
+    torch.manual_seed(12345)  # the global generator of another process
+    train_search.main(["--resume", str(tmp_path / "run")])
+    assert_same_runs(tmp_path / "run", uninterrupted)
+
+
+def test_a_finished_search_can_be_resumed(uninterrupted, capsys):
+    before = (uninterrupted / "checkpoint.pt").read_bytes()
+    train_search.main(["--resume", str(uninterrupted), "--report_freq", "7"])
+    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
+    assert f"best fitness {history(uninterrupted)[-1]['fitness_best']:.2f} %" in capsys.readouterr().out
+
+
+def test_another_seed_is_another_search(uninterrupted, tmp_path):
+    other = search(tmp_path, seed=19, epochs=1)
+    assert raw_individuals(populations(other)[0][0]) != raw_individuals(populations(uninterrupted)[0][0])
+
+
+def test_files_of_a_run(uninterrupted):
+    for name in ("log.txt", "args.json", "checkpoint.prev.pt", "cell_reduce.svg", "report.html", "weights/weights.pt"):
+        assert (uninterrupted / name).is_file()
+    alphas, fitness = populations(uninterrupted)[-1]
+    assert genotypes.load(uninterrupted / "genotype.json") == encoding.genotype(alphas[0])
+    assert genotypes.load(uninterrupted / "genotype.pickle") == encoding.genotype(alphas[0])
+    assert list((uninterrupted / "runs").glob("events*"))
+    for line, (alphas, fitness) in zip(history(uninterrupted), populations(uninterrupted), strict=True):
+        assert line["fitness_best"] == fitness.max().item() and line["fitness_mean"] == fitness.mean().item()
+        assert line["fitness_std"] == pytest.approx(fitness.numpy().std())
+        assert line["distinct"] == len(set(raw_individuals(encoding.decode(alphas))))
+        assert line["best_genotype"] == json.loads(json.dumps(genotypes.to_dict(encoding.genotype(alphas[0]))))
+
+
+# ---- the loop against a plain one
+
+
+def plain_search(args, network, train_loader, valid_loader):
+    """Section by section what the paper does, with nothing clever. Yields (sorted alphas, fitness) a generation."""
+    breeding = torch.Generator().manual_seed(args.seed)
+    alphas = torch.rand(args.pop_size, 2, 14, 8, generator=breeding)
+    momenta = [torch.zeros_like(p) for p in network.parameters()]
+    for g in range(args.epochs):
+        if g > 0:
+            alphas = evolution.next_generation(
+                alphas,
+                fitness,  # noqa: F821
+                num_elites=args.num_elites,
+                tsize=args.tsize,
+                mutate_rate=args.mutate_rate,
+                generator=breeding,
+            )
+        lr = args.learning_rate_min + (args.learning_rate - args.learning_rate_min) * 0.5 * (
+            1 + math.cos(math.pi * g / args.epochs)
+        )
+        for t, (x, y) in enumerate(train_loader):
+            network.train()
+            network.zero_grad()
+            cross_entropy(network(x, encoding.decode(alphas[t % args.pop_size])), y).backward()
+            norm = math.sqrt(sum(p.grad.double().pow(2).sum().item() for p in network.parameters()))
+            scale = min(1.0, args.grad_clip / (norm + 1e-6))
+            with torch.no_grad():
+                for p, momentum in zip(network.parameters(), momenta, strict=True):
+                    momentum.mul_(args.momentum).add_(p.grad * scale + args.weight_decay * p)
+                    p.sub_(lr * momentum)
+        batches = list(valid_loader)
+        fitness = torch.tensor([accuracy(network, encoding.decode(a), batches, args.bn) for a in alphas])
+        order = sorted(range(len(alphas)), key=lambda i: -fitness[i].item())  # stable
+        alphas, fitness = alphas[order], fitness[order]
+        yield alphas, fitness
+
+
+@torch.no_grad()
+def accuracy(network, alphas, batches, bn):
+    """Percent, of one individual, on a copy of the network."""
+    network = copy.deepcopy(network).train(bn == "batch")
+    hits = [(network(x, alphas).argmax(1) == y).tolist() for x, y in batches]
+    return 100 * np.mean(np.concatenate(hits))
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(),  # more individuals than batches
+        dict(pop_size=2, tsize=2, num_elites=1, bn="running", valid_transform="test"),  # fewer
+        dict(num_elites=0, mutate_rate=0.5, grad_clip=0.3, learning_rate=0.1, learning_rate_min=0.05, momentum=0.5),
+    ],
+)
+def test_the_loop_computes_what_the_paper_says(tmp_path, changed):
+    run = search(tmp_path, "--plain", **changed)
+    parser = train_search.search_parser("", "", ["digits"])
+    args, _ = parser.parse_known_args(command_line(**changed))
+    args.train_portion = 0.5  # of the flags that this space alone has
+    train, valid, augmentation = train_search.data.search_splits(args)
+    loaders = train_search.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
+    torch.manual_seed(args.seed)
+    network = Network(args.init_channels, 10, SIZES["layers"])
+    plain = list(plain_search(args, network, *loaders))
+
+    for (alphas, fitness), (expected_alphas, expected_fitness) in zip(populations(run), plain, strict=True):
+        assert torch.equal(fitness, expected_fitness)
+        assert torch.equal(alphas, expected_alphas)
+    weights = torch.load(run / "weights/weights.pt", weights_only=True)
+    for name, value in network.state_dict().items():
+        assert torch.allclose(weights[name].double(), value.double(), rtol=1e-4, atol=1e-5), name
+    rates = [line["lr"] for line in history(run)]
+    low, high = args.learning_rate_min, args.learning_rate
+    assert rates == pytest.approx([low + (high - low) * (1 + math.cos(math.pi * g / 3)) / 2 for g in range(3)])
+
+
+def test_equal_fitness_keeps_the_order(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_search, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
+    run = search(tmp_path, epochs=1)
+    born = encoding.random_alphas(4, generator=torch.Generator().manual_seed(18))
+    alphas, fitness = populations(run)[0]
+    assert torch.equal(alphas, born[[1, 3, 0, 2]]) and fitness.tolist() == [2, 2, 1, 1]
+
+
+# ---- which alphas train and which are measured
+
+
+class Recorder(nn.Module):
+    """Stands for the supernet: notes the alphas it is called with, and prefers some of them."""
+
+    calls = []
+
+    def __init__(self, C, num_classes, layers):
+        super().__init__()
+        self.classifier = nn.Linear(3, num_classes)
+        self.calls.clear()
+
+    def forward(self, x, alphas):
+        self.calls.append(("train" if torch.is_grad_enabled() else "fitness", alphas.clone()))
+        return self.classifier(x.mean(dim=(2, 3)) * 50 + alphas[0, 0, :3])
+
+
+TRAINED_RAW = {"nd", "ndt"}
+MEASURED_RAW = {"nd", "ndf"}
+
+
+@pytest.mark.parametrize("variant", evolution.VARIANTS)
+def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
+    monkeypatch.setattr(train_search, "Network", Recorder)
+    # Two batches for each of the three individuals, and one validation batch.
+    sizes = dict(pop_size=3, tsize=2, train_samples=48, batch_size=8, valid_batch_size=45, epochs=3)
+    run = search(tmp_path, "--plain", variant=variant, mutate_rate=0.5, learning_rate=0.5, **sizes)
+    calls = Recorder.calls
+
+    breeding = torch.Generator().manual_seed(18)
+    born = torch.rand(3, 2, 14, 8, generator=breeding)
+    for generation, (alphas, fitness) in enumerate(populations(run), start=1):
+        assert raw_individuals(alphas) == raw_individuals(born)
+        trained = born if variant in TRAINED_RAW else encoding.decode(born)
+        assert [kind for kind, _ in calls[:6]] == ["train"] * 6
+        assert torch.equal(torch.stack([a for _, a in calls[:6]]), torch.cat([trained, trained]))
+        del calls[:6]
+        if variant != "rand" or generation == 3:
+            measured = list(born if variant in MEASURED_RAW else encoding.decode(born))
+            measured = [a for i, a in enumerate(measured) if not any(torch.equal(a, b) for b in measured[:i])]
+            seen = [calls.pop(0) for _ in measured]
+            assert all(kind == "fitness" and torch.equal(a, b) for (kind, a), b in zip(seen, measured, strict=True))
+            assert torch.equal(fitness, fitness.sort(descending=True).values)
+        else:
+            assert fitness.isnan().all() and "fitness_best" not in history(run)[generation - 1]
+        bred = dict(num_elites=1, tsize=2, mutate_rate=0.5, generator=breeding, variant=variant)
+        born = evolution.next_generation(alphas, fitness, **bred)
+    assert calls == []
+    assert genotypes.load(run / "genotype.json") == encoding.genotype(alphas[0])  # of raw alphas, whatever was measured
+
+
+# ---- fitness
+
+
+@pytest.fixture
+def supernet():
+    torch.manual_seed(0)
+    network = Network(2, 10, 2)
+    network.train()
+    with torch.no_grad():
+        network(torch.randn(16, 3, 8, 8), torch.rand(2, 14, 8))  # running statistics that are not the initial ones
+    return network
+
+
+class Batches(list):
+    size = 60
+
+
+def validation_batches(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return Batches(
+        (torch.randn(n, 3, 8, 8, generator=generator), torch.randint(10, (n,), generator=generator)) for n in (40, 20)
+    )
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+@pytest.mark.parametrize("training", [True, False])
+def test_fitness_changes_nothing_in_the_network(supernet, bn, training):
+    supernet.train(training)
+    before = {name: value.clone() for name, value in supernet.state_dict().items()}
+    measure_fitness(supernet, encoding.random_alphas(3), validation_batches(), bn)
+    after = supernet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+    assert all(m.training == training for m in supernet.modules())
+    assert all(m.track_running_stats for m in supernet.modules() if isinstance(m, nn.BatchNorm2d))
+    assert all(p.grad is None for p in supernet.parameters())
+
+
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_fitness_of_twins_equals_that_of_one_by_one(supernet, bn):
+    alphas = encoding.decode(encoding.random_alphas(3, generator=torch.Generator().manual_seed(1)))
+    population = alphas[[0, 1, 0, 2, 2, 0]]
+    batches, calls = validation_batches(), []
+    supernet.register_forward_pre_hook(lambda *_: calls.append(1))
+    fitness = measure_fitness(supernet, population, batches, bn)
+    assert len(calls) == 3 * len(batches)  # equal individuals once
+    expected = [accuracy(supernet, individual, batches, bn) for individual in population]
+    assert fitness.tolist() == pytest.approx(expected, abs=1e-12) and fitness.dtype == torch.float64
+    assert len(set(expected)) > 1
+
+
+def test_batch_norm_is_as_before_after_a_failure(supernet):
+    with pytest.raises(ValueError):
+        measure_fitness(supernet, torch.rand(2, 2, 14, 9), validation_batches(), "batch")
+    assert all(m.track_running_stats for m in supernet.modules() if isinstance(m, nn.BatchNorm2d))
+
+
+# ---- a loss that is not finite
+
+
+@pytest.mark.parametrize("report_freq", [1, 2, 50])
+def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, report_freq):
+    monkeypatch.setattr(train_search, "cosine", lambda high, low, progress: 0.01 if progress == 0 else 1e38)
+    argv = command_line(run_name="run", report_freq=report_freq, batch_size=10)
+    line = fails(train_search.main, argv, new_files=True)
+    assert "generation 2/3, step 2: the loss is" in line
+    checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert checkpoint["completed"] == 1
+    assert all(value.isfinite().all() for value in checkpoint["network"].values())
+    assert len(history(tmp_path / "run")) == 1
+    weights = torch.load(tmp_path / "run/weights/weights.pt", weights_only=True)
+    assert all(torch.equal(value, checkpoint["network"][name]) for name, value in weights.items())

@@ -1,0 +1,341 @@
+"""Retraining and testing: the recipe, resumed runs, weights that test as they were reported, the ImageNet path."""
+
+import json
+import math
+import subprocess
+import sys
+import tarfile
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import genotypes
+import runs
+import test_cifar
+import test_imagenet
+import train
+import utils
+from model import NetworkCIFAR, NetworkImageNet
+
+TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
+SIZES = dict(dataset="digits", arch="EvNASB", train_samples=96, batch_size=16, init_channels=4, layers=3, epochs=3)
+SIZES |= dict(learning_rate=0.1, device="cpu")
+
+
+def command_line(*flags, **changed):
+    words = [word for name, value in {**SIZES, **changed}.items() for word in (f"--{name}", str(value))]
+    return [*words, *flags]
+
+
+def retrain(parent, *flags, **changed):
+    """Runs train.py in a new directory below `parent` and returns that directory."""
+    train.main(command_line(*flags, dir=parent, **changed))
+    return next(parent.glob("eval-*"))
+
+
+def history(run):
+    return [{k: v for k, v in line.items() if k not in TIMING} for line in runs.read_history(run)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return retrain(tmp_path_factory.mktemp("finished"), "--cutout", drop_path_prob=0.3)
+
+
+# ---- a run and its weights
+
+
+def test_saved_weights_test_as_reported(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "learning_rate", lambda args, epoch, warmup: [0.1, 0.1, 9.0][epoch])
+    run = retrain(tmp_path)
+    lines = history(run)
+    top1 = [line["test_top1"] for line in lines]
+    assert max(top1) > top1[-1]  # or the two files could not be told apart
+    last = test_cifar.main(["--dataset", "digits", "--dir", str(run), "--device", "cpu"])
+    assert f"top-1 {top1[-1]:.2f} %, top-5 {lines[-1]['test_top5']:.2f} %, loss" in capsys.readouterr().out
+    best = test_cifar.main(["--dataset", "digits", "--model_path", str(run / "weights/best_weights.pt")])
+    assert last["top1"] == top1[-1] and last["loss"] == pytest.approx(lines[-1]["test_loss"], rel=1e-4)
+    assert best["top1"] == max(top1) == lines[-1]["best_top1"]
+    about = json.loads((run / "weights/best_weights.json").read_text())
+    assert about["epoch"] == 1 + top1.index(max(top1)) and about["test_top1"] == max(top1)
+    assert json.loads((run / "weights/weights.json").read_text())["epoch"] == 3
+
+
+def test_reported_figures_are_those_of_a_plain_evaluation(finished):
+    network = NetworkCIFAR(4, 10, 3, False, genotypes.EvNASB).eval()
+    network.load_state_dict(torch.load(finished / "weights/weights.pt", weights_only=True))
+    pixels = data.load("digits", None, "train").images.double() / 255
+    mean, std = pixels.mean((0, 2, 3)).view(3, 1, 1), pixels.std((0, 2, 3), correction=0).view(3, 1, 1)
+    test = data.load("digits", None, "test")
+    with torch.no_grad():
+        logits, _ = network(((test.images.double() / 255 - mean) / std).float())
+    wrong_before = (logits > logits.gather(1, test.labels.view(-1, 1))).sum(1)  # classes rated above the right one
+    log_probability = logits.double().log_softmax(1)[torch.arange(360), test.labels]
+    line = history(finished)[-1]
+    assert line["test_top1"] == pytest.approx(100 * (wrong_before == 0).double().mean().item())
+    assert line["test_top5"] == pytest.approx(100 * (wrong_before < 5).double().mean().item())
+    assert line["test_loss"] == pytest.approx(-log_probability.mean().item(), rel=1e-4)
+
+
+def test_files_of_a_run(finished):
+    assert finished.name.startswith("eval-EXP-2")
+    assert genotypes.load(finished / "genotype.json") == genotypes.EvNASB
+    for name in ("log.txt", "args.json", "checkpoint.pt", "checkpoint.prev.pt", "cell_normal.svg", "report.html"):
+        assert (finished / name).is_file()
+    assert [line["epoch"] for line in history(finished)] == [1, 2, 3]
+
+
+# ---- stopped and resumed
+
+
+def stop_at_checkpoint(monkeypatch, epoch, before=False):
+    save = runs.Run.save_checkpoint
+
+    def stopping(run, completed, state):
+        if before and completed == epoch:
+            raise KeyboardInterrupt
+        save(run, completed, state)
+        if completed == epoch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs.Run, "save_checkpoint", stopping)
+
+
+def stop_while_testing(monkeypatch, epoch):
+    calls = []
+    evaluate = train.evaluate
+
+    def stopping(*args, **kwargs):
+        calls.append(args)
+        if len(calls) == epoch:
+            raise KeyboardInterrupt
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(train, "evaluate", stopping)
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        *(pytest.param(lambda m, e=e: stop_at_checkpoint(m, e), id=f"after epoch {e}") for e in (1, 2, 3)),
+        pytest.param(lambda m: stop_at_checkpoint(m, 2, before=True), id="before the checkpoint of epoch 2"),
+        pytest.param(lambda m: stop_while_testing(m, 2), id="within epoch 2"),
+    ],
+)
+def test_a_stopped_retraining_continues_as_if_it_had_not_been(finished, tmp_path, monkeypatch, stop):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        stop(patch)
+        retrain(tmp_path, "--cutout", drop_path_prob=0.3)
+    assert stopped.value.code == 130
+    torch.manual_seed(12345)  # the global generator of another process
+    run = next(tmp_path.glob("eval-*"))
+    train.main(["--resume", str(run), "--workers", "0"])
+    for name in ("weights.pt", "best_weights.pt"):
+        saved, expected = (torch.load(folder / "weights" / name, weights_only=True) for folder in (run, finished))
+        assert saved.keys() == expected.keys()
+        assert all(torch.equal(saved[key], value) for key, value in expected.items())
+    saved, expected = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, finished))
+    for i, momentum in expected["optimizer"]["state"].items():
+        assert torch.equal(saved["optimizer"]["state"][i]["momentum_buffer"], momentum["momentum_buffer"])
+    assert history(run) == history(finished)
+
+
+def test_a_resumed_run_keeps_its_own_cell(tmp_path, monkeypatch):
+    """The search it took the cell from may have gone on, or be elsewhere, since."""
+    genotypes.save(genotypes.EvNASB, tmp_path / "genotype.json")
+    sizes = {name: value for name, value in SIZES.items() if name != "arch"}
+    argv = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        stop_at_checkpoint(patch, 2)
+        train.main([*argv, "--dir", str(tmp_path)])
+    run = next(tmp_path.glob("eval-*"))
+    genotypes.save(genotypes.EvNASA, tmp_path / "genotype.json")
+    train.main(["--resume", str(run)])
+    assert len(history(run)) == 3
+
+
+# ---- the recipe
+
+
+@pytest.mark.parametrize("epochs", [600, 7, 3])
+def test_cosine_schedule(epochs):
+    args = Namespace(learning_rate=0.025, epochs=epochs, lr_scheduler="cosine")
+    rates = [train.learning_rate(args, e, False) for e in range(epochs)]
+    assert rates == pytest.approx([0.025 * 0.5 * (1 + math.cos(e / epochs * math.pi)) for e in range(epochs)])
+
+
+def test_linear_schedule_and_warmup():
+    args = Namespace(learning_rate=0.1, epochs=250, lr_scheduler="linear")
+    plain = [0.1 * (245 - e) / 245 for e in range(245)] + [0.1 * (250 - e) / (5 * 245) for e in range(245, 250)]
+    assert [train.learning_rate(args, e, False) for e in range(250)] == pytest.approx(plain)
+    warm = [plain[e] * (e + 1) / 5 for e in range(5)] + plain[5:]
+    assert [train.learning_rate(args, e, True) for e in range(250)] == pytest.approx(warm)
+    short = [train.learning_rate(Namespace(**{**vars(args), "epochs": 4}), e, False) for e in range(4)]
+    assert all(a > b > 0 for a, b in zip(short, short[1:], strict=False))
+
+
+def test_each_epoch_trains_with_its_learning_rate_and_drop_path(tmp_path, monkeypatch):
+    seen = []
+
+    def record(loss_of, network, loader, optimizer, **kwargs):
+        seen.append((optimizer.param_groups[0]["lr"], network.drop_path_prob, network.training))
+        return {"train_loss": 0.0, "train_top1": 0.0}
+
+    monkeypatch.setattr(train, "train_one_epoch", record)
+    run = retrain(tmp_path, drop_path_prob=0.2, learning_rate=0.3, init_channels=2, epochs=4)
+    rates = [0.15 * (1 + math.cos(e / 4 * math.pi)) for e in range(4)]
+    assert [lr for lr, *_ in seen] == pytest.approx(rates)
+    assert [line["lr"] for line in history(run)] == pytest.approx(rates)
+    assert [prob for _, prob, _ in seen] == pytest.approx([0, 0.05, 0.1, 0.15])
+    assert all(training for *_, training in seen)
+
+
+def defaults(argv):
+    args = train.make_parser().parse_args(argv)
+    train.load_splits(args)
+    return args
+
+
+def test_recipes_of_cifar_and_imagenet(make_images, monkeypatch):
+    root = make_images("train", 200, [(12, 12)])
+    make_images("val", 1, [(12, 12)])
+    small = defaults(["--dataset", "folder", "--data", str(root)])
+    assert (small.init_channels, small.layers, small.epochs, small.batch_size) == (36, 20, 600, 96)
+    assert (small.learning_rate, small.weight_decay, small.momentum, small.grad_clip) == (0.025, 3e-4, 0.9, 5)
+    assert (small.drop_path_prob, small.auxiliary_weight, small.label_smooth) == (0.2, 0.4, 0)
+    assert (small.lr_scheduler, small.seed, small.cutout_length) == ("cosine", 18, 16)
+    large = defaults(["--dataset", "imagenet", "--data", str(root)])
+    assert (large.init_channels, large.layers, large.epochs, large.batch_size) == (48, 14, 250, 256)
+    assert (large.learning_rate, large.weight_decay, large.momentum, large.grad_clip) == (0.1, 3e-5, 0.9, 5)
+    assert (large.drop_path_prob, large.auxiliary_weight, large.label_smooth) == (0, 0.4, 0.1)
+    assert (large.lr_scheduler, large.seed) == ("linear", 0)
+
+
+def smoothed_cross_entropy(logits, y, eps):
+    target = torch.full_like(logits, eps / logits.shape[1])
+    target[torch.arange(len(y)), y] += 1 - eps
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+@pytest.mark.parametrize("label_smooth", [0.0, 0.3])
+def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path, label_smooth):
+    root = make_images("train", 8, [(32, 32)])
+    make_images("test", 3, [(32, 32)])
+    argv = dict(dataset="folder", data=root, train_samples=24, batch_size=24, epochs=1)
+    run = retrain(tmp_path, "--auxiliary", auxiliary_weight=0.25, label_smooth=label_smooth, **argv)
+
+    images = data.load("folder", root, "train")
+    images = data.draw(images, 24, torch.Generator().manual_seed(18))
+    recipe = data.augmentation("folder", images)
+    generator = torch.Generator().manual_seed(19)
+    (x, y), *_ = data.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
+    torch.manual_seed(18)
+    network = NetworkCIFAR(4, 3, 3, True, genotypes.EvNASB).to(memory_format=torch.channels_last)
+    logits, logits_aux = network(x)
+    loss = smoothed_cross_entropy(logits, y, label_smooth) + 0.25 * smoothed_cross_entropy(logits_aux, y, label_smooth)
+    line = history(run)[0]
+    assert line["train_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert line["train_top1"] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
+
+    tested = test_cifar.main(["--dataset", "folder", "--data", str(root), "--dir", str(run)])
+    assert tested["top1"] == line["test_top1"]
+    assert tested["parameters_M"] * 1e6 == sum(p.numel() for n, p in network.named_parameters() if "aux" not in n)
+    # Weights with the head fit a network without it; means are then computed from the training images.
+    utils.side_file(run / "weights/weights.pt").unlink()
+    argv = ["--model_path", run / "weights/weights.pt", "--arch", "EvNASB", "--init_channels", 4, "--layers", 3]
+    assert test_cifar.main(["--dataset", "folder", "--data", str(root), *map(str, argv)])["top1"] == line["test_top1"]
+
+
+def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails):
+    monkeypatch.setattr(train, "learning_rate", lambda args, epoch, warmup: 0.01 if epoch == 0 else 1e38)
+    line = fails(train.main, command_line(), new_files=True)
+    assert "epoch 2/3, step 2: the loss is" in line
+    run = next(tmp_path.glob("eval-*"))
+    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+    assert checkpoint["completed"] == 1 and all(value.isfinite().all() for value in checkpoint["network"].values())
+    assert len(history(run)) == 1
+
+
+def test_any_seed_that_is_accepted_works(tmp_path):
+    retrain(tmp_path, seed=2**63 - 1, epochs=1)
+
+
+# ---- ImageNet
+
+
+@pytest.fixture(params=["made", "real"])
+def photos(request, tmp_path, make_images):
+    """A folder with the same photographs in train/ and val/: made ones, or real ones where those are at hand."""
+    if request.param == "made":
+        root = make_images("val", 4, [(90, 70), (60, 110)], suffixes=[".JPEG"])
+    else:
+        archive = request.getfixturevalue("shared_data")("imagenet-sample.tar")
+        root = tmp_path / "images"
+        with tarfile.open(archive) as tar:
+            tar.extractall(root, filter="data")
+    (root / "train").symlink_to(root / "val", target_is_directory=True)
+    return root
+
+
+def published_weights(path, network):
+    """The form of the published ImageNet files."""
+    state = {f"module.{name}": value for name, value in network.state_dict().items()}
+    optimizer = torch.optim.SGD(network.parameters(), 0.1).state_dict()
+    torch.save({"epoch": 250, "state_dict": state, "best_acc_top1": 75.6, "optimizer": optimizer}, path)
+    return path
+
+
+def test_imagenet_end_to_end(photos, tmp_path, capsys):
+    classes = len(list((photos / "val").iterdir()))
+    images = len(list(photos.glob("val/*/*")))
+    torch.manual_seed(0)
+    network = NetworkImageNet(4, classes, 3, False, genotypes.EvNASA)
+    weights = published_weights(tmp_path / "weights.pth.tar", network)
+    size = ["--init_channels", "4", "--layers", "3", "--workers", "0", "--data", str(photos)]
+    argv = ["--model_path", str(weights), "--arch", "EvNASA", *size]
+    tested = test_imagenet.main(argv)
+    assert f"on {images} images" in capsys.readouterr().out
+    recipe = data.AUGMENTATION["imagenet"]
+    loader = data.make_loader(data.load("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
+    network.eval()
+    with torch.no_grad():
+        hits = [(network(x)[0].argmax(1) == y).tolist() for x, y in loader]
+    assert tested["top1"] == pytest.approx(100 * np.mean(np.concatenate(hits)))
+
+    train.main(["--dataset", "imagenet", "--epochs", "1", "--batch_size", "12", "--dir", str(tmp_path), *argv[2:]])
+    run = next(tmp_path.glob("eval-*"))
+    (line,) = history(run)
+    assert line["lr"] == pytest.approx(0.1 / 5) and math.isfinite(line["train_loss"])
+    tested = test_imagenet.main(["--dir", str(run), "--data", str(photos), "--workers", "0"])
+    assert tested["top1"] == line["test_top1"] and tested["loss"] == pytest.approx(line["test_loss"], rel=1e-4)
+
+
+def test_large_images_of_a_folder_get_the_imagenet_recipe(make_images, tmp_path):
+    root = make_images("train", 4, [(90, 70)])
+    make_images("test", 2, [(90, 70)])
+    argv = dict(dataset="folder", data=root, train_samples=9, batch_size=6, epochs=1, workers=0)
+    run = retrain(tmp_path, "--auxiliary", **argv)
+    state = torch.load(run / "weights/weights.pt", weights_only=True)
+    assert "stem0.0.weight" in state and state["auxiliary_head.classifier.weight"].shape == (3, 768)
+
+
+# ---- more than one process
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path):
+    project = Path(train.__file__).parent
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    argv = command_line("--cutout", dir=tmp_path, epochs=2)
+    subprocess.run([*launcher, str(project / "train.py"), *argv], check=True, cwd=project, timeout=900)
+    (run,) = tmp_path.iterdir()
+    assert [line["epoch"] for line in history(run)] == [1, 2]
+    log = (run / "log.txt").read_text()
+    assert log.count("epoch 1/2: loss") == log.count("finished") == 1
+    tested = test_cifar.main(["--dataset", "digits", "--dir", str(run), "--device", "cpu"])
+    assert tested["top1"] == history(run)[-1]["test_top1"]
+    assert json.loads((run / "args.json").read_text())["processes"] == 2
