@@ -197,7 +197,7 @@ def accuracy(network, alphas, batches, bn):
     ],
 )
 def test_the_loop_computes_what_the_paper_says(tmp_path, changed):
-    run = search(tmp_path, "--plain", **changed)
+    run = search(tmp_path, **changed)
     parser = train_search.search_parser("", "", ["digits"])
     args, _ = parser.parse_known_args(command_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
@@ -253,7 +253,7 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
     monkeypatch.setattr(train_search, "Network", Recorder)
     # Two batches for each of the three individuals, and one validation batch.
     sizes = dict(pop_size=3, tsize=2, train_samples=48, batch_size=8, valid_batch_size=45, epochs=3)
-    run = search(tmp_path, "--plain", variant=variant, mutate_rate=0.5, learning_rate=0.5, **sizes)
+    run = search(tmp_path, variant=variant, mutate_rate=0.5, learning_rate=0.5, **sizes)
     calls = Recorder.calls
 
     breeding = torch.Generator().manual_seed(18)
