@@ -46,6 +46,8 @@ def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, report_fr
             bar.set_postfix_str(report)
             if bar.disable:
                 log(f"{where}, step {step + 1}/{len(loader)}: {report}")
+    # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
+    utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
     loss_sum, correct, seen = utils.sum_over_ranks(sums).tolist()
     return {"train_loss": loss_sum / seen, "train_top1": 100 * correct / seen}
 

@@ -112,8 +112,6 @@ def search(args, space, network, train_loader, valid_loader, run):
             where=where,
             log=run.log,
         )
-        # Each process has normalised its own shares of the batches: measure and go on with the mean statistics.
-        utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
         images = train_loader.size
         entry["distinct"], said = len(unique(decoded)[0]), ""
         if args.variant != "rand" or generation == args.epochs:

@@ -22,7 +22,7 @@ SEARCH += "--train_samples 128 --valid_samples 60 --batch_size 32".split()
 
 
 def torchrun(*command, **settings):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True, **settings)
 

@@ -329,9 +329,9 @@ def test_large_images_of_a_folder_get_the_imagenet_recipe(make_images, tmp_path)
 @pytest.mark.slow
 def test_two_processes(tmp_path):
     project = Path(train.__file__).parent
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     argv = command_line("--cutout", dir=tmp_path, epochs=2)
-    subprocess.run([*launcher, str(project / "train.py"), *argv], check=True, cwd=project, timeout=900)
+    subprocess.run([*launcher, str(project / "train.py"), *argv], check=True, cwd=project, timeout=300)
     (run,) = tmp_path.iterdir()
     assert [line["epoch"] for line in history(run)] == [1, 2]
     log = (run / "log.txt").read_text()
