@@ -21,11 +21,18 @@ from safeio import UserError, atomic_write, read_bytes, read_json, write_json
 # ---- command lines
 
 
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows defaults, but not None and False, which say nothing."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviations, and one line instead of the usage for a bad argument."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        kwargs.setdefault("formatter_class", Formatter)
         super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message):
