@@ -25,7 +25,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter):
     """Shows defaults, but not None and False, which say nothing."""
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        return action.help if action.default is None or action.default is False else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
