@@ -11,8 +11,8 @@ import utils
 from safeio import UserError
 
 
-def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, report_freq, where, log):
-    """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits).
+def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, amp, report_freq, where, log):
+    """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits), with `amp` in bfloat16.
 
     Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
     if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
@@ -21,7 +21,8 @@ def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, report_fr
     unread, first_unread, sums = [], 0, torch.zeros(3, dtype=torch.float64, device=parameters[0].device)
     bar = utils.progress(loader, where)
     for step, (x, y) in enumerate(bar):
-        loss, logits = loss_of(step, x, y)
+        with utils.autocast(x.device, amp):
+            loss, logits = loss_of(step, x, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
@@ -53,7 +54,7 @@ def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, report_fr
 
 
 @torch.no_grad()
-def evaluate(network, loader, *, report_freq, log, where="test"):
+def evaluate(network, loader, *, report_freq, log, amp=False, where="test"):
     """Mean cross-entropy, top-1 and top-5 accuracy in percent of a `model.Network*` on all images of `loader`.
 
     top-5 counts a class among the best min(5, classes). `log` gets a line every `report_freq` steps if there is no bar.
@@ -67,7 +68,8 @@ def evaluate(network, loader, *, report_freq, log, where="test"):
             log(f"{where}, step {step + 1}/{len(loader)}")
         if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
             continue
-        logits, _ = network(x)
+        with utils.autocast(device, amp):
+            logits = network(x)[0].float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == y.view(-1, 1)
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))])
@@ -92,8 +94,18 @@ def batch_norm_mode(network, mode):
         network.train(training)
 
 
+def plain_forward(network, x, alphas):
+    """The reference way to train, with the interface of `fast_search.forward`."""
+    return network(x, alphas)
+
+
+def plain_fitness(network, bn):
+    """The reference way to measure, with the interface of `fast_search.fitness`."""
+    return lambda x: lambda alphas: network(x, alphas)
+
+
 @torch.no_grad()
-def measure_fitness(network, alphas, loader, bn, where="fitness"):
+def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=False, where="fitness"):
     """Top-1 accuracy in percent, (P,) float64, of each individual of `alphas` (P, G, E, O) on all images of `loader`.
 
     A batch is loaded and augmented once and shown to all individuals, so they are compared on the same images; equal
@@ -105,9 +117,12 @@ def measure_fitness(network, alphas, loader, bn, where="fitness"):
     distinct = distinct.to(device)
     correct = torch.zeros(len(distinct), dtype=torch.int64, device=device)
     with batch_norm_mode(network, bn):
+        prepare = fitness(network, bn)
         for x, y in utils.progress(loader, where):
-            for i in mine:
-                correct[i] += (network(x, distinct[i]).argmax(1) == y).sum()
+            with utils.autocast(device, amp):
+                logits_of = prepare(x)
+                for i in mine:
+                    correct[i] += (logits_of(distinct[i]).argmax(1) == y).sum()
     return (100 * utils.sum_over_ranks(correct).cpu().double() / loader.size)[index]
 
 

@@ -88,6 +88,7 @@ def make_parser():
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
     utils.add_device_arguments(group)
+    utils.add_speed_arguments(group)
     group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     return parser
 
@@ -162,6 +163,9 @@ def main(argv=None):
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
         trained = network
+        if args.compile:
+            for cell in network.cells:
+                cell.compile()
         if utils.world_size() > 1:
             trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
@@ -189,6 +193,7 @@ def main(argv=None):
                 train_loader,
                 optimizer,
                 grad_clip=args.grad_clip,
+                amp=args.amp,
                 report_freq=args.report_freq,
                 where=where,
                 log=run.log,
@@ -198,6 +203,7 @@ def main(argv=None):
                 test_loader,
                 report_freq=args.report_freq,
                 log=run.log,
+                amp=args.amp,
                 where=f"{where}, test",
             )
             seconds = time.perf_counter() - start

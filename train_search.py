@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,10 +12,11 @@ from torch.nn import functional as F
 
 import data
 import encoding
+import fast_search
 import genotypes
 import runs
 import utils
-from engine import measure_fitness, train_one_epoch, unique
+from engine import measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, next_generation
 from model_search import Network
 from safeio import UserError, atomic_write
@@ -30,6 +32,7 @@ class SearchSpace:
     decode: Callable  # raw (P, G, E, O) -> decoded, same shape
     genotype: Callable  # raw (G, E, O) -> the discrete cell, as JSON has it
     save_genotype: Callable  # (raw (G, E, O), run directory)
+    fast: object  # module with forward(network, x, alphas) and fitness(network, bn), see fast_search
     picture: Callable  # raw (G, E, O) -> what visualize draws
     report: Callable = lambda alphas, fitness: ({}, "")  # (sorted population, fitness) -> history fields, log text
     nesterov: bool = False
@@ -46,6 +49,7 @@ S1 = SearchSpace(
     decode=encoding.decode,
     genotype=lambda alphas: genotypes.to_dict(encoding.genotype(alphas)),
     save_genotype=save_genotype,
+    fast=fast_search,
     picture=encoding.genotype,
 )
 
@@ -53,6 +57,11 @@ S1 = SearchSpace(
 def search(args, space, network, train_loader, valid_loader, run):
     """The search loop of EvNAS (section 3), for any space. Returns the best raw alphas (G, E, O) and their fitness."""
     device = next(network.parameters()).device
+    if args.plain:
+        forward, fitness_of = plain_forward, plain_fitness
+    else:
+        forward = partial(space.fast.forward, compile=args.compile)
+        fitness_of = partial(space.fast.fitness, compile=args.compile)
     optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
     breeding = torch.Generator().manual_seed(args.seed)
     generators = {"breeding": breeding, "train": train_loader.generator, "valid": valid_loader.generator}
@@ -95,7 +104,7 @@ def search(args, space, network, train_loader, valid_loader, run):
         measured = alphas if args.variant in ("nd", "ndf") else decoded
 
         def loss_of(step, x, y, trained=trained):
-            logits = network(x, trained[step % len(trained)])
+            logits = forward(network, x, trained[step % len(trained)])
             return F.cross_entropy(logits, y), logits
 
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
@@ -108,6 +117,7 @@ def search(args, space, network, train_loader, valid_loader, run):
             train_loader,
             optimizer,
             grad_clip=args.grad_clip,
+            amp=args.amp,
             report_freq=args.report_freq,
             where=where,
             log=run.log,
@@ -115,7 +125,9 @@ def search(args, space, network, train_loader, valid_loader, run):
         images = train_loader.size
         entry["distinct"], said = len(unique(decoded)[0]), ""
         if args.variant != "rand" or generation == args.epochs:
-            fitness = measure_fitness(network, measured, valid_loader, args.bn, where=f"{where}, fitness")
+            fitness = measure_fitness(
+                network, measured, valid_loader, args.bn, fitness_of, amp=args.amp, where=f"{where}, fitness"
+            )
             order = torch.sort(fitness, descending=True, stable=True).indices
             alphas, fitness = alphas[order], fitness[order]
             images += len(unique(measured)[0]) * valid_loader.size
@@ -204,6 +216,8 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=18, help="of every random number")
     utils.add_device_arguments(group)
+    utils.add_speed_arguments(group)
+    group.add_argument("--plain", action="store_true", help="compute with the readable reference network: slower")
     group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     parser.set_defaults(**defaults)
     return parser
@@ -213,6 +227,8 @@ def check_search(args):
     for name in ("tsize", "num_elites"):
         if getattr(args, name) > args.pop_size:
             raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
+    if args.plain and args.compile:
+        raise UserError("--plain runs the reference as it is written: leave --compile out")
     if args.batch_size < utils.world_size():
         raise UserError(f"--batch_size {args.batch_size} is too small for {utils.world_size()} processes")
 

@@ -103,8 +103,15 @@ def add_device_arguments(group):
     group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
 
 
+def add_speed_arguments(group):
+    group.add_argument(
+        "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, not on the CPU)"
+    )
+    group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell (not on the CPU)")
+
+
 def choose_device(args):
-    """CUDA device --gpu where there is one, else the CPU, or --device. Joins the other processes.
+    """CUDA device --gpu where there is one, else the CPU, or --device. Settles --amp and joins the other processes.
 
     Raises UserError for a device that cannot be used.
     """
@@ -117,8 +124,17 @@ def choose_device(args):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+    if getattr(args, "amp", False) is None:
+        args.amp = device.type == "cuda"
+    if getattr(args, "compile", False) and device.type == "cpu":
+        raise UserError("--compile is not for the CPU: leave it out")
     join_process_group(device)
     return device
+
+
+def autocast(device, enabled):
+    """bfloat16 where it is safe, if `enabled`. Its weight cache holds for one block, so a block is one step."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def describe_device(device):

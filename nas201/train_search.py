@@ -8,7 +8,7 @@ import torch
 
 import runs
 import utils
-from nas201 import benchmark, data, encoding
+from nas201 import benchmark, data, encoding, fast_search
 from nas201.benchmark import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.model_search import Network
 from nas201.summary import finished
@@ -57,6 +57,7 @@ def search_space(args):
         decode=encoding.decode,
         genotype=encoding.arch_string,
         save_genotype=save_genotype,
+        fast=fast_search,
         picture=encoding.arch_string,
         nesterov=args.momentum > 0,  # without momentum it is plain SGD, and torch refuses the word
     )

@@ -189,15 +189,18 @@ def accuracy(network, alphas, batches, bn):
 
 
 @pytest.mark.parametrize(
-    "changed",
+    "flags, changed",
     [
-        dict(),  # more individuals than batches
-        dict(pop_size=2, tsize=2, num_elites=1, bn="running", valid_transform="test"),  # fewer
-        dict(num_elites=0, mutate_rate=0.5, grad_clip=0.3, learning_rate=0.1, learning_rate_min=0.05, momentum=0.5),
+        ([], dict()),  # more individuals than batches
+        ([], dict(pop_size=2, tsize=2, num_elites=1, bn="running", valid_transform="test")),  # fewer
+        (  # a rate at which the fast path's rounding grows within a few steps
+            ["--plain"],
+            dict(num_elites=0, mutate_rate=0.5, grad_clip=0.3, learning_rate=0.1, learning_rate_min=0.05, momentum=0.5),
+        ),
     ],
 )
-def test_the_loop_computes_what_the_paper_says(tmp_path, changed):
-    run = search(tmp_path, **changed)
+def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
+    run = search(tmp_path, *flags, **changed)
     parser = train_search.search_parser("", "", ["digits"])
     args, _ = parser.parse_known_args(command_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
@@ -253,7 +256,7 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
     monkeypatch.setattr(train_search, "Network", Recorder)
     # Two batches for each of the three individuals, and one validation batch.
     sizes = dict(pop_size=3, tsize=2, train_samples=48, batch_size=8, valid_batch_size=45, epochs=3)
-    run = search(tmp_path, variant=variant, mutate_rate=0.5, learning_rate=0.5, **sizes)
+    run = search(tmp_path, "--plain", variant=variant, mutate_rate=0.5, learning_rate=0.5, **sizes)
     calls = Recorder.calls
 
     breeding = torch.Generator().manual_seed(18)
@@ -276,6 +279,20 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
         born = evolution.next_generation(alphas, fitness, **bred)
     assert calls == []
     assert genotypes.load(run / "genotype.json") == encoding.genotype(alphas[0])  # of raw alphas, whatever was measured
+
+
+@pytest.mark.parametrize("variant", evolution.VARIANTS)
+@pytest.mark.parametrize("bn", ["batch", "running"])
+def test_the_fast_path_searches_as_the_plain_one(tmp_path, variant, bn):
+    settings = dict(variant=variant, bn=bn, epochs=2, learning_rate=0.01)
+    fast, plain = (
+        search(tmp_path / name, *flags, **settings) for name, flags in (("fast", []), ("plain", ["--plain"]))
+    )
+    for (alphas, fitness), (expected_alphas, expected) in zip(populations(fast), populations(plain), strict=True):
+        assert torch.equal(alphas, expected_alphas)
+        assert torch.equal(fitness.nan_to_num(), expected.nan_to_num())
+    losses = [[line["train_loss"] for line in history(run)] for run in (fast, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 # ---- fitness

@@ -1,0 +1,150 @@
+"""What all benchmarks share: taking turns, the machine in words, ways to compute a supernet, the closing JSON line."""
+
+import argparse
+import copy
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from engine import batch_norm_mode, plain_fitness, plain_forward
+
+WAYS = ("plain", "channels-last", "fast")
+
+
+def alternate(functions, rounds, warmup, device):
+    """Call the functions of {name: function} in turn, `rounds` times after `warmup` unmeasured turns.
+
+    Taking turns spreads a slow spell of the machine over all of them. Returns {name: median seconds}.
+    """
+    seconds = {name: [] for name in functions}
+    for turn in range(warmup + rounds):
+        for name, function in functions.items():
+            synchronize(device)
+            start = time.perf_counter()
+            function()
+            synchronize(device)
+            if turn >= warmup:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize(device):
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def describe(device):
+    """Processor, cores, threads and versions in one line."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    text = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if torch.device(device).type == "cuda":
+        text = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; host {text}"
+    return f"{text}; torch {torch.__version__}, python {sys.version.split()[0]}"
+
+
+def finish(ratios):
+    """Print the ratios {name: number} as the benchmark's last line, one JSON object."""
+    print(json.dumps({name: round(float(ratio), 3) for name, ratio in ratios.items()}), flush=True)
+
+
+# ---- supernets of both spaces
+
+
+def search_arguments(description, bn):
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, for all ways")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the fast path's cells")
+    parser.add_argument("--bn", choices=["batch", "running"], default=bn, help="statistics for fitness")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--full", action="store_true", help="the paper's sizes, multiplied out to the whole search")
+    return parser
+
+
+class Way:
+    """One way to compute: plain (NCHW, the reference), the same channels-last, or fast; a network of its own."""
+
+    def __init__(self, name, network, fast, args):
+        self.layout = torch.contiguous_format if name == "plain" else torch.channels_last
+        self.network = copy.deepcopy(network).to(args.device, memory_format=self.layout)
+        self.args = args
+        self.forward, self.fitness = plain_forward, plain_fitness
+        if name == "fast":
+            self.forward = partial(fast.forward, compile=args.compile)
+            self.fitness = partial(fast.fitness, compile=args.compile)
+
+    def autocast(self):
+        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.amp)
+
+    def training_step(self, x, y, alphas, nesterov=False):
+        """A function that makes one step as the search does and returns the logits."""
+        x, parameters = x.contiguous(memory_format=self.layout), list(self.network.parameters())
+        optimizer = torch.optim.SGD(parameters, lr=0.025, momentum=0.9, weight_decay=3e-4, nesterov=nesterov)
+
+        def step():
+            with self.autocast():
+                logits = self.forward(self.network, x, alphas)
+                loss = F.cross_entropy(logits, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
+            optimizer.step()
+            return logits.detach().float()
+
+        return step
+
+    @torch.no_grad()
+    def measure(self, x, population):
+        """The logits (P, B, num_classes) of each individual of a population on x."""
+        with batch_norm_mode(self.network, self.args.bn), self.autocast():
+            logits_of = self.fitness(self.network, self.args.bn)(x.contiguous(memory_format=self.layout))
+            return torch.stack([logits_of(alphas) for alphas in population]).float()
+
+
+def difference(actual, expected):
+    """The largest, relative to the largest expected value if that is more than 1."""
+    return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
+
+
+def compare(network, fast, args, x, y, alphas, nesterov=False):
+    """Seconds of a training step (64 images) and of one individual's fitness (all of x), {key: {way: seconds}}.
+
+    Prints how far the ways differ.
+    """
+    print(f"{describe(args.device)}\namp {args.amp}, compile {args.compile}, {args.bn} statistics for fitness")
+    ways = {name: Way(name, network, fast, args) for name in WAYS}
+    logits = {name: way.measure(x, alphas[None]) for name, way in ways.items()}
+    steps = {name: way.training_step(x[:64], y, alphas, nesterov) for name, way in ways.items()}
+    trained = {name: step() for name, step in steps.items()}
+    gradients = {
+        name: torch.cat([p.grad.flatten() for p in way.network.parameters()]).float() for name, way in ways.items()
+    }
+    for name in WAYS[1:]:
+        apart = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
+        differences = [difference(of[name], of["plain"]) for of in (trained, logits)]
+        text = "differences from plain, {}: training logits {:.1e}, fitness logits {:.1e}, gradient {:.1e} relatively"
+        print(text.format(name, *differences, apart.item()))
+    seconds = {"train_step": alternate(steps, args.rounds, 1, args.device)}
+    passes = {name: partial(way.measure, x, alphas[None]) for name, way in ways.items()}
+    return seconds | {"fitness": alternate(passes, args.rounds, 1, args.device)}
+
+
+def show(rows):
+    """Print {title: {way: number}} and the ratio of plain to fast; returns these ratios in order."""
+    print(f"\n{'medians':58} {'plain NCHW':>12} {'channels-last':>14} {'fast':>10} {'plain / fast':>13}")
+    for title, row in rows.items():
+        figures = [f"{row[name]:.4f}" if name in row else "-" for name in WAYS]
+        ratio = row["plain"] / row["fast"]
+        print(f"{title:58} {figures[0]:>12} {figures[1]:>14} {figures[2]:>10} {ratio:12.2f}x")
+    return [row["plain"] / row["fast"] for row in rows.values()]

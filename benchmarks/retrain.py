@@ -1,0 +1,68 @@
+"""A retraining step of EvNAS-A: the network as it is built (NCHW) against what train.py runs.
+
+python benchmarks/retrain.py [--full] [--device cuda --amp --compile]
+"""
+
+import argparse
+import sys
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import genotypes
+import utils
+from benchmarks.common import alternate, describe, finish
+from model import NetworkCIFAR
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="C 36, 20 cells, as in the paper, instead of C 16, 8 cells")
+    parser.add_argument("--rounds", type=int, default=5)
+    utils.add_device_arguments(parser)
+    utils.add_speed_arguments(parser)
+    args = parser.parse_args()
+    compiled, args.compile = args.compile, False  # choose_device refuses it on the CPU; a benchmark may measure it
+    device = utils.choose_device(args)
+    torch.manual_seed(0)
+    C, layers = (36, 20) if args.full else (16, 8)
+    plain = NetworkCIFAR(C, 10, layers, True, genotypes.EvNASA).to(device)
+    fast = deepcopy(plain).to(memory_format=torch.channels_last)
+    if compiled:
+        for cell in fast.cells:
+            cell.compile()
+    x, y = torch.randn(96, 3, 32, 32, device=device), torch.randint(10, (96,), device=device)
+    recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
+
+    def step(network, images, amp):
+        network.drop_path_prob = 0.1
+        optimizer = utils.make_sgd(network.parameters(), recipe, device)
+
+        def run():
+            with utils.autocast(device, amp):
+                logits, logits_aux = network(images)
+                loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+            optimizer.step()
+
+        return run
+
+    print(f"{describe(device)}; EvNAS-A, C {C}, {layers} cells, batch 96, auxiliary head, drop path")
+    functions = {
+        "plain": step(plain, x, False),
+        "fast": step(fast, x.contiguous(memory_format=torch.channels_last), args.amp),
+    }
+    median = alternate(functions, rounds=args.rounds, warmup=2, device=device)
+    for name, value in median.items():
+        print(f"{name:6} {1000 * value:9.1f} ms a step; {value * 521:7.1f} s an epoch of 50,000 images")
+    finish({"train_step": median["plain"] / median["fast"]})
+
+
+if __name__ == "__main__":
+    main()

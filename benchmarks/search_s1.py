@@ -1,0 +1,119 @@
+"""The search in the DARTS space: its fast path (fast_search.py) against the plain supernet, C 16, 8 cells.
+
+    python benchmarks/search_s1.py                                  # ratios, under 5 minutes on 2 cores
+    python benchmarks/search_s1.py --device cuda --amp --compile --full
+
+--full measures fitness at batch 1,024, multiplies out to a generation and to the search, and compares the fitness in
+bfloat16 with that in float32 on the same lightly trained weights. Else images are random: only times, memory and
+equality are measured.
+"""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import fast_search
+from benchmarks.common import WAYS, Way, compare, finish, search_arguments, show
+from encoding import decode, random_alphas
+from model_search import Network
+
+PUBLISHED_HOURS = 3.83 * 24
+
+
+def new_network():
+    torch.manual_seed(18)
+    return Network(16, 10, 8)
+
+
+def resident(field):
+    """VmRSS, or VmHWM, its peak, of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def fitness_memory(args, batch):
+    """MB that one individual's fitness pass adds at its peak, in this process, which has computed nothing before."""
+    way = Way(args.memory_of, new_network(), fast_search, args)
+    x = torch.randn(batch, 3, 32, 32, device=args.device)
+    alphas = torch.zeros(1, 2, 14, 8, device=args.device)
+    way.measure(x[:2], alphas)  # libraries load and kernels compile
+    if torch.device(args.device).type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        way.measure(x, alphas)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = resident("VmRSS")
+    way.measure(x, alphas)
+    return resident("VmHWM") - before
+
+
+def memory(name):
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr)
+    return float(done.stdout.split()[-1])
+
+
+def compare_precisions(args, steps=200, individuals=100):
+    """Fitness of random individuals on enlarged handwritten digits, in float32 and bfloat16 on the same weights."""
+    from scipy.stats import kendalltau
+
+    digits = data.load("digits", None, "train")
+    x = torch.nn.functional.interpolate(digits.images.float().div(128).sub(1), scale_factor=4).to(args.device)
+    y = digits.labels.to(args.device)
+    way = Way("fast", new_network(), fast_search, args)
+    generator = torch.Generator().manual_seed(1)
+    population = decode(random_alphas(individuals, generator=generator)).to(args.device)
+    for step in range(steps):
+        chosen = torch.randint(0, 1024, (64,), generator=generator).to(args.device)
+        way.training_step(x[chosen], y[chosen], population[step % individuals])()
+    fitness = []
+    for args.amp in (False, True):
+        logits = way.measure(x[1024:], population)  # (P, B, 10)
+        fitness.append(100 * (logits.argmax(-1) == y[1024:]).double().mean(1).cpu())
+    a, b = fitness
+    print(
+        f"bfloat16 against float32, {individuals} random individuals after {steps} steps on digits: Kendall's tau-b "
+        f"{kendalltau(a, b).statistic:.3f}; fitness {a.min():.1f} to {a.max():.1f} %, "
+        f"mean difference {(a - b).abs().mean():.2f} %"
+    )
+
+
+def main():
+    parser = search_arguments(__doc__, bn="batch")
+    parser.add_argument("--memory_of", choices=WAYS, help="print one way's memory: for the benchmark's own use")
+    args = parser.parse_args()
+    batch = 1024 if args.full else 256
+    if args.memory_of:
+        print(fitness_memory(args, batch))
+        return
+    generator = torch.Generator().manual_seed(0)
+    alphas = decode(random_alphas(1, generator=generator))[0].to(args.device)
+    x = torch.randn(batch, 3, 32, 32, generator=generator).to(args.device)
+    y = torch.randint(10, (64,), generator=generator).to(args.device)
+    seconds = compare(new_network(), fast_search, args, x, y, alphas)
+    ratios = show(
+        {
+            "training step, batch 64, s": seconds["train_step"],
+            f"fitness, one individual, batch {batch}, s": seconds["fitness"],
+            "peak memory of the fitness pass, MB": {name: memory(name) for name in WAYS},
+        }
+    )
+    if args.full:
+        generation = 391 * seconds["train_step"]["fast"] + 25 * 50 * seconds["fitness"]["fast"]
+        print(
+            f"one generation, 391 steps and 50 distinct individuals on 25 batches: {generation:.1f} s; 50 generations "
+            f"{50 * generation / 3600:.2f} h, published {PUBLISHED_HOURS:.1f} h"
+        )
+        compare_precisions(args)
+    finish(dict(zip(("train_step", "fitness", "memory"), ratios, strict=True)))
+
+
+if __name__ == "__main__":
+    main()

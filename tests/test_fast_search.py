@@ -1,0 +1,205 @@
+"""The fast path of the DARTS-space supernet equals the plain one."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import fast_search
+from encoding import decode
+from engine import batch_norm_mode, measure_fitness, plain_fitness
+from model_search import Network
+from operations import OPS
+
+from golden import REFERENCE, assert_close, assert_trajectory, fill, images, seeded_alphas
+
+SMALL = REFERENCE["s1_supernet"]["small"]
+both_modes = pytest.mark.parametrize("bn", ["batch", "running"])
+
+
+class Fast(torch.nn.Module):
+    """A network whose forward is the fast path's, for helpers that call one."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, alphas):
+        return fast_search.forward(self.network, x, alphas)
+
+
+def network(layers=5, C=4):
+    return fill(Network(C, 10, layers))
+
+
+def plain_logits(of, x, alphas, bn):
+    with torch.no_grad(), batch_norm_mode(of, bn):
+        return of(x, alphas)
+
+
+def individual(seed):
+    """Raw and decoded alphas in turn."""
+    raw = seeded_alphas(seed)
+    return decode(raw) if seed % 2 else raw
+
+
+def train(forward, of, steps, dtype=torch.float32, side=16):
+    """Logits and gradients of the last of a few SGD steps."""
+    optimizer = torch.optim.SGD(of.parameters(), lr=0.025, momentum=0.9, weight_decay=3e-4)
+    for step in range(1, 1 + steps):
+        logits = forward(images(step, (8, 3, side, side)).to(dtype), individual(step).to(dtype))
+        optimizer.zero_grad()
+        cross_entropy(logits, torch.arange(8)).backward()
+        optimizer.step()
+    return logits.detach(), [p.grad for p in of.parameters()]
+
+
+@pytest.mark.parametrize("layers, C, side", [(5, 4, 16), (3, 16, 8)])
+def test_training_step_equals_the_plain_one(layers, C, side):
+    """Small networks: in larger ones rounding flips a ReLU now and then, which is more than this in a gradient."""
+    plain, fast = network(layers, C), network(layers, C).to(memory_format=torch.channels_last)
+    logits, gradients = train(plain, plain, 1, side=side)
+    fast_logits, fast_gradients = train(Fast(fast), fast, 1, side=side)
+    assert_close(fast_logits, logits)
+    actual, expected = (torch.cat([g.flatten() for g in of]) for of in (fast_gradients, gradients))
+    assert (actual - expected).norm() <= 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("layers, side", [(2, 8), (3, 12)])
+def test_several_steps_in_float64_leave_equal_weights_and_buffers(layers, side):
+    """In float64 no rounding flips a ReLU, so nothing but the algebra can make a difference.
+
+    12 becomes odd behind the reductions, where dilated convolutions have another backward pass.
+    """
+    plain, fast = network(layers, 2).double(), network(layers, 2).double()
+    before = copy.deepcopy(plain.state_dict())
+    logits, gradients = train(plain, plain, 2, torch.float64, side)
+    fast_logits, fast_gradients = train(Fast(fast), fast, 2, torch.float64, side)
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-9, atol=1e-9)
+    for actual, expected in zip(fast_gradients, gradients, strict=True):
+        assert (actual - expected).norm() <= 1e-8 * expected.norm()
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], expected, rtol=1e-8, atol=1e-9, msg=name)
+        assert not torch.equal(expected, before[name]), name
+
+
+def test_alphas_get_gradients():
+    of, x = network().double(), images(2, (4, 3, 16, 16)).double()
+    gradients = []
+    for forward in (of, Fast(of)):
+        alphas = seeded_alphas(1).double().requires_grad_()
+        forward(x, alphas).square().sum().backward()
+        gradients.append(alphas.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "key, clip, image_seed, alphas_seed", [("train_traj", 5.0, 100, 200), ("train_traj_clip1", 1.0, 600, 500)]
+)
+def test_golden_training_trajectory(key, clip, image_seed, alphas_seed):
+    alphas = [
+        decode(torch.cat([seeded_alphas(alphas_seed + 2 * s + g, (1, 14, 8)) for g in range(2)]))
+        for s in range(len(SMALL[key]))
+    ]
+    assert_trajectory(Fast(network()), SMALL[key], alphas, image_seed, clip)
+
+
+def test_golden_eval_logits():
+    logits_of = fast_search.fitness(network(), "running")(images(13, (8, 3, 32, 32)))
+    raw = seeded_alphas(SMALL["alpha_seed"])
+    assert_close(logits_of(raw), SMALL["eval_logits_raw"])
+    assert_close(logits_of(decode(raw)), SMALL["eval_logits_decoded"])
+
+
+@both_modes
+@pytest.mark.parametrize("layers, C, side", [(1, 4, 8), (2, 4, 8), (5, 4, 12), (8, 16, 16)])
+def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, side):
+    of, x = network(layers, C), images(3, (16, 3, side, side))
+    before, training = copy.deepcopy(of.state_dict()), of.training
+    logits_of = fast_search.fitness(of, bn)(x)
+    for seed in (1, 2, 3, 1):
+        actual, expected = logits_of(individual(seed)), plain_logits(of, x, individual(seed), bn)
+        assert not actual.requires_grad
+        assert_close(actual, expected)
+    assert of.training is training
+    assert all(torch.equal(value, before[name]) for name, value in of.state_dict().items())
+
+
+@both_modes
+@pytest.mark.parametrize("decoded", [False, True], ids=["raw", "decoded"])
+def test_fitness_of_a_population_equals_the_plain_one(bn, decoded):
+    """8x8 images as the handwritten digits are, two batches, the second smaller, one individual twice."""
+
+    class Loader(list):
+        size = 40
+
+    loader = Loader((images(s, (n, 3, 8, 8)), torch.arange(n) % 10) for s, n in ((1, 28), (2, 12)))
+    raw = seeded_alphas(7, (4, 2, 14, 8))
+    population = torch.cat([raw, raw[:1]])
+    population = decode(population) if decoded else population
+    torch.manual_seed(0)
+    of = Network(4, 10, 3)
+    train(Fast(of), of, 25, side=8)
+    plain, fast = (measure_fitness(of, population, loader, bn, way) for way in (plain_fitness, fast_search.fitness))
+    assert torch.equal(fast, plain)
+    assert len(plain.unique()) > 1
+
+
+@both_modes
+def test_fitness_takes_the_weights_of_its_call(bn):
+    of, x = network(), images(3, (8, 3, 16, 16))
+    before = fast_search.fitness(of, bn)(x)(individual(1))
+    train(Fast(of), of, 2)
+    after = fast_search.fitness(of, bn)(x)(individual(1))
+    assert_close(after, plain_logits(of, x, individual(1), bn))
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [4, 6, 7, 8])
+def test_average_pool(stride, side):
+    x = images(0, (2, 5, side, side)).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fast_search.average_pool(x, stride), OPS["avg_pool_3x3"](5, stride, False)(x))
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, dilation, side",
+    [(k, s, d, side) for k in (3, 5) for s, d in ((1, 1), (2, 1), (1, 2)) for side in (8, 9) if s == 1 or side == 8],
+)
+def test_depthwise_gradients(kernel, stride, dilation, side):
+    conv = torch.nn.Conv2d(4, 4, kernel, stride, kernel // 2 * dilation, dilation, groups=4, bias=False).double()
+    x = images(0, (2, 4, side, side)).double().contiguous(memory_format=torch.channels_last).requires_grad_()
+    gradients = []
+    for y in (conv(x), fast_search.depthwise(x, conv)):
+        gradients.append(torch.autograd.grad(y.square().sum(), (x, conv.weight)))
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@both_modes
+def test_autocast(bn):
+    of, x = network(), images(3, (16, 3, 16, 16))
+    expected = plain_logits(of, x, individual(1), bn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(fast_search.fitness(of, bn)(x)(individual(1)).float(), expected, 0.1)
+        cross_entropy(Fast(of)(x, individual(1)), torch.arange(16) % 10).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in of.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_cells_compute_the_same_and_equal_ones_are_compiled_once(monkeypatch):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(fast_search.mixed_cell, dynamic=False, backend=backend)
+    monkeypatch.setattr(fast_search, "compiled", lambda cell: compiled)
+    torch._dynamo.reset()
+    plain, fast = (fill(Network(2, 10, 8, steps=2, multiplier=2)) for _ in range(2))
+    x, alphas = images(3, (2, 3, 8, 8)), seeded_alphas(1, (2, 5, 8))
+    assert_close(fast_search.forward(fast, x, alphas, compile=True), plain(x, alphas))
+    assert len(graphs) == 5  # of 8 cells: with C, 2 C and 4 C channels, and where these double
+    for name, expected in plain.state_dict().items():
+        assert_close(fast.state_dict()[name].double(), expected.double())

@@ -1,0 +1,156 @@
+"""The fast path of the NAS-Bench-201 supernet equals the plain one."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import nas201.fast_search as fast_search
+from engine import batch_norm_mode
+from nas201.encoding import decode
+from nas201.model_search import Network
+
+from golden import REFERENCE, assert_close, assert_trajectory, fill, images, seeded_alphas
+
+SMALL = REFERENCE["s2_supernet"]["small"]
+both_trackings = pytest.mark.parametrize("track", [True, False], ids=["tracked", "untracked"])
+both_modes = pytest.mark.parametrize("bn", ["batch", "running"])
+
+
+class Fast(torch.nn.Module):
+    """A network whose forward is the fast path's, for helpers that call one."""
+
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+
+    def forward(self, x, alphas):
+        return fast_search.forward(self.network, x, alphas)
+
+
+def network(track=True):
+    return fill(Network(8, 2, 10, track_running_stats=track))
+
+
+def plain_fitness(of, x, alphas, bn):
+    with torch.no_grad(), batch_norm_mode(of, bn):
+        return of(x, alphas)
+
+
+def population(size):
+    raw = seeded_alphas(5, (size, 1, 6, 5))
+    return torch.cat([raw, decode(raw)])
+
+
+def train(forward, of, steps, dtype=torch.float32):
+    """Logits and gradients of the last of a few SGD steps."""
+    optimizer = torch.optim.SGD(of.parameters(), lr=0.025, momentum=0.9, nesterov=True)
+    for step in range(steps):
+        alphas = seeded_alphas(step, (1, 6, 5)).to(dtype)
+        logits = forward(images(step, (8, 3, 16, 16)).to(dtype), alphas if step % 2 else decode(alphas))
+        optimizer.zero_grad()
+        cross_entropy(logits, torch.arange(8)).backward()
+        optimizer.step()
+    return logits.detach(), [p.grad for p in of.parameters()]
+
+
+@both_trackings
+def test_training_step_equals_the_plain_one(track):
+    plain, fast = network(track), network(track)
+    logits, gradients = train(plain, plain, 1)
+    fast_logits, fast_gradients = train(Fast(fast), fast, 1)
+    assert_close(fast_logits, logits)
+    for actual, expected in zip(fast_gradients, gradients, strict=True):
+        assert (actual - expected).norm() <= 1e-3 * expected.norm()
+
+
+@both_trackings
+def test_several_steps_in_float64_leave_equal_weights_and_buffers(track):
+    """In float64 no rounding flips a ReLU, so nothing but the algebra can make a difference."""
+    plain, fast = network(track).double(), network(track).double()
+    before = copy.deepcopy(plain.state_dict())
+    logits, _ = train(plain, plain, 3, torch.float64)
+    fast_logits, _ = train(Fast(fast), fast, 3, torch.float64)
+    torch.testing.assert_close(fast_logits, logits, rtol=1e-9, atol=1e-9)
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(fast.state_dict()[name], expected, rtol=1e-8, atol=1e-9, msg=name)
+        assert not torch.equal(expected, before[name]), name
+
+
+def test_statistics_are_as_precise_as_the_plain_path():
+    """Over many values: torch's channels-last BatchNorm would miss this tolerance tenfold."""
+    x = images(0, (64, 8, 32, 32)) + 0.3
+    scale, shift = torch.ones(8), torch.zeros(8)
+    _, mean, var = fast_search.standardise(x.contiguous(memory_format=torch.channels_last), scale, shift, 1e-5)
+    exact = x.double().transpose(0, 1).flatten(1)
+    torch.testing.assert_close(mean.double(), exact.mean(1), rtol=0, atol=5e-7)
+    torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=0, atol=1e-6)
+
+
+def test_alphas_get_gradients():
+    alphas = seeded_alphas(1, (1, 6, 5))
+    of, x = network(), images(2, (4, 3, 16, 16))
+    gradients = []
+    for forward in (of, Fast(of)):
+        leaf = alphas.clone().requires_grad_()
+        forward(x, leaf).square().sum().backward()
+        gradients.append(leaf.grad)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "key, clip, image_seed, alpha_seed", [("train_traj", 5.0, 300, 4000), ("train_traj_clip1", 1.0, 800, 700)]
+)
+def test_golden_training_trajectory(key, clip, image_seed, alpha_seed):
+    alphas = [decode(seeded_alphas(alpha_seed + s, (1, 6, 5))) for s in range(len(SMALL[key]))]
+    of = fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
+    assert_trajectory(Fast(of), SMALL[key], alphas, image_seed, clip, nesterov=True)
+
+
+@pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: str(case["seed"]))
+def test_golden_eval_logits(case):
+    of = fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
+    logits_of = fast_search.fitness(of, "running")(images(17, (4, 3, 32, 32)))
+    raw = seeded_alphas(case["seed"], (1, 6, 5))
+    assert_close(logits_of(raw), case["eval_logits_raw"])
+    assert_close(logits_of(decode(raw)), case["eval_logits_decoded"])
+
+
+@both_trackings
+@both_modes
+def test_population_fitness_equals_one_by_one_and_moves_nothing(bn, track, monkeypatch):
+    monkeypatch.setattr(fast_search, "IMAGES_PER_THREAD", 3)  # so that several parts and a smaller last one occur
+    of, x = network(track), images(3, (26, 3, 16, 16))
+    before, training = copy.deepcopy(of.state_dict()), of.training
+    logits_of = fast_search.fitness(of, bn)(x)
+    for alphas in population(6):
+        expected = plain_fitness(of, x, alphas, bn)
+        for actual in (logits_of(alphas), logits_of(alphas[0])):  # (1, 6, 5) and (6, 5)
+            assert not actual.requires_grad
+            assert_close(actual, expected)
+        two_best = expected.topk(2).values
+        clear = two_best[:, 0] - two_best[:, 1] > 1e-4
+        assert torch.equal(actual.argmax(1)[clear], expected.argmax(1)[clear])
+    assert of.training is training
+    assert all(torch.equal(value, before[name]) for name, value in of.state_dict().items())
+
+
+@both_modes
+def test_fitness_takes_the_weights_of_its_call(bn):
+    of, x, alphas = network(), images(3, (8, 3, 16, 16)), seeded_alphas(0, (1, 6, 5))
+    before = fast_search.fitness(of, bn)(x)(alphas)
+    train(Fast(of), of, 2)
+    after = fast_search.fitness(of, bn)(x)(alphas)
+    assert_close(after, plain_fitness(of, x, alphas, bn))
+    assert (after - before).abs().max() > 1e-3
+
+
+@both_modes
+def test_autocast(bn):
+    of, x, alphas = network(), images(3, (8, 3, 16, 16)), decode(seeded_alphas(0, (1, 6, 5)))
+    expected = plain_fitness(of, x, alphas, bn)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_close(fast_search.fitness(of, bn)(x)(alphas).float(), expected, 0.1)
+        cross_entropy(Fast(of)(x, alphas), torch.arange(8)).backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in of.parameters())
