@@ -23,11 +23,7 @@ def choose_genotype(args):
         return genotypes.load(args.genotype)
     if args.dir is None:
         raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
-    files = [Path(args.dir) / name for name in ("genotype.json", "genotype.pickle")]
-    found = next((path for path in files if path.is_file()), None)
-    if found is None:
-        raise UserError(f"{args.dir} has neither genotype.json nor genotype.pickle")
-    return genotypes.load(found)
+    return genotypes.load(genotypes.file_in(args.dir))
 
 
 def make_network(genotype, images, args):

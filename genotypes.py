@@ -6,35 +6,18 @@ output of cell k-1, 2 and up are the earlier nodes. The nodes in `*_concat` make
 
 import pickle
 from collections import namedtuple
+from pathlib import Path
 
 from safeio import UserError, atomic_write, read_bytes, read_json, restricted_unpickle, write_json
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 # The order is part of the method: it is the last axis of the architecture parameters.
-PRIMITIVES = [
-    "none",
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-]
-OPERATIONS = PRIMITIVES + ["sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
+PRIMITIVES = "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
+FILES = ("genotype.json", "genotype.pickle")  # in a run directory; the second is the published scripts'
+OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
 
-_SHORT = {
-    "max": "max_pool_3x3",
-    "avg": "avg_pool_3x3",
-    "skip": "skip_connect",
-    "sep3": "sep_conv_3x3",
-    "sep5": "sep_conv_5x5",
-    "sep7": "sep_conv_7x7",
-    "dil3": "dil_conv_3x3",
-    "dil5": "dil_conv_5x5",
-    "7x1": "conv_7x1_1x7",
-}
+_SHORT = dict(zip("max avg skip sep3 sep5 dil3 dil5 sep7 7x1".split(), OPERATIONS[1:], strict=True))
 
 
 def _cells(normal, reduce, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)):
@@ -84,16 +67,7 @@ AmoebaNet = _cells(
     reduce_concat=(3, 4, 6),
 )
 
-NAMED = {
-    "EvNASA": EvNASA,
-    "EvNASB": EvNASB,
-    "EvNASC": EvNASC,
-    "DARTS_V1": DARTS_V1,
-    "DARTS_V2": DARTS_V2,
-    "DARTS": DARTS,
-    "NASNet": NASNet,
-    "AmoebaNet": AmoebaNet,
-}
+NAMED = {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 
 def get(name):
@@ -178,6 +152,14 @@ def load(path):
     # BUILD could set attributes of the class Genotype; hashing the keys of dictionaries and sets can take for ever.
     refused = ("BUILD", "DICT", "EMPTY_DICT", "EMPTY_SET", "FROZENSET")
     return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
+
+
+def file_in(run_dir):
+    """The genotype file of a run: genotype.json, else the legacy genotype.pickle. Raises UserError."""
+    path = next((path for path in map(Path(run_dir).joinpath, FILES) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{run_dir} has neither {' nor '.join(FILES)}: it is no run, or its first step is not over")
+    return path
 
 
 def save(genotype, path):
