@@ -81,9 +81,8 @@ def _show(value):
     """`value` for a message, short: a hostile file can hold nested values whose repr never ends."""
     if isinstance(value, str):
         return repr(value[:80])
-    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9):
-        return repr(value)
-    return f"<{type(value).__name__}>"
+    short = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9)
+    return repr(value) if short else f"<{type(value).__name__}>"
 
 
 def validate(genotype, source="genotype"):
@@ -99,12 +98,11 @@ def validate(genotype, source="genotype"):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise UserError(f"{where} is {_show(pair)}, not an (operation, input) pair")
             op, node = pair
+            last = i // 2 + 1
             if op not in OPERATIONS:
                 raise UserError(f"{where} has the unknown operation {_show(op)}; known are {', '.join(OPERATIONS)}")
-            if type(node) is not int or not 0 <= node < i // 2 + 2:
-                raise UserError(
-                    f"{where} has the impossible input {_show(node)}; node {i // 2} can use 0 to {i // 2 + 1}"
-                )
+            if type(node) is not int or not 0 <= node <= last:
+                raise UserError(f"{where} has the impossible input {_show(node)}; node {last - 1} can use 0 to {last}")
         nodes = range(2, len(pairs) // 2 + 2)
         if isinstance(concat, range):
             concat = list(concat[: len(nodes) + 1])  # len() fails on the largest ranges
@@ -119,9 +117,8 @@ def validate(genotype, source="genotype"):
 
 def to_dict(genotype):
     """The form written as JSON."""
-    return {
-        field: [list(v) if isinstance(v, tuple) else v for v in getattr(genotype, field)] for field in Genotype._fields
-    }
+    parts = genotype._asdict().items()
+    return {field: [list(v) if isinstance(v, tuple) else v for v in values] for field, values in parts}
 
 
 def from_dict(value, source="genotype"):

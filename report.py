@@ -5,6 +5,7 @@ It needs no network and no script: charts are SVG by matplotlib, every chart has
 
 import json
 import os
+import statistics
 from html import escape
 
 import genotypes
@@ -60,6 +61,7 @@ PAGE = """<!doctype html>
 """
 
 SPACES = {"s1": (2, 14, 8), "s2": (1, 6, 5)}  # (G, E, O) of the alphas
+TITLES = {"s1": "EvNAS search, DARTS space", "s2": "EvNAS search, NAS-Bench-201 space"}
 # Of a chart, for matplotlib; it is 4.2 inches wide, so that its text stays legible at 330 pixels.
 STYLE = {
     "font.size": 9.5, "text.color": light("ink"), "axes.labelcolor": light("soft"), "axes.formatter.useoffset": False,
@@ -72,8 +74,7 @@ STYLE = {
 }  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Reading a run
+# ---- reading a run
 
 
 def read_history(path):
@@ -111,6 +112,10 @@ def column(rows, key):
     return values
 
 
+def known(rows, key):
+    return [value for value in column(rows, key) if value is not None]
+
+
 def operation_shares(path, space):
     """How often each operation occurs in a saved population, decoded: G lists of O percentages. Raises UserError."""
     import numpy as np
@@ -131,8 +136,7 @@ def operation_shares(path, space):
     return (100 * counts / counts.sum(1, keepdims=True)).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Charts
+# ---- charts
 
 
 def show(value, digits=2):
@@ -144,17 +148,23 @@ def show(value, digits=2):
     return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
+def latest(rows, key):
+    return show(column(rows, key)[-1])
+
+
+def wide(content, label):
+    """What scrolls by itself where the page is narrower."""
+    return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
+
+
 def table(caption, head, rows):
-    """An HTML table that scrolls by itself; the first column is the rows' header."""
-    caption = escape(caption)
+    """An HTML table; the first column is the rows' header."""
+    caption, heads = escape(caption), "".join(f"<th scope=col>{name}</th>" for name in head)
     body = ""
     for first, *values in rows:
         body += f"<tr><th scope=row>{first}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-    heads = "".join(f"<th scope=col>{name}</th>" for name in head)
-    return (
-        f'<div class=wide tabindex=0 role=region aria-label="{caption}"><table><caption>{caption}</caption>'
-        f"<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    content = f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
+    return wide(f"<table>{content}</table>", caption)
 
 
 def chart(rows, title, note, lines, band=None, levels=(), zero=False):
@@ -169,8 +179,7 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
 
     step = step_of(rows)
     steps = [row[step] for row in rows]
-    lines = [(label, colour, column(rows, name)) for label, colour, name in lines]
-    lines = [line for line in lines if any(value is not None for value in line[2])]
+    lines = [(label, colour, column(rows, name)) for label, colour, name in lines if known(rows, name)]
     if not lines:
         return ""
     said = ""
@@ -180,8 +189,8 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
         axes.set_xlabel(step)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for label, colour, values in lines:
-            known = [value for value in values if value is not None]
-            first, last, lowest, highest = map(show, (known[0], known[-1], min(known), max(known)))
+            found = [value for value in values if value is not None]
+            first, last, lowest, highest = map(show, (found[0], found[-1], min(found), max(found)))
             said += f"{label}: {first} at first, {last} at last; lowest {lowest}, highest {highest}. "
             style = "o-" if len(steps) <= 60 else "-"
             axes.plot(steps, np.array(values, float), style, color=light(colour), label=f"{label} {last}")
@@ -203,8 +212,7 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Sections: each returns HTML, or nothing, and adds to `missing` what it could not find
+# ---- sections: each returns HTML, or nothing, and adds to `missing` what it could not find
 
 
 def section(title, *charts, card=""):
@@ -218,23 +226,20 @@ def winner_section(run_dir, rows, missing):
     """The cells of genotype.json, else of the last line of the history."""
     path = os.path.join(run_dir, "genotype.json")
     last = rows[-1].get("best_genotype") if rows else None
+    if not last and not os.path.exists(path):
+        missing.append("There is no genotype.json yet, so no cells are drawn.")
+        return ""
     try:
         if os.path.exists(path):
             architecture = visualize.load_architecture(path)
-        elif last:
+        else:
             architecture = last if isinstance(last, str) else genotypes.from_dict(last, "history.jsonl, last line")
             missing.append("genotype.json is missing; the cells are those of the last line of history.jsonl.")
-        else:
-            missing.append("There is no genotype.json yet, so no cells are drawn.")
-            return ""
         cells = visualize.cells(architecture)
     except UserError as error:
         missing.append(f"The cells cannot be drawn: {error}")
         return ""
-    card = ""
-    for cell in cells.values():
-        label = f"tabindex=0 role=region aria-label='{cell['title']}'"
-        card += f"<div class=wide {label}>{visualize.cell_svg(**cell)}</div>"
+    card = "".join(wide(visualize.cell_svg(**cell), cell["title"]) for cell in cells.values())
     text = architecture if isinstance(architecture, str) else json.dumps(genotypes.to_dict(architecture))
     card += f"<details><summary>As text</summary><pre>{escape(text)}</pre></details>"
     return section("Winning architecture" if rows and "generation" in rows[0] else "Architecture", card=card)
@@ -248,7 +253,7 @@ def benchmark_section(rows):
         keys = [f"true_accuracy/{data_set}/{split}" for split in ("valid", "test")]
         for i, key in enumerate(keys):
             evnas, *others = (f"{row[i]:.2f}" for row in published)
-            own = f"<b>{show(column(rows, key)[-1])}</b>"
+            own = f"<b>{latest(rows, key)}</b>"
             spread = f"{evnas} ± {NAS201_SPREAD[data_set][i]:.2f}"
             lines.append([f"{name} {'test' if i else 'valid'}", own, spread, *others])
         levels = [("best there is, test", "grey", published[1][1]), ("EvNAS, test", "orange", published[0][1])]
@@ -268,15 +273,16 @@ def population_section(run_dir, space, rows, missing):
         names = ("cell",)
     counted, errors = [], {}
     for row in rows:
-        path, shares = os.path.join(run_dir, "population", f"{row['generation']:03d}.npz"), {}
         try:
-            for name, values in zip(names, operation_shares(path, space), strict=True):
-                shares |= {f"{name} {operation}": value for operation, value in zip(operations, values, strict=True)}
+            shares = operation_shares(os.path.join(run_dir, "population", f"{row['generation']:03d}.npz"), space)
         except UserError as error:
-            errors[row["generation"]] = str(error)
-        counted.append(row | shares)
+            errors[str(row["generation"])] = str(error)
+            shares = []
+        for name, values in zip(names, shares, strict=False):
+            row = row | {f"{name} {operation}": value for operation, value in zip(operations, values, strict=True)}
+        counted.append(row)
     if errors:
-        which, why = ", ".join(map(str, list(errors)[:8])), "; ".join(list(errors.values())[:8])
+        which, why = ", ".join(list(errors)[:8]), "; ".join(list(errors.values())[:8])
         missing.append(f"Operation counts of generation {which}{' ...' if len(errors) > 8 else ''}: {why}")
     charts = []
     for name in names:
@@ -329,23 +335,21 @@ def settings_section(args):
 def tiles(rows, total):
     """The figures to see first."""
     step, last = step_of(rows), rows[-1]
-    minutes, seconds = divmod(int(sum(value or 0 for value in column(rows, "seconds"))), 60)
-    speeds = sorted(value for value in column(rows, "images_per_second") if value is not None)
-    memory = max((value or 0 for value in column(rows, "peak_memory_mb")), default=0)
-    test = column([last], "test_top1")[0]
+    minutes, seconds = divmod(int(sum(known(rows, "seconds"))), 60)
+    speeds, memory = (known(rows, key) for key in ("images_per_second", "peak_memory_mb"))
     shown = {
         f"{step.capitalize()}s": f"{last[step]} of {escape(str(total))}",
-        "Best fitness, %": show(column([last], "fitness_best")[0]),
-        "Mean fitness, %": show(column([last], "fitness_mean")[0]),
-        "Test top-1, %": show(test),
-        "Best test top-1, %": show(column([last], "best_top1")[0]),
-        "Test error, %": show(None if test is None else 100 - test),
-        "Distinct cells": show(column([last], "distinct")[0]),
+        "Best fitness, %": latest(rows, "fitness_best"),
+        "Mean fitness, %": latest(rows, "fitness_mean"),
+        "Test top-1, %": latest(rows, "test_top1"),
+        "Best test top-1, %": latest(rows, "best_top1"),
+        "Test error, %": "".join(show(100 - value) for value in known([last], "test_top1")),
+        "Distinct cells": latest(rows, "distinct"),
         "Time": f"{minutes} min {seconds} s",
-        "Images/s, median": show(speeds[len(speeds) // 2], 0) if speeds else "–",
-        "Peak memory": f"{show(memory, 0)} MB" if memory else "–",
+        "Images/s, median": show(statistics.median(speeds), 0) if speeds else "",
+        "Peak memory": f"{show(max(memory), 0)} MB" if memory else "",
     }
-    found = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items() if value != "–")
+    found = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items() if value not in ("", "–"))
     return f"<dl class=tiles>{''.join(found)}</dl>"
 
 
@@ -355,10 +359,10 @@ def write_report(run_dir):
     What is missing is said in the report. Raises UserError where `run_dir` is no run, for a malformed line of
     history.jsonl, and where the report cannot be written.
     """
-    known = ("args.json", "history.jsonl", "genotype.json")
-    here = [name for name in known if os.path.isfile(os.path.join(run_dir, name))]
+    files = ("args.json", "history.jsonl", "genotype.json")
+    here = [name for name in files if os.path.isfile(os.path.join(run_dir, name))]
     if not here:
-        raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(known)}")
+        raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(files)}")
     missing = []
     try:
         args = read_json(os.path.join(run_dir, "args.json"))
@@ -367,33 +371,29 @@ def write_report(run_dir):
     except UserError as error:
         missing.append(f"Settings are left out: {error}.")
         args = {}
+    flags, space = args.get("args", {}), str(args.get("space"))
     rows = read_history(os.path.join(run_dir, "history.jsonl")) if "history.jsonl" in here else []
     step = step_of(rows) if rows else "epoch" if args.get("kind") == "eval" else "generation"
     rows = sorted({row[step]: row for row in rows}.values(), key=lambda row: row[step])
-    if not rows:
-        missing.append(f"history.jsonl has no {step} yet, so there are no curves.")
-
-    flags, space = args.get("args", {}), str(args.get("space"))
     if space not in SPACES and rows:
         space = "s2" if isinstance(rows[-1].get("best_genotype"), str) else "s1"
-    parts = [winner_section(run_dir, rows, missing)]
-    if step == "generation" and not any(value is not None for value in column(rows, "fitness_best")):
-        missing.append("Fitness was not measured in any generation.")
-    if rows:
-        parts.insert(len(parts) if step == "generation" else 0, training_section(rows))
-        if step == "generation":
-            parts.append(benchmark_section(rows) if space == "s2" else "")
-            parts.append(population_section(run_dir, space, rows, missing))
-        parts.append(time_section(rows))
-    parts.append(settings_section(args) if args else "")
-    if missing:
-        notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
-        parts.insert(0, f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>")
-    if rows:
-        parts.insert(0, tiles(rows, flags.get("epochs", "?")))
 
-    spaces = {"s1": "EvNAS search, DARTS space", "s2": "EvNAS search, NAS-Bench-201 space"}
-    title = spaces.get(space, "EvNAS search") if step == "generation" else "EvNAS retraining"
+    parts = [winner_section(run_dir, rows, missing)]
+    if not rows:
+        missing.append(f"history.jsonl has no {step} yet, so there are no curves.")
+    elif step == "epoch":
+        parts = [training_section(rows), *parts, time_section(rows)]
+    else:
+        if not known(rows, "fitness_best"):
+            missing.append("Fitness was not measured in any generation.")
+        parts += [training_section(rows), benchmark_section(rows) if space == "s2" else ""]
+        parts += [population_section(run_dir, space, rows, missing), time_section(rows)]
+    notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
+    notes = notes and f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>"
+    parts = [tiles(rows, flags.get("epochs", "?")) if rows else "", notes, *parts]
+    parts.append(settings_section(args) if args else "")
+
+    title = TITLES.get(space, "EvNAS search") if step == "generation" else "EvNAS retraining"
     about = [flags.get("dataset"), args.get("started"), os.path.basename(os.path.abspath(run_dir))]
     about = escape(" · ".join(str(part) for part in about if part))
     page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))

@@ -140,8 +140,7 @@ def cell_svg(edges, title, concat=(), inputs=()):
     return svg_of(cell_figure(edges, title, concat, inputs), title, said)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Architectures
+# ---- architectures
 
 
 def cells(architecture, name=""):

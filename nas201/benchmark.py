@@ -114,15 +114,16 @@ def load(path):
 
 
 def _from_rows(path, lines):
-    """The Benchmark of a reader's header and (where, cells) of each architecture, in any order; None: no figure.
+    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture, in any order.
+
+    A figure may be None or left out.
 
     Every source goes through this check: all architectures, each under one index, figures from 0 to 100.
     """
     header = next(lines)
-    at = {name: header.index(name) for name in ("index", "arch", *COLUMNS) if name in header}
-    absent = [name for name in COLUMNS if name not in at]
+    absent = [name for name in COLUMNS if name not in header]
     for name in ("index", "arch"):
-        if name not in at:
+        if name not in header:
             raise UserError(f"{path} has no column {name}; a table has index, arch and some of {', '.join(COLUMNS)}")
     if len(set(header)) < len(header):
         raise UserError(f"{path} has two columns of one name")
@@ -130,7 +131,7 @@ def _from_rows(path, lines):
         raise UserError(f"{path} has no column of accuracies after 200 epochs, such as {COLUMNS[1]}")
     archs, seen, table = [None] * NUM_ARCHS, {}, np.full((NUM_ARCHS, len(COLUMNS)), np.nan)
     for where, cells in lines:
-        number, arch = cells[at["index"]], cells[at["arch"]]
+        number, arch = cells["index"], cells["arch"]
         index = int(number) if re.fullmatch(r"\d{1,9}", str(number)) else -1
         if not 0 <= index < NUM_ARCHS:
             raise UserError(f"{where}: index {number!r:.80} is not a number in 0..{NUM_ARCHS - 1}")
@@ -144,8 +145,8 @@ def _from_rows(path, lines):
             raise UserError(f"{where}: indices {seen[arch]} and {index} have the same architecture {arch}")
         archs[index], seen[arch] = arch, index
         for k, name in enumerate(COLUMNS):
-            if name in at and cells[at[name]] is not None:
-                table[index, k] = _percent(cells[at[name]], name, where)
+            if cells.get(name) is not None:
+                table[index, k] = _percent(cells[name], name, where)
     if None in archs:
         raise UserError(f"{path} has {len(seen)} rows instead of {NUM_ARCHS}: index {archs.index(None)} is missing")
     return Benchmark(path, archs, table, absent=absent, missing=np.flatnonzero(np.isnan(table).all(1)).tolist())
@@ -162,7 +163,7 @@ def _percent(value, name, where):
 
 
 def _read_csv(path):
-    """Yields the header, then (where, cells) of each line."""
+    """Yields the header, then (where, {column: cell}) of each line."""
     try:
         reader = csv.reader(_unpacked(path).decode("utf-8-sig").splitlines())
         header = next(reader, [])
@@ -171,13 +172,13 @@ def _read_csv(path):
             where = f"{path}, line {reader.line_num}"
             if len(cells) != len(header):
                 raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-            yield where, cells
+            yield where, dict(zip(header, cells, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no CSV file: {error}") from error
 
 
 def _read_npz(path):
-    """Yields the header, then (where, cells) of each row."""
+    """Yields the header, then (where, {column: cell}) of each row."""
     data = _unpacked(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -193,7 +194,7 @@ def _read_npz(path):
             raise UserError(f"{path}: array index holds {column.dtype}, not integers")
     yield list(columns)
     for row, cells in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
-        yield f"{path}, row {row}", cells
+        yield f"{path}, row {row}", dict(zip(columns, cells, strict=True))
 
 
 def save(benchmark, path):
@@ -277,7 +278,7 @@ def _read_pth(path):
 
 
 def _official_rows(path, content, records=None):
-    """Yields the header, then (where, cells) of each of `meta_archs`; `records` stands for the content's own."""
+    """Yields the header, then (where, {column: cell}) of `meta_archs`; `records` stands for the content's own."""
     content = content if isinstance(content, dict) else {}
     archs, records = content.get("meta_archs"), content.get("arch2infos") if records is None else records
     if not isinstance(archs, list) or not isinstance(records, dict):
@@ -286,7 +287,7 @@ def _official_rows(path, content, records=None):
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
         figures = _figures(records[index], "full", arch, where) if index in records else NO_FIGURES
-        yield where, (index, arch, *figures)
+        yield where, {"index": index, "arch": arch, **dict(zip(COLUMNS, figures, strict=True))}
 
 
 def _figures(record, key, arch, where):
