@@ -18,55 +18,40 @@ FILES = ("genotype.json", "genotype.pickle")  # in a run directory; the second i
 OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
 
 _SHORT = dict(zip("max avg skip sep3 sep5 dil3 dil5 sep7 7x1".split(), OPERATIONS[1:], strict=True))
+_CELLS = {  # name, kind and concat: (operation, input) of each pair
+    # Found by EvNAS (Sinha & Chen, GECCO 2021).
+    "EvNASA normal 2345": "sep3 0, sep3 1, sep5 2, sep3 1, skip 0, skip 2, dil5 3, sep3 1",
+    "EvNASA reduce 2345": "dil5 1, avg 0, sep3 0, avg 2, skip 1, skip 2, skip 1, sep5 0",
+    "EvNASB normal 2345": "sep5 0, sep3 1, sep5 2, max 0, sep3 0, sep3 1, skip 0, sep5 2",
+    "EvNASB reduce 2345": "skip 1, max 0, max 0, avg 1, skip 2, avg 3, sep5 2, sep5 0",
+    "EvNASC normal 2345": "skip 0, sep3 1, skip 2, sep5 1, max 1, sep3 0, sep3 0, sep5 3",
+    "EvNASC reduce 2345": "sep5 1, dil3 0, sep5 0, skip 1, max 0, max 1, max 0, max 2",
+    # Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
+    "DARTS_V1 normal 2345": "sep3 1, sep3 0, skip 0, sep3 1, skip 0, sep3 1, sep3 0, skip 2",
+    "DARTS_V1 reduce 2345": "max 0, max 1, skip 2, max 0, max 0, skip 2, skip 2, avg 0",
+    "DARTS_V2 normal 2345": "sep3 0, sep3 1, sep3 0, sep3 1, sep3 1, skip 0, skip 0, dil3 2",
+    "DARTS_V2 reduce 2345": "max 0, max 1, skip 2, max 1, max 0, skip 2, skip 2, max 1",
+    # Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
+    "NASNet normal 23456": "sep5 1, sep3 0, sep5 0, sep3 0, avg 1, skip 0, avg 0, avg 0, sep3 1, skip 1",
+    "NASNet reduce 456": "sep5 1, sep7 0, max 1, sep7 0, avg 1, sep5 0, skip 3, avg 2, sep3 2, max 1",
+    # Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
+    "AmoebaNet normal 456": "avg 0, max 1, sep3 0, sep5 2, sep3 0, avg 3, sep3 1, skip 1, skip 0, avg 1",
+    "AmoebaNet reduce 346": "avg 0, sep3 1, max 0, sep7 2, sep7 0, avg 1, max 0, max 1, 7x1 0, sep3 5",
+}
 
 
-def _cells(normal, reduce, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)):
-    """Genotype from two texts such as "sep3 0, skip 1"."""
+def _cell(name):
+    parts = {}
+    for head, text in _CELLS.items():
+        owner, kind, concat = head.split()
+        if owner == name:
+            pairs = (pair.split() for pair in text.split(", "))
+            parts |= {kind: [(_SHORT[op], int(node)) for op, node in pairs], f"{kind}_concat": list(map(int, concat))}
+    return Genotype(**parts)
 
-    def pairs(text):
-        return [(_SHORT[op], int(node)) for op, node in (pair.split() for pair in text.split(", "))]
 
-    return Genotype(pairs(normal), list(normal_concat), pairs(reduce), list(reduce_concat))
-
-
-# Found by EvNAS (Sinha & Chen, GECCO 2021).
-EvNASA = _cells(
-    "sep3 0, sep3 1, sep5 2, sep3 1, skip 0, skip 2, dil5 3, sep3 1",
-    "dil5 1, avg 0, sep3 0, avg 2, skip 1, skip 2, skip 1, sep5 0",
-)
-EvNASB = _cells(
-    "sep5 0, sep3 1, sep5 2, max 0, sep3 0, sep3 1, skip 0, sep5 2",
-    "skip 1, max 0, max 0, avg 1, skip 2, avg 3, sep5 2, sep5 0",
-)
-EvNASC = _cells(
-    "skip 0, sep3 1, skip 2, sep5 1, max 1, sep3 0, sep3 0, sep5 3",
-    "sep5 1, dil3 0, sep5 0, skip 1, max 0, max 1, max 0, max 2",
-)
-# Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
-DARTS_V1 = _cells(
-    "sep3 1, sep3 0, skip 0, sep3 1, skip 0, sep3 1, sep3 0, skip 2",
-    "max 0, max 1, skip 2, max 0, max 0, skip 2, skip 2, avg 0",
-)
-DARTS_V2 = _cells(
-    "sep3 0, sep3 1, sep3 0, sep3 1, sep3 1, skip 0, skip 0, dil3 2",
-    "max 0, max 1, skip 2, max 1, max 0, skip 2, skip 2, max 1",
-)
-DARTS = DARTS_V2
-# Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
-NASNet = _cells(
-    "sep5 1, sep3 0, sep5 0, sep3 0, avg 1, skip 0, avg 0, avg 0, sep3 1, skip 1",
-    "sep5 1, sep7 0, max 1, sep7 0, avg 1, sep5 0, skip 3, avg 2, sep3 2, max 1",
-    normal_concat=(2, 3, 4, 5, 6),
-    reduce_concat=(4, 5, 6),
-)
-# Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
-AmoebaNet = _cells(
-    "avg 0, max 1, sep3 0, sep5 2, sep3 0, avg 3, sep3 1, skip 1, skip 0, avg 1",
-    "avg 0, sep3 1, max 0, sep7 2, sep7 0, avg 1, max 0, max 1, 7x1 0, sep3 5",
-    normal_concat=(4, 5, 6),
-    reduce_concat=(3, 4, 6),
-)
-
+EvNASA, EvNASB, EvNASC, DARTS_V1, DARTS_V2 = map(_cell, ("EvNASA", "EvNASB", "EvNASC", "DARTS_V1", "DARTS_V2"))
+DARTS, NASNet, AmoebaNet = DARTS_V2, _cell("NASNet"), _cell("AmoebaNet")
 NAMED = {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 

@@ -61,6 +61,7 @@ PAGE = """<!doctype html>
 """
 
 SPACES = {"s1": (2, 14, 8), "s2": (1, 6, 5)}  # (G, E, O) of the alphas
+CELLS = {"s1": ("normal cell", "reduction cell"), "s2": ("cell",)}
 TITLES = {"s1": "EvNAS search, DARTS space", "s2": "EvNAS search, NAS-Bench-201 space"}
 # Of a chart, for matplotlib; it is 4.2 inches wide, so that its text stays legible at 330 pixels.
 STYLE = {
@@ -117,10 +118,15 @@ def known(rows, key):
 
 
 def operation_shares(path, space):
-    """How often each operation occurs in a saved population, decoded: G lists of O percentages. Raises UserError."""
+    """{"normal cell max_pool_3x3": percent of the edges of such cells, ..} of a saved population. Raises UserError."""
     import numpy as np
     import torch
 
+    if space == "s1":
+        from encoding import decode
+        from genotypes import PRIMITIVES
+    else:
+        from nas201.encoding import PRIMITIVES, decode
     try:
         with np.load(path, allow_pickle=False) as file:
             alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
@@ -128,12 +134,10 @@ def operation_shares(path, space):
             raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
     except Exception as error:  # zipfile and numpy raise nearly any exception on damaged files
         raise UserError(f"{path} is not a saved population: {type(error).__name__}: {error}") from error
-    if space == "s1":
-        from encoding import decode
-    else:
-        from nas201.encoding import decode
     counts = decode(alphas).sum((0, 2))  # (G, O)
-    return (100 * counts / counts.sum(1, keepdims=True)).tolist()
+    shares = 100 * counts / counts.sum(1, keepdims=True)
+    names = [f"{cell} {operation}" for cell in CELLS[space] for operation in PRIMITIVES]
+    return dict(zip(names, shares.flatten().tolist(), strict=True))
 
 
 # ---- charts
@@ -266,29 +270,22 @@ def benchmark_section(rows):
 
 
 def population_section(run_dir, space, rows, missing):
-    names, operations = ("normal cell", "reduction cell"), genotypes.PRIMITIVES
-    if space == "s2":
-        from nas201.genotypes import PRIMITIVES as operations
-
-        names = ("cell",)
     counted, errors = [], {}
     for row in rows:
+        path = os.path.join(run_dir, "population", f"{row['generation']:03d}.npz")
         try:
-            shares = operation_shares(os.path.join(run_dir, "population", f"{row['generation']:03d}.npz"), space)
+            counted.append(row | operation_shares(path, space))
         except UserError as error:
+            counted.append(row)
             errors[str(row["generation"])] = str(error)
-            shares = []
-        for name, values in zip(names, shares, strict=False):
-            row = row | {f"{name} {operation}": value for operation, value in zip(operations, values, strict=True)}
-        counted.append(row)
     if errors:
         which, why = ", ".join(list(errors)[:8]), "; ".join(list(errors.values())[:8])
         missing.append(f"Operation counts of generation {which}{' ...' if len(errors) > 8 else ''}: {why}")
     charts = []
-    for name in names:
-        lines = [(operation, COLOUR[operation], f"{name} {operation}") for operation in operations]
-        lines = [line for line in lines if any(column(counted, line[2]))]  # `none` never occurs in the DARTS space
-        charts.append(chart(counted, f"Operations, {name}", "% of the edges", lines, zero=True))
+    for cell in CELLS[space]:
+        lines = [(operation, colour, f"{cell} {operation}") for operation, colour in COLOUR.items()]
+        lines = [line for line in lines if any(column(counted, line[2]))]  # those that occur
+        charts.append(chart(counted, f"Operations, {cell}", "% of the edges", lines, zero=True))
     distinct = [("distinct architectures", "orange", "distinct")]
     charts.append(chart(rows, "Distinct architectures", "in the population", distinct, zero=True))
     return section("Population", *charts)

@@ -40,7 +40,6 @@ METRICS = {
     ("ImageNet16-120", "test"): ("ImageNet16-120", "x-test"),
 }
 COLUMNS = tuple(f"{dataset.replace('-', '_')}_{split}_200" for dataset, split in METRICS)
-NO_FIGURES = (None,) * len(COLUMNS)
 MAX_BYTES = 64 << 20  # of an unpacked table or record; real ones are 2 MB and 0.4 MB
 
 
@@ -72,7 +71,7 @@ class Benchmark:
         self.arch(index)
         if self.table is not None:
             return self.table[index]
-        return np.array(NO_FIGURES if index in self.missing else self._read(index), dtype=float)
+        return np.array([None] * len(COLUMNS) if index in self.missing else self._read(index), dtype=float)
 
     def accuracy(self, index, dataset, split):
         """Accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
@@ -114,9 +113,7 @@ def load(path):
 
 
 def _from_rows(path, lines):
-    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture, in any order.
-
-    A figure may be None or left out.
+    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture; a figure can be None.
 
     Every source goes through this check: all architectures, each under one index, figures from 0 to 100.
     """
@@ -286,8 +283,8 @@ def _official_rows(path, content, records=None):
     yield ["index", "arch", *COLUMNS]
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
-        figures = _figures(records[index], "full", arch, where) if index in records else NO_FIGURES
-        yield where, {"index": index, "arch": arch, **dict(zip(COLUMNS, figures, strict=True))}
+        figures = _figures(records[index], "full", arch, where) if index in records else ()
+        yield where, {"index": index, "arch": arch, **dict(zip(COLUMNS, figures, strict=False))}
 
 
 def _figures(record, key, arch, where):

@@ -314,12 +314,14 @@ def test_operation_shares_are_those_of_the_decoded_population(tmp_path):
     alphas = random_alphas(5)
     np.savez(tmp_path / "001.npz", alphas=alphas.numpy(), fitness=np.zeros(5))
     found = [genotype(a) for a in alphas]
-    for g, kind in enumerate(("normal", "reduce")):
+    expected = {}
+    for kind, name in (("normal", "normal cell"), ("reduce", "reduction cell")):
         chosen = [op for one in found for op, _ in getattr(one, kind)]
-        expected = [100 * chosen.count(op) / 40 for op in genotypes.PRIMITIVES]
-        assert np.allclose(report.operation_shares(tmp_path / "001.npz", "s1")[g], expected)
+        expected |= {f"{name} {op}": 100 * chosen.count(op) / 40 for op in genotypes.PRIMITIVES}
+    assert report.operation_shares(tmp_path / "001.npz", "s1") == pytest.approx(expected)
     np.savez(tmp_path / "002.npz", alphas=np.eye(5, dtype=np.float32)[[[[0, 3, 3, 3, 1, 0]]]], fitness=np.zeros(1))
-    assert np.allclose(report.operation_shares(tmp_path / "002.npz", "s2"), [[100 / 3, 50 / 3, 0, 50, 0]])
+    expected = {f"cell {op}": share for op, share in zip(PRIMITIVES, (100 / 3, 50 / 3, 0, 50, 0), strict=True)}
+    assert report.operation_shares(tmp_path / "002.npz", "s2") == pytest.approx(expected)
 
 
 def test_report_says_what_is_missing(tmp_path):
