@@ -134,7 +134,6 @@ def svg_of(figure, title, description):
 
 def cell_svg(edges, title, concat=(), inputs=()):
     """The cell as SVG text; `cell_figure` describes the arguments."""
-    title = "".join(c if c.isprintable() else "?" for c in title)  # XML is choosy, names of files are not
     said = "; ".join(f"{source} to {target}: {operation}" for source, target, operation in edges)
     said += f". The output c_{{k}} concatenates {', '.join(concat)}." if concat else "."
     return svg_of(cell_figure(edges, title, concat, inputs), title, said)
@@ -148,6 +147,7 @@ def cells(architecture, name=""):
 
     The titles begin with `name`. Raises UserError.
     """
+    name = "".join(c if c.isprintable() else "?" for c in name)  # XML is choosy, names of files are not
 
     def title(kind):
         return f"{name}: {kind}" if name else kind.capitalize()

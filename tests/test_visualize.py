@@ -1,6 +1,7 @@
 """Cells are drawn without overlaps, reports are self-contained pages, and bad input is one line."""
 
 import fcntl
+import io
 import json
 import os
 import random
@@ -128,7 +129,9 @@ def test_lines_connect_what_the_genotype_says(name):
 
 
 def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
-    ElementTree.fromstring(visualize.cell_svg([("0", "1", "none")], "\x01\udcff").encode())  # a strange file name
+    strange = visualize.cells(ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
+    ElementTree.fromstring(visualize.cell_svg(**strange).encode())
+    visualize.cell_figure(**strange).savefig(io.BytesIO(), format="png")
     svg = visualize.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img" and root.get("aria-label") == 'A <b> & "c"'
