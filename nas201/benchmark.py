@@ -47,7 +47,7 @@ class Benchmark:
     """What `load` returns. `absent` lists the columns that the source has not, `missing` the indices without a record.
 
     archs: the arch strings in the benchmark's order. table: all rows (15625, 6) in the order of COLUMNS, NaN where
-    there is no figure; None where `read` (index -> row) reads them one by one.
+    there is no figure; None where `read` (index -> {column: figure}) reads them one by one.
     """
 
     def __init__(self, path, archs, table=None, read=None, absent=(), missing=()):
@@ -71,7 +71,8 @@ class Benchmark:
         self.arch(index)
         if self.table is not None:
             return self.table[index]
-        return np.array([None] * len(COLUMNS) if index in self.missing else self._read(index), dtype=float)
+        figures = {} if index in self.missing else self._read(index)
+        return np.array([figures.get(name, np.nan) for name in COLUMNS])
 
     def accuracy(self, index, dataset, split):
         """Accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
@@ -113,7 +114,7 @@ def load(path):
 
 
 def _from_rows(path, lines):
-    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture; a figure can be None.
+    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture; figures can be left out.
 
     Every source goes through this check: all architectures, each under one index, figures from 0 to 100.
     """
@@ -142,7 +143,7 @@ def _from_rows(path, lines):
             raise UserError(f"{where}: indices {seen[arch]} and {index} have the same architecture {arch}")
         archs[index], seen[arch] = arch, index
         for k, name in enumerate(COLUMNS):
-            if cells.get(name) is not None:
+            if name in cells:
                 table[index, k] = _percent(cells[name], name, where)
     if None in archs:
         raise UserError(f"{path} has {len(seen)} rows instead of {NUM_ARCHS}: index {archs.index(None)} is missing")
@@ -283,21 +284,21 @@ def _official_rows(path, content, records=None):
     yield ["index", "arch", *COLUMNS]
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
-        figures = _figures(records[index], "full", arch, where) if index in records else ()
-        yield where, {"index": index, "arch": arch, **dict(zip(COLUMNS, figures, strict=False))}
+        figures = _figures(records[index], "full", arch, where) if index in records else {}
+        yield where, {"index": index, "arch": arch, **figures}
 
 
 def _figures(record, key, arch, where):
-    """Six figures in the order of COLUMNS from a record that has the 200-epoch runs at `key`: means over seeds."""
+    """{column: mean over seeds} of a record that has the 200-epoch runs at `key`, without what no run has measured."""
     try:
-        state, figures = record[key], []
+        state, figures = record[key], {}
         if state["arch_str"] != arch:
             raise UserError(f"{where} describes {state['arch_str']!r:.80}, not {arch}")
-        for dataset, metric in METRICS.values():
+        for column, (dataset, metric) in zip(COLUMNS, METRICS.values(), strict=True):
             last = f"{metric}@199"
             trials = [run["eval_acc1es"] for (name, _seed), run in state["all_results"].items() if name == dataset]
             values = [_percent(trial[last], f"{dataset} {last}", where) for trial in trials if last in trial]
-            figures.append(statistics.fmean(values) if values else None)
+            figures |= {column: statistics.fmean(values)} if values else {}
         return figures
     except UserError:
         raise
