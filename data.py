@@ -89,7 +89,7 @@ def load_cifar(dataset, root, split):
     """CIFAR-10 or -100 through torchvision, which checks the files and downloads them where they are missing."""
     import torchvision
 
-    kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[dataset]
+    kind = getattr(torchvision.datasets, dataset.upper())
     try:
         with utils.one_after_the_other():
             source = kind(root, train=split == "train", download=True)
@@ -104,12 +104,9 @@ def load_digits(split):
     from sklearn.datasets import load_digits as load_sklearn
 
     bunch = load_sklearn()
-    images = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))  # grey values 0..16
-    digits = Images(
-        images.unsqueeze(1).expand(-1, 3, -1, -1).contiguous(),
-        torch.from_numpy(bunch.target.astype(np.int64)),
-        [str(name) for name in bunch.target_names],
-    )
+    grey = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))  # values 0..16
+    images = grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+    digits = Images(images, torch.from_numpy(bunch.target).long(), [str(name) for name in bunch.target_names])
     order = stratified_order(digits.labels, torch.Generator().manual_seed(0))
     return digits.subset(order[:1437] if split == "train" else order[1437:])
 
@@ -166,7 +163,7 @@ def augmentation(dataset, train=None, about=None):
     if dataset in AUGMENTATION:
         return AUGMENTATION[dataset]
     if about and about.get("mean") and about.get("std"):
-        mean, std = tuple(about["mean"]), tuple(about["std"])
+        mean, std = about["mean"], about["std"]
     elif isinstance(train, Files):
         return AUGMENTATION["imagenet"]
     else:
@@ -175,8 +172,8 @@ def augmentation(dataset, train=None, about=None):
         values = torch.arange(256, dtype=torch.float64) / 255
         mean = counts @ values / counts.sum(1)
         std = (counts @ values**2 / counts.sum(1) - mean**2).clamp_min(1e-6).sqrt()
-        mean, std = tuple(mean.tolist()), tuple(std.tolist())
-    return Augmentation(mean, std, pad=1, flip=False, max_cutout=4) if dataset == "digits" else Augmentation(mean, std)
+    special = {"pad": 1, "flip": False, "max_cutout": 4} if dataset == "digits" else {}
+    return Augmentation(tuple(map(float, mean)), tuple(map(float, std)), **special)
 
 
 # ---- splits
@@ -211,12 +208,12 @@ def halves(train, portion, in_file_order, generator):
     return train.subset(order[:count]), train.subset(order[count:])
 
 
-def search_splits(args, in_file_order=("cifar10", "cifar100")):
+def search_splits(args):
     """(train, validation, Augmentation) of a search on the training images of args.dataset. Raises UserError."""
     images = load(args.dataset, args.data, "train")
     check_in_memory(images)
     generator = torch.Generator().manual_seed(args.seed)
-    train, valid = halves(images, args.train_portion, args.dataset in in_file_order, generator)
+    train, valid = halves(images, args.train_portion, args.dataset in ("cifar10", "cifar100"), generator)
     augment = augmentation(args.dataset, images)
     return draw(train, args.train_samples, generator), draw(valid, args.valid_samples, generator), augment
 
@@ -225,8 +222,8 @@ def check_in_memory(images):
     """Raises UserError for images that a network of the CIFAR family cannot take."""
     if isinstance(images, Files):
         raise UserError(f"the images must all have one size of at most {SMALL} pixels a side")
-    if any(side % 4 for side in images.images.shape[2:]):
-        height, width = images.images.shape[2:]
+    height, width = images.images.shape[2:]
+    if height % 4 or width % 4:
         raise UserError(f"the images are {width}x{height}; both sides must be multiples of 4")
 
 

@@ -23,11 +23,7 @@ def choose_genotype(args):
         return genotypes.load(args.genotype)
     if args.dir is None:
         raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
-    files = [Path(args.dir) / name for name in ("genotype.json", "genotype.pickle")]
-    found = next((path for path in files if path.is_file()), None)
-    if found is None:
-        raise UserError(f"{args.dir} has neither genotype.json nor genotype.pickle")
-    return genotypes.load(found)
+    return genotypes.load(genotypes.file_in(args.dir))
 
 
 def make_network(genotype, images, args):
@@ -44,8 +40,13 @@ def make_network(genotype, images, args):
     return family(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
 
 
-def test(prog, dataset, argv, *, datasets, defaults):
-    """The whole of a test script: evaluate weights on the test split of `dataset`, print what comes out, return it."""
+CIFAR = dict(data="../data", batch_size=96, report_freq=50, init_channels=36, layers=20)
+IMAGENET = dict(data="../data/imagenet", batch_size=128, report_freq=100, init_channels=48, layers=14)
+
+
+def test(prog, datasets, argv=None, defaults=CIFAR):
+    """The whole of a test script: evaluate weights on the test split of a data set, print the figures, return them."""
+    dataset = datasets[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
     cell = parser.add_argument_group("cell and weights")
     cell.add_argument("--dir", help="a retraining's run directory: cell, size and (last) weights come from there")

@@ -6,94 +6,53 @@ output of cell k-1, 2 and up are the earlier nodes. The nodes in `*_concat` make
 
 import pickle
 from collections import namedtuple
+from pathlib import Path
 
 from safeio import UserError, atomic_write, read_bytes, read_json, restricted_unpickle, write_json
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 
 # The order is part of the method: it is the last axis of the architecture parameters.
-PRIMITIVES = [
-    "none",
-    "max_pool_3x3",
-    "avg_pool_3x3",
-    "skip_connect",
-    "sep_conv_3x3",
-    "sep_conv_5x5",
-    "dil_conv_3x3",
-    "dil_conv_5x5",
-]
-OPERATIONS = PRIMITIVES + ["sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
+PRIMITIVES = "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
+FILES = ("genotype.json", "genotype.pickle")  # in a run directory; the second is the published scripts'
+OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
 
-_SHORT = {
-    "max": "max_pool_3x3",
-    "avg": "avg_pool_3x3",
-    "skip": "skip_connect",
-    "sep3": "sep_conv_3x3",
-    "sep5": "sep_conv_5x5",
-    "sep7": "sep_conv_7x7",
-    "dil3": "dil_conv_3x3",
-    "dil5": "dil_conv_5x5",
-    "7x1": "conv_7x1_1x7",
+_SHORT = dict(zip("max avg skip sep3 sep5 dil3 dil5 sep7 7x1".split(), OPERATIONS[1:], strict=True))
+_CELLS = {  # name, kind and concat: (operation, input) of each pair
+    # Found by EvNAS (Sinha & Chen, GECCO 2021).
+    "EvNASA normal 2345": "sep3 0, sep3 1, sep5 2, sep3 1, skip 0, skip 2, dil5 3, sep3 1",
+    "EvNASA reduce 2345": "dil5 1, avg 0, sep3 0, avg 2, skip 1, skip 2, skip 1, sep5 0",
+    "EvNASB normal 2345": "sep5 0, sep3 1, sep5 2, max 0, sep3 0, sep3 1, skip 0, sep5 2",
+    "EvNASB reduce 2345": "skip 1, max 0, max 0, avg 1, skip 2, avg 3, sep5 2, sep5 0",
+    "EvNASC normal 2345": "skip 0, sep3 1, skip 2, sep5 1, max 1, sep3 0, sep3 0, sep5 3",
+    "EvNASC reduce 2345": "sep5 1, dil3 0, sep5 0, skip 1, max 0, max 1, max 0, max 2",
+    # Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
+    "DARTS_V1 normal 2345": "sep3 1, sep3 0, skip 0, sep3 1, skip 0, sep3 1, sep3 0, skip 2",
+    "DARTS_V1 reduce 2345": "max 0, max 1, skip 2, max 0, max 0, skip 2, skip 2, avg 0",
+    "DARTS_V2 normal 2345": "sep3 0, sep3 1, sep3 0, sep3 1, sep3 1, skip 0, skip 0, dil3 2",
+    "DARTS_V2 reduce 2345": "max 0, max 1, skip 2, max 1, max 0, skip 2, skip 2, max 1",
+    # Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
+    "NASNet normal 23456": "sep5 1, sep3 0, sep5 0, sep3 0, avg 1, skip 0, avg 0, avg 0, sep3 1, skip 1",
+    "NASNet reduce 456": "sep5 1, sep7 0, max 1, sep7 0, avg 1, sep5 0, skip 3, avg 2, sep3 2, max 1",
+    # Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
+    "AmoebaNet normal 456": "avg 0, max 1, sep3 0, sep5 2, sep3 0, avg 3, sep3 1, skip 1, skip 0, avg 1",
+    "AmoebaNet reduce 346": "avg 0, sep3 1, max 0, sep7 2, sep7 0, avg 1, max 0, max 1, 7x1 0, sep3 5",
 }
 
 
-def _cells(normal, reduce, normal_concat=(2, 3, 4, 5), reduce_concat=(2, 3, 4, 5)):
-    """Genotype from two texts such as "sep3 0, skip 1"."""
+def _cell(name):
+    parts = {}
+    for head, text in _CELLS.items():
+        owner, kind, concat = head.split()
+        if owner == name:
+            pairs = (pair.split() for pair in text.split(", "))
+            parts |= {kind: [(_SHORT[op], int(node)) for op, node in pairs], f"{kind}_concat": list(map(int, concat))}
+    return Genotype(**parts)
 
-    def pairs(text):
-        return [(_SHORT[op], int(node)) for op, node in (pair.split() for pair in text.split(", "))]
 
-    return Genotype(pairs(normal), list(normal_concat), pairs(reduce), list(reduce_concat))
-
-
-# Found by EvNAS (Sinha & Chen, GECCO 2021).
-EvNASA = _cells(
-    "sep3 0, sep3 1, sep5 2, sep3 1, skip 0, skip 2, dil5 3, sep3 1",
-    "dil5 1, avg 0, sep3 0, avg 2, skip 1, skip 2, skip 1, sep5 0",
-)
-EvNASB = _cells(
-    "sep5 0, sep3 1, sep5 2, max 0, sep3 0, sep3 1, skip 0, sep5 2",
-    "skip 1, max 0, max 0, avg 1, skip 2, avg 3, sep5 2, sep5 0",
-)
-EvNASC = _cells(
-    "skip 0, sep3 1, skip 2, sep5 1, max 1, sep3 0, sep3 0, sep5 3",
-    "sep5 1, dil3 0, sep5 0, skip 1, max 0, max 1, max 0, max 2",
-)
-# Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
-DARTS_V1 = _cells(
-    "sep3 1, sep3 0, skip 0, sep3 1, skip 0, sep3 1, sep3 0, skip 2",
-    "max 0, max 1, skip 2, max 0, max 0, skip 2, skip 2, avg 0",
-)
-DARTS_V2 = _cells(
-    "sep3 0, sep3 1, sep3 0, sep3 1, sep3 1, skip 0, skip 0, dil3 2",
-    "max 0, max 1, skip 2, max 1, max 0, skip 2, skip 2, max 1",
-)
-DARTS = DARTS_V2
-# Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
-NASNet = _cells(
-    "sep5 1, sep3 0, sep5 0, sep3 0, avg 1, skip 0, avg 0, avg 0, sep3 1, skip 1",
-    "sep5 1, sep7 0, max 1, sep7 0, avg 1, sep5 0, skip 3, avg 2, sep3 2, max 1",
-    normal_concat=(2, 3, 4, 5, 6),
-    reduce_concat=(4, 5, 6),
-)
-# Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
-AmoebaNet = _cells(
-    "avg 0, max 1, sep3 0, sep5 2, sep3 0, avg 3, sep3 1, skip 1, skip 0, avg 1",
-    "avg 0, sep3 1, max 0, sep7 2, sep7 0, avg 1, max 0, max 1, 7x1 0, sep3 5",
-    normal_concat=(4, 5, 6),
-    reduce_concat=(3, 4, 6),
-)
-
-NAMED = {
-    "EvNASA": EvNASA,
-    "EvNASB": EvNASB,
-    "EvNASC": EvNASC,
-    "DARTS_V1": DARTS_V1,
-    "DARTS_V2": DARTS_V2,
-    "DARTS": DARTS,
-    "NASNet": NASNet,
-    "AmoebaNet": AmoebaNet,
-}
+EvNASA, EvNASB, EvNASC, DARTS_V1, DARTS_V2 = map(_cell, ("EvNASA", "EvNASB", "EvNASC", "DARTS_V1", "DARTS_V2"))
+DARTS, NASNet, AmoebaNet = DARTS_V2, _cell("NASNet"), _cell("AmoebaNet")
+NAMED = {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 
 def get(name):
@@ -107,9 +66,8 @@ def _show(value):
     """`value` for a message, short: a hostile file can hold nested values whose repr never ends."""
     if isinstance(value, str):
         return repr(value[:80])
-    if value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9):
-        return repr(value)
-    return f"<{type(value).__name__}>"
+    short = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9)
+    return repr(value) if short else f"<{type(value).__name__}>"
 
 
 def validate(genotype, source="genotype"):
@@ -125,12 +83,11 @@ def validate(genotype, source="genotype"):
             if not isinstance(pair, (list, tuple)) or len(pair) != 2:
                 raise UserError(f"{where} is {_show(pair)}, not an (operation, input) pair")
             op, node = pair
+            last = i // 2 + 1
             if op not in OPERATIONS:
                 raise UserError(f"{where} has the unknown operation {_show(op)}; known are {', '.join(OPERATIONS)}")
-            if type(node) is not int or not 0 <= node < i // 2 + 2:
-                raise UserError(
-                    f"{where} has the impossible input {_show(node)}; node {i // 2} can use 0 to {i // 2 + 1}"
-                )
+            if type(node) is not int or not 0 <= node <= last:
+                raise UserError(f"{where} has the impossible input {_show(node)}; node {last - 1} can use 0 to {last}")
         nodes = range(2, len(pairs) // 2 + 2)
         if isinstance(concat, range):
             concat = list(concat[: len(nodes) + 1])  # len() fails on the largest ranges
@@ -145,9 +102,8 @@ def validate(genotype, source="genotype"):
 
 def to_dict(genotype):
     """The form written as JSON."""
-    return {
-        field: [list(v) if isinstance(v, tuple) else v for v in getattr(genotype, field)] for field in Genotype._fields
-    }
+    parts = genotype._asdict().items()
+    return {field: [list(v) if isinstance(v, tuple) else v for v in values] for field, values in parts}
 
 
 def from_dict(value, source="genotype"):
@@ -178,6 +134,14 @@ def load(path):
     # BUILD could set attributes of the class Genotype; hashing the keys of dictionaries and sets can take for ever.
     refused = ("BUILD", "DICT", "EMPTY_DICT", "EMPTY_SET", "FROZENSET")
     return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
+
+
+def file_in(run_dir):
+    """The genotype file of a run: genotype.json, else the legacy genotype.pickle. Raises UserError."""
+    path = next((path for path in map(Path(run_dir).joinpath, FILES) if path.is_file()), None)
+    if path is None:
+        raise UserError(f"{run_dir} has neither {' nor '.join(FILES)}: it is no run, or its first step is not over")
+    return path
 
 
 def save(genotype, path):

@@ -1,15 +1,11 @@
 """Test weights of a retrained cell on the images of DATA/val/CLASS/ with the ImageNet network and transforms."""
 
-from evaluation import test
+from functools import partial
+
+from evaluation import IMAGENET, test
 from utils import command
 
-DEFAULTS = dict(data="../data/imagenet", batch_size=128, report_freq=100, init_channels=48, layers=14)
-
-
-@command
-def main(argv=None):
-    return test("test_imagenet.py", "imagenet", argv, datasets=["imagenet"], defaults=DEFAULTS)
-
+main = command(partial(test, "test_imagenet.py", ["imagenet"], defaults=IMAGENET))
 
 if __name__ == "__main__":
     main()

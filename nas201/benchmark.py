@@ -40,7 +40,6 @@ METRICS = {
     ("ImageNet16-120", "test"): ("ImageNet16-120", "x-test"),
 }
 COLUMNS = tuple(f"{dataset.replace('-', '_')}_{split}_200" for dataset, split in METRICS)
-NO_FIGURES = (None,) * len(COLUMNS)
 MAX_BYTES = 64 << 20  # of an unpacked table or record; real ones are 2 MB and 0.4 MB
 
 
@@ -48,7 +47,7 @@ class Benchmark:
     """What `load` returns. `absent` lists the columns that the source has not, `missing` the indices without a record.
 
     archs: the arch strings in the benchmark's order. table: all rows (15625, 6) in the order of COLUMNS, NaN where
-    there is no figure; None where `read` (index -> row) reads them one by one.
+    there is no figure; None where `read` (index -> {column: figure}) reads them one by one.
     """
 
     def __init__(self, path, archs, table=None, read=None, absent=(), missing=()):
@@ -72,7 +71,8 @@ class Benchmark:
         self.arch(index)
         if self.table is not None:
             return self.table[index]
-        return np.array(NO_FIGURES if index in self.missing else self._read(index), dtype=float)
+        figures = {} if index in self.missing else self._read(index)
+        return np.array([figures.get(name, np.nan) for name in COLUMNS])
 
     def accuracy(self, index, dataset, split):
         """Accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
@@ -114,15 +114,14 @@ def load(path):
 
 
 def _from_rows(path, lines):
-    """The Benchmark of a reader's header and (where, cells) of each architecture, in any order; None: no figure.
+    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture; figures can be left out.
 
     Every source goes through this check: all architectures, each under one index, figures from 0 to 100.
     """
     header = next(lines)
-    at = {name: header.index(name) for name in ("index", "arch", *COLUMNS) if name in header}
-    absent = [name for name in COLUMNS if name not in at]
+    absent = [name for name in COLUMNS if name not in header]
     for name in ("index", "arch"):
-        if name not in at:
+        if name not in header:
             raise UserError(f"{path} has no column {name}; a table has index, arch and some of {', '.join(COLUMNS)}")
     if len(set(header)) < len(header):
         raise UserError(f"{path} has two columns of one name")
@@ -130,7 +129,7 @@ def _from_rows(path, lines):
         raise UserError(f"{path} has no column of accuracies after 200 epochs, such as {COLUMNS[1]}")
     archs, seen, table = [None] * NUM_ARCHS, {}, np.full((NUM_ARCHS, len(COLUMNS)), np.nan)
     for where, cells in lines:
-        number, arch = cells[at["index"]], cells[at["arch"]]
+        number, arch = cells["index"], cells["arch"]
         index = int(number) if re.fullmatch(r"\d{1,9}", str(number)) else -1
         if not 0 <= index < NUM_ARCHS:
             raise UserError(f"{where}: index {number!r:.80} is not a number in 0..{NUM_ARCHS - 1}")
@@ -144,8 +143,8 @@ def _from_rows(path, lines):
             raise UserError(f"{where}: indices {seen[arch]} and {index} have the same architecture {arch}")
         archs[index], seen[arch] = arch, index
         for k, name in enumerate(COLUMNS):
-            if name in at and cells[at[name]] is not None:
-                table[index, k] = _percent(cells[at[name]], name, where)
+            if name in cells:
+                table[index, k] = _percent(cells[name], name, where)
     if None in archs:
         raise UserError(f"{path} has {len(seen)} rows instead of {NUM_ARCHS}: index {archs.index(None)} is missing")
     return Benchmark(path, archs, table, absent=absent, missing=np.flatnonzero(np.isnan(table).all(1)).tolist())
@@ -162,7 +161,7 @@ def _percent(value, name, where):
 
 
 def _read_csv(path):
-    """Yields the header, then (where, cells) of each line."""
+    """Yields the header, then (where, {column: cell}) of each line."""
     try:
         reader = csv.reader(_unpacked(path).decode("utf-8-sig").splitlines())
         header = next(reader, [])
@@ -171,13 +170,13 @@ def _read_csv(path):
             where = f"{path}, line {reader.line_num}"
             if len(cells) != len(header):
                 raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-            yield where, cells
+            yield where, dict(zip(header, cells, strict=True))
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path} is no CSV file: {error}") from error
 
 
 def _read_npz(path):
-    """Yields the header, then (where, cells) of each row."""
+    """Yields the header, then (where, {column: cell}) of each row."""
     data = _unpacked(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
@@ -193,7 +192,7 @@ def _read_npz(path):
             raise UserError(f"{path}: array index holds {column.dtype}, not integers")
     yield list(columns)
     for row, cells in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
-        yield f"{path}, row {row}", cells
+        yield f"{path}, row {row}", dict(zip(columns, cells, strict=True))
 
 
 def save(benchmark, path):
@@ -277,7 +276,7 @@ def _read_pth(path):
 
 
 def _official_rows(path, content, records=None):
-    """Yields the header, then (where, cells) of each of `meta_archs`; `records` stands for the content's own."""
+    """Yields the header, then (where, {column: cell}) of `meta_archs`; `records` stands for the content's own."""
     content = content if isinstance(content, dict) else {}
     archs, records = content.get("meta_archs"), content.get("arch2infos") if records is None else records
     if not isinstance(archs, list) or not isinstance(records, dict):
@@ -285,21 +284,21 @@ def _official_rows(path, content, records=None):
     yield ["index", "arch", *COLUMNS]
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
-        figures = _figures(records[index], "full", arch, where) if index in records else NO_FIGURES
-        yield where, (index, arch, *figures)
+        figures = _figures(records[index], "full", arch, where) if index in records else {}
+        yield where, {"index": index, "arch": arch, **figures}
 
 
 def _figures(record, key, arch, where):
-    """Six figures in the order of COLUMNS from a record that has the 200-epoch runs at `key`: means over seeds."""
+    """{column: mean over seeds} of a record that has the 200-epoch runs at `key`, without what no run has measured."""
     try:
-        state, figures = record[key], []
+        state, figures = record[key], {}
         if state["arch_str"] != arch:
             raise UserError(f"{where} describes {state['arch_str']!r:.80}, not {arch}")
-        for dataset, metric in METRICS.values():
+        for column, (dataset, metric) in zip(COLUMNS, METRICS.values(), strict=True):
             last = f"{metric}@199"
             trials = [run["eval_acc1es"] for (name, _seed), run in state["all_results"].items() if name == dataset]
             values = [_percent(trial[last], f"{dataset} {last}", where) for trial in trials if last in trial]
-            figures.append(statistics.fmean(values) if values else None)
+            figures |= {column: statistics.fmean(values)} if values else {}
         return figures
     except UserError:
         raise
