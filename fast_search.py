@@ -79,6 +79,7 @@ def finish(network, h0, h1, h0_next, weights, seen, compile):
             s = s.relu_()
             h0, h1 = h0_next, preprocess(cells[i + 1].preprocess1, s, seen)
             h0_next = preprocess(cells[i + 2].preprocess0, s, seen) if i + 2 < len(cells) else None
+            del s
     return network.classifier(s.mean((2, 3)))
 
 
