@@ -2,15 +2,9 @@
 
 import torch
 from torch import nn
+from torchvision.ops import stochastic_depth
 
 from operations import OPS, FactorizedReduce, ReLUConvBN
-
-
-def drop_path(x, drop_prob):
-    """Zero whole samples of (B, C, H, W) with probability `drop_prob`; divide the others by the keep probability."""
-    keep_prob = 1.0 - drop_prob
-    mask = torch.empty(x.shape[0], 1, 1, 1, dtype=x.dtype, device=x.device).bernoulli_(keep_prob)
-    return x * (mask / keep_prob)
 
 
 class Cell(nn.Module):
@@ -35,7 +29,7 @@ class Cell(nn.Module):
     def _edge(self, i, states, drop_prob):
         h = self._ops[i](states[self._inputs[i]])
         if self.training and drop_prob > 0 and not isinstance(self._ops[i], nn.Identity):
-            h = drop_path(h, drop_prob)
+            h = stochastic_depth(h, drop_prob, "row")  # drop path
         return h
 
 

@@ -74,7 +74,6 @@ def generation(rank, world, address, args, results):
     start = time.perf_counter()
     reports = dict(report_freq=10**9, where="training", log=lambda text: None)
     train_one_epoch(loss_of, network, train_loader, optimizer, grad_clip=5.0, amp=False, **reports)
-    utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
     done["training seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", fitness)
@@ -91,10 +90,10 @@ def main():
     args.pop_size, args.channels, args.layers = (50, 16, 8) if args.full else (10, 4, 3)
     args.images = 640
     print(f"{describe('cpu')}; one thread a process, population {args.pop_size}, {args.images} + {args.images} digits")
-    line = "{:>9} {:>22} {:>24} {:>16} {:>12} {:>12}"
+    columns = "{:>9} {:>22} {:>24} {:>16} {:>12} {:>12}"
     print(
-        line.format(
-            "processes", "trained images a rank", "measured images a rank", "MB sent a rank", "train s", "fitness s"
+        columns.format(
+            "processes", "trained images a rank", "measured images a rank", "MB a rank", "train s", "fitness s"
         )
     )
     ratios = {}
@@ -103,21 +102,12 @@ def main():
             address = f"file://{folder}/meet"
             torch.multiprocessing.spawn(generation, (world, address, args, folder), nprocs=world)
             ranks = [torch.load(Path(folder) / f"{rank}.pt") for rank in range(world)]
-        shares = {
-            name: "-".join(str(f(r[name] for r in ranks)) for f in ((min, max) if world > 1 else (max,)))
-            for name in ("trained", "measured")
-        }
-        megabytes, seconds = (
-            ranks[0]["bytes"] / 1e6,
-            [max(r[f"{k} seconds"] for r in ranks) for k in ("training", "fitness")],
-        )
-        print(
-            line.format(
-                world, shares["trained"], shares["measured"], f"{megabytes:.2f}", *(f"{s:.2f}" for s in seconds)
-            )
-        )
-        ratios |= {f"{name}_{world}": max(r[name] for r in ranks) / sum(r[name] for r in ranks) for name in shares}
-        ratios[f"megabytes_{world}"] = megabytes
+        of = {name: [rank[name] for rank in ranks] for name in ranks[0] if name != "fitness"}
+        shares = [f"{min(of[name])} to {max(of[name])}" for name in ("trained", "measured")]
+        seconds = [f"{max(of[name]):.2f}" for name in ("training seconds", "fitness seconds")]
+        print(columns.format(world, *shares, f"{of['bytes'][0] / 1e6:.2f}", *seconds))
+        ratios |= {f"{name}_{world}": max(of[name]) / sum(of[name]) for name in ("trained", "measured")}
+        ratios[f"megabytes_{world}"] = of["bytes"][0] / 1e6
     steps, parameters = ranks[0]["steps"], ranks[0]["parameters"]
     print(f"all-reduced a training step: {4 * parameters / 1e6:.3f} MB ({parameters:,} gradients), {steps} steps")
     finish(ratios)

@@ -2,18 +2,7 @@
 
 import torch
 
-from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
-
-__all__ = [
-    "EDGES",
-    "PRIMITIVES",
-    "arch_indices",
-    "arch_string",
-    "decode",
-    "from_arch_string",
-    "one_hot",
-    "random_alphas",
-]
+from nas201.genotypes import EDGES, PRIMITIVES, to_arch_string
 
 
 def random_alphas(P, generator=None):
@@ -41,8 +30,3 @@ def arch_indices(alphas):
 def arch_string(alphas):
     """Arch string of one individual's raw or decoded alphas, (1, 6, 5) or (6, 5)."""
     return to_arch_string(arch_indices(alphas))
-
-
-def one_hot(ops):
-    """Decoded alphas (1, 6, 5) of six operation indices: the inverse of `arch_indices`."""
-    return torch.eye(len(PRIMITIVES))[list(ops)].unsqueeze(0)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import genotypes
-from model import Cell, NetworkCIFAR, NetworkImageNet, drop_path
+from model import Cell, NetworkCIFAR, NetworkImageNet
 from model_search import MixedOp, Network
 from operations import OPS, FactorizedReduce
 
@@ -155,24 +155,6 @@ def test_supernet_edge_is_the_weighted_sum():
 
 
 # Drop path
-
-
-def test_drop_path_keeps_or_drops_whole_samples():
-    torch.manual_seed(0)
-    x = images(5, (4000, 2, 2, 2))
-    y = drop_path(x, 0.3)
-    dropped = (y == 0).flatten(1).all(1)
-    assert abs(dropped.float().mean() - 0.3) < 0.03
-    torch.testing.assert_close(y[~dropped], x[~dropped] / 0.7)
-    assert torch.equal(x, images(5, (4000, 2, 2, 2)))
-
-
-def test_drop_path_keeps_the_mean_and_type():
-    torch.manual_seed(1)
-    x = torch.ones(20000, 1, 1, 1, dtype=torch.bfloat16)
-    y = drop_path(x, 0.2)
-    assert y.dtype == torch.bfloat16
-    assert abs(y.float().mean() - 1) < 0.02
 
 
 def one_operation_cell(op, reduction):
