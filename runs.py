@@ -4,6 +4,7 @@ args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -11,13 +12,16 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
+import interrupt
 import utils
 import visualize
+from interrupt import Interrupted
 from safeio import UserError, append_line, atomic_write, read_bytes, read_json, write_json
 
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
@@ -66,6 +70,7 @@ class Run:
         self._board = None
         if self.writes:
             self._lock = lock(self.path)
+        self._signals = interrupt.catch()
 
     @classmethod
     def create(cls, parent, name, args, prog, **about):
@@ -114,15 +119,16 @@ class Run:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def close(self):
+        interrupt.release(self._signals)
         if self._board:
             self._board.close()
         if self.writes and self._lock:
             self._lock.close()
 
-    def log(self, text):
+    def log(self, text, file=None):
         """Print a line, above any progress bar, and add it to log.txt."""
         if self.writes:
-            utils.say(text)
+            utils.say(text, file)
             append_line(self.path / "log.txt", f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
     def finish(self, cell):
@@ -151,6 +157,7 @@ class Run:
 
     def save_checkpoint(self, completed, state):
         """Write checkpoint.pt, keeping the one before as checkpoint.prev.pt. Call it last: it vouches for the rest."""
+        self.completed = completed
         if not self.writes:
             return
         content = io.BytesIO()
@@ -167,6 +174,19 @@ class Run:
         with atomic_write(path) as file:
             file.write(MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
             file.write(content)
+
+    @contextlib.contextmanager
+    def saving_when_interrupted(self, state):
+        """When a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
+        try:
+            yield
+        except Interrupted as place:
+            self.save_checkpoint(self.completed, state())
+            if self.writes:
+                prog = read_json(self.path / "args.json")["prog"]
+                command = f"{prog if prog.startswith('python') else f'python {prog}'} --resume {self.path}"
+                self.log(f"interrupted in {place}; continue with: {command}", file=sys.stderr)
+            raise SystemExit(128 + (interrupt.received or signal.SIGTERM)) from None
 
 
 def lock(path):

@@ -59,13 +59,16 @@ def search(args, space, network, train_loader, valid_loader, run):
     alphas = space.random_alphas(args.pop_size, generator=breeding)  # (P, G, E, O) raw
     fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)  # (P,) percent
 
+    def drawn():
+        return {name: generator.get_state() for name, generator in generators.items()}
+
     def state():
         return {
             "network": network.state_dict(),
             "optimizer": optimizer.state_dict(),
             "alphas": alphas,
             "fitness": fitness,
-            "generators": {name: generator.get_state() for name, generator in generators.items()},
+            "generators": drawn(),
         }
 
     if run.state:
@@ -78,9 +81,10 @@ def search(args, space, network, train_loader, valid_loader, run):
         run.save_checkpoint(0, state())
 
     for generation in range(run.completed + 1, args.epochs + 1):
-        start = time.perf_counter()
+        done = run.state.pop("partial", {})  # of a generation that a signal interrupted
+        start = time.perf_counter() - done.get("seconds", 0)
         where = f"generation {generation}/{args.epochs}"
-        if generation > 1:
+        if generation > 1 and not done:
             alphas = next_generation(
                 alphas,
                 fitness,
@@ -90,6 +94,7 @@ def search(args, space, network, train_loader, valid_loader, run):
                 generator=breeding,
                 variant=args.variant,
             )
+        begun = drawn()
         decoded = space.decode(alphas)
         trained = (alphas if args.variant in ("nd", "ndt") else decoded).to(device)
         measured = alphas if args.variant in ("nd", "ndf") else decoded
@@ -98,24 +103,31 @@ def search(args, space, network, train_loader, valid_loader, run):
             logits = network(x, trained[step % len(trained)])
             return F.cross_entropy(logits, y), logits
 
+        def partial():
+            """The state within this generation. It continues from its steps; fitness is measured anew."""
+            return {**state(), "generators": begun, "partial": {**done, "seconds": time.perf_counter() - start}}
+
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
         utils.set_learning_rate(optimizer, lr)
         network.train()
         entry = {"generation": generation, "lr": lr}
-        entry |= train_one_epoch(
-            loss_of,
-            network,
-            train_loader,
-            optimizer,
-            grad_clip=args.grad_clip,
-            report_freq=args.report_freq,
-            where=where,
-            log=run.log,
-        )
+        with run.saving_when_interrupted(partial):
+            entry |= train_one_epoch(
+                loss_of,
+                network,
+                train_loader,
+                optimizer,
+                grad_clip=args.grad_clip,
+                report_freq=args.report_freq,
+                where=where,
+                log=run.log,
+                done=done,
+            )
         images = train_loader.size
         entry["distinct"], said = len(unique(decoded)[0]), ""
         if args.variant != "rand" or generation == args.epochs:
-            fitness = measure_fitness(network, measured, valid_loader, args.bn, where=f"{where}, fitness")
+            with run.saving_when_interrupted(partial):
+                fitness = measure_fitness(network, measured, valid_loader, args.bn, where=f"{where}, fitness")
             order = torch.sort(fitness, descending=True, stable=True).indices
             alphas, fitness = alphas[order], fitness[order]
             images += len(unique(measured)[0]) * valid_loader.size

@@ -84,15 +84,16 @@ def command(main):
     return wrapper
 
 
-def say(text):
+def say(text, file=None):
     """Print a line on rank 0, above any progress bar."""
     if rank() == 0:
-        tqdm.write(text)
+        tqdm.write(text, file=file)
 
 
-def progress(batches, title):
-    """A bar with the time left around `batches`; none where stderr is not a terminal."""
-    return tqdm(batches, desc=title, leave=False, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+def progress(batches, title, done=0):
+    """A bar with the time left around `batches`, `done` of them over; none where stderr is not a terminal."""
+    hidden = rank() > 0 or not sys.stderr.isatty()
+    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 # ---- devices and processes
@@ -137,6 +138,18 @@ def world_size():
 
 def local_rank(default=0):
     return int(os.environ.get("LOCAL_RANK", default))
+
+
+def random_state(device):
+    """The states of torch's global generators, of the CPU and of a CUDA device."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:  # a run may go on on another device
+        torch.cuda.set_rng_state(state["cuda"], device)
 
 
 def join_process_group(device):
