@@ -30,9 +30,10 @@ def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, report_fr
     unread, first_unread, loader.skip = [], steps, steps
     bar = utils.progress(loader, where, steps)
     for step, (x, y) in enumerate(bar, start=steps):
-        loss, logits = loss_of(step, x, y)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with utils.together():
+            loss, logits = loss_of(step, x, y)
+            loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
             utils.average_over_ranks([p.grad for p in parameters])
         nn.utils.clip_grad_norm_(parameters, grad_clip)

@@ -28,7 +28,9 @@ def release(handlers):
     global received
     received = None
     for number, handler in handlers.items():
-        signal.signal(number, handler)
+        # Under torchrun not SIGTERM: it comes when a process is lost, and must not cut short what this one says of it.
+        if number == signal.SIGINT or utils.world_size() == 1:
+            signal.signal(number, handler)
 
 
 def _receive(number, frame):

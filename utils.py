@@ -173,16 +173,26 @@ def leave_process_group():
         torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def together():
+    """For code in which the processes wait for each other. Raises UserError if one is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        # What gloo and NCCL raise when a connection ends.
+        if world_size() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise UserError(
+            "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
+            "with as many processes as you like"
+        ) from error
+
+
 def sum_over_ranks(tensor):
     """The sum of every process's `tensor`, in place. Raises UserError if a process is gone."""
     if world_size() > 1:
-        try:
+        with together():
             torch.distributed.all_reduce(tensor)
-        except RuntimeError as error:  # what gloo and NCCL raise when a connection ends
-            raise UserError(
-                "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
-                "with as many processes as you like"
-            ) from error
     return tensor
 
 
