@@ -38,7 +38,8 @@ def parse(parser, argv):
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    saved = read_json(path)
+    with needed():
+        saved = read_json(path)
     if not isinstance(saved, dict) or saved.get("prog") != parser.prog or not isinstance(saved.get("args"), dict):
         raise UserError(f"{args.resume} holds no run of {parser.prog}: {path} says otherwise")
     if set(saved["args"]) != set(vars(args)):
@@ -56,6 +57,15 @@ def parse(parser, argv):
     # Sums are split by threads, so a CPU run is bit-identical only with as many of them.
     torch.set_num_threads(int(saved.get("threads", torch.get_num_threads())))
     return argparse.Namespace(**saved["args"])
+
+
+@contextlib.contextmanager
+def needed():
+    """For reading a file of a run: a UserError then also says what to do."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; a run cannot continue without it: restore it, or start a new run") from error
 
 
 class Run:
@@ -176,6 +186,17 @@ class Run:
             file.write(content)
 
     @contextlib.contextmanager
+    def restoring(self):
+        """For taking over `state`. Raises UserError where it does not fit: another run's, or changed arguments."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path}/checkpoint.pt does not fit the arguments in args.json or this version of the program: "
+                f"restore the files, or start a new run ({str(error).strip().splitlines()[0]:.100})"
+            ) from error
+
+    @contextlib.contextmanager
     def saving_when_interrupted(self, state):
         """When a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
         try:
@@ -237,9 +258,12 @@ def load_checkpoint(path):
     if hashlib.sha256(content).hexdigest().encode() != header.removeprefix(MAGIC):
         raise UserError(f"{path} is damaged: its checksum does not match{hint}")
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = utils.unpickle_tensors(io.BytesIO(content))
     except Exception as error:  # a checksum does not say who wrote it
         raise UserError(f"{path} does not hold tensors and numbers alone{hint}") from error
+    if not isinstance(state, dict) or type(state.get("completed")) is not int:
+        raise UserError(f"{path} is damaged or was written by another version{hint}")
+    return state
 
 
 def read_history(path):

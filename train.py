@@ -129,7 +129,11 @@ def load_splits(args):
 def main(argv=None):
     args = runs.parse(make_parser(), argv)
     # A run has its own copy of the cell: the search that it came from may have gone on since.
-    genotype = genotypes.load(Path(args.resume) / "genotype.json") if args.resume else choose_genotype(args)
+    if args.resume:
+        with runs.needed():
+            genotype = genotypes.load(Path(args.resume) / "genotype.json")
+    else:
+        genotype = choose_genotype(args)
     device = utils.choose_device(args)
     train, test, augmentation = load_splits(args)
     warmup = isinstance(train, data.Files) and args.batch_size > 256
@@ -163,10 +167,11 @@ def main(argv=None):
             }
 
         if run.state:
-            network.load_state_dict(run.state["network"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            generator.set_state(run.state["generator"])
-            best = run.state["best_top1"]
+            with run.restoring():
+                network.load_state_dict(run.state["network"])
+                optimizer.load_state_dict(run.state["optimizer"])
+                generator.set_state(run.state["generator"])
+                best = run.state["best_top1"]
         else:
             run.save_checkpoint(0, state())
         run.log(f"{utils.describe_device(device)}; run directory {run.path}")

@@ -72,11 +72,12 @@ def search(args, space, network, train_loader, valid_loader, run):
         }
 
     if run.state:
-        network.load_state_dict(run.state["network"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        alphas, fitness = run.state["alphas"], run.state["fitness"]
-        for name, generator in generators.items():
-            generator.set_state(run.state["generators"][name])
+        with run.restoring():
+            network.load_state_dict(run.state["network"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            alphas, fitness = run.state["alphas"], run.state["fitness"]
+            for name, generator in generators.items():
+                generator.set_state(run.state["generators"][name])
     else:
         run.save_checkpoint(0, state())
 

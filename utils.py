@@ -11,12 +11,13 @@ import platform
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from safeio import UserError, atomic_write, read_bytes, read_json, write_json
+from safeio import UserError, atomic_write, check_unpacked_size, read_bytes, read_json, write_json
 
 # ---- command lines
 
@@ -243,7 +244,8 @@ def load_torch(path, what="weights file"):
     if not os.path.isfile(path):
         raise UserError(f"cannot read {path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            return unpickle_tensors(file)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))  # what the pickle asked for
         reason = (
@@ -252,6 +254,15 @@ def load_torch(path, what="weights file"):
         raise UserError(f"{path} is refused: {reason}; nothing in it was executed") from error
     except Exception as error:  # a damaged archive raises nearly any exception
         raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
+
+
+def unpickle_tensors(file):
+    """What torch.save, which does not compress, wrote to an open file. Raises nearly anything for a damaged one."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            check_unpacked_size(archive, file.seek(0, os.SEEK_END))
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_weights(model, path, ignore=()):
