@@ -193,7 +193,7 @@ class Run:
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}/checkpoint.pt does not fit the arguments in args.json or this version of the program: "
-                f"restore the files, or start a new run ({str(error).strip().splitlines()[0]:.100})"
+                f"restore the files, or start a new run ({' '.join(str(error).split())[:100]})"
             ) from error
 
     @contextlib.contextmanager

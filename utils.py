@@ -5,6 +5,7 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import io
 import os
 import pickle
 import platform
@@ -304,9 +305,11 @@ def side_file(path):
 
 def save_weights(model, path, about):
     """The plain state dict at `path`, and beside it a JSON file: `about` (network, normalisation) and a checksum."""
+    content = io.BytesIO()  # torch.save does not say that a disk is full
+    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     with atomic_write(path) as file:
-        torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, file)
-    write_json(side_file(path), {**about, "sha256": hashlib.sha256(read_bytes(path)).hexdigest()})
+        file.write(content.getbuffer())
+    write_json(side_file(path), {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
 
 
 def side_file_of(path):

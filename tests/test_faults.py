@@ -294,7 +294,7 @@ def refused_write(process, script, argv, output, **conditions):
 def test_full_disk(whole, process, tmp_path):
     script, expected, _, _ = whole
     total = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file()) // 1024
-    for i, share in enumerate(few((0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9), (0.5, 0.7))):
+    for i, share in enumerate(few((0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9), (0.6,))):
         folder, output = tmp_path / f"disk{i}", tmp_path / f"output{i}"
         with disk(folder, int(total * share)) as remount:
             line = refused_write(process, script, [*ARGUMENTS[script], "--dir", folder], output)
@@ -317,7 +317,7 @@ def test_file_size_limit(whole, process, tmp_path):
     size = (expected / "checkpoint.pt").stat().st_size
     first = runs.load_checkpoint(expected / "checkpoint.pt")
     assert first["completed"] == 3
-    for i, limit in enumerate(few((100, 3000, size // 2, size - 100), (size - 100,))):
+    for i, limit in enumerate(few((20_000, size // 4, size // 2, size - 100), (size - 100,))):
         output = tmp_path / f"output{i}"
         argv = [*ARGUMENTS[script], "--dir", tmp_path / f"{i}"]
         line = refused_write(process, script, argv, output, file_size=limit)

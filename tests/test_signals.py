@@ -9,12 +9,15 @@ import threading
 from pathlib import Path
 
 import pytest
+import test_nas201_search
 import test_search
 import test_train
 import torch
+from test_runs import assert_same, make_run
 
 import data
 import interrupt
+import nas201.train_search
 import runs
 import train
 import train_search
@@ -175,6 +178,21 @@ def test_every_moment_of_a_retraining(retrained, tmp_path, monkeypatch, capsys, 
     assert_same_retraining(run, retrained)
 
 
+def test_a_search_of_the_other_space(tmp_path, monkeypatch, capsys):
+    test_nas201_search.search(tmp_path / "whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        signal_at(patch, 8, [signal.SIGTERM])
+        test_nas201_search.search(tmp_path / "stopped")
+    assert stopped.value.code == 143
+    run, whole = (next((tmp_path / name).iterdir()) for name in ("stopped", "whole"))
+    line = capsys.readouterr().err
+    assert line.startswith("interrupted in generation ") and "partial" in runs.load_checkpoint(run / "checkpoint.pt")
+    assert line.endswith(f"continue with: python -m nas201.train_search --resume {run}\n")
+    nas201.train_search.main(["--resume", str(run)])
+    assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, whole)))
+    assert test_search.history(run) == test_search.history(whole)
+
+
 def test_a_run_interrupted_again_and_again(searched, tmp_path, monkeypatch, capsys):
     argv, stops = [*SEARCH, "--dir", str(tmp_path), "--run_name", "run"], 0
     for call in (2, 1, 1, 1, 4, 3, 2, 1, 1, 99):
@@ -218,8 +236,6 @@ def test_torchrun_passes_a_sigterm_on_that_is_no_second_one(monkeypatch):
 
 
 def test_signals_are_taken_over_while_a_run_is_open(tmp_path):
-    from test_runs import make_run
-
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run = make_run(tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [interrupt._receive] * 2
