@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-faults lint clean
 
 # Search on the embedded digits, retrain the found cell, test it.
 demo: $(VENV)/.installed
@@ -20,6 +20,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# Every fault that tests/test_faults.py knows, in full, and a table of what came of them.
+test-faults: $(VENV)/.installed-dev
+	EVNAS_FAULTS=full $(BIN)/python -m pytest -s tests/test_faults.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

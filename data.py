@@ -5,6 +5,7 @@ every random number comes from one CPU generator, so the sequence is the same on
 are read and augmented by worker processes, each sample under a seed of its own.
 """
 
+import os
 from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -255,8 +256,11 @@ class Loader:
 
     With `augment`, each sample gets its own crop offset and flip, and a cutout of `cutout` pixels if that is not 0.
     An epoch's random numbers are drawn from `generator` (CPU) when its iteration starts. Under torchrun each process
-    gets its share of every batch, or with `shared=False` the whole of it.
+    gets its share of every batch, or with `shared=False` the whole of it. The next iteration leaves out its first
+    `skip` batches, but draws as ever.
     """
+
+    skip = 0
 
     def __init__(
         self, split, batch_size, augmentation, device, *, generator=None, augment=False, cutout=0, shared=True
@@ -291,7 +295,8 @@ class Loader:
             if self.cutout:
                 hole_y = inside(random_int(self.height), self.cutout, self.height)
                 hole_x = inside(random_int(self.width), self.cutout, self.width).repeat_interleave(3, dim=1)
-        for start in range(0, n, self.batch_size):
+        first, self.skip = self.skip * self.batch_size, 0
+        for start in range(first, n, self.batch_size):
             draws = slice(start, start + self.batch_size)
             share = share_of(order[draws], self.shared, self.augment)
             batch = order[draws][share]
@@ -317,10 +322,11 @@ def inside(center, length, size):
 class FileLoader:
     """Batches (x, y) of image files with the ImageNet transforms, read by `workers` processes.
 
-    Each sample's augmentation has a seed drawn from `generator`, so the result does not depend on the workers.
+    Each sample's augmentation has a seed drawn from `generator`, so the result does not depend on the workers. The next
+    iteration leaves out its first `skip` batches: they are not read.
     """
 
-    image_shape = (3, 224, 224)
+    image_shape, skip = (3, 224, 224), 0
 
     def __init__(
         self, split, batch_size, augmentation, device, *, generator=None, augment=False, workers=0, shared=True
@@ -331,6 +337,7 @@ class FileLoader:
             _Samples(split, imagenet_transform(augmentation, augment)),
             batch_sampler=_Batches(len(split), batch_size, generator, shared, augment),
             num_workers=workers,
+            worker_init_fn=_leave_group,
             collate_fn=_collate,
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
@@ -341,6 +348,7 @@ class FileLoader:
         return len(self.loader)
 
     def __iter__(self):
+        self.loader.batch_sampler.skip, self.skip = self.skip, 0
         for batch in self.loader:
             if isinstance(batch, UserError):
                 raise batch
@@ -349,11 +357,14 @@ class FileLoader:
 
 
 class _Batches:
-    """Lists of (index, seed), this process's share of each batch; drawn anew each epoch, in order without generator."""
+    """Lists of (index, seed), this process's share of each batch; drawn anew each epoch, in order without generator.
+
+    An epoch's first `skip` lists are left out.
+    """
 
     def __init__(self, size, batch_size, generator, shared, training):
         self.size, self.batch_size, self.generator = size, batch_size, generator
-        self.shared, self.training = shared, training
+        self.shared, self.training, self.skip = shared, training, 0
 
     def __len__(self):
         return -(-self.size // self.batch_size)
@@ -364,7 +375,7 @@ class _Batches:
             order = torch.randperm(self.size, generator=self.generator)
             seeds = torch.randint(2**62, (self.size,), generator=self.generator)
         samples = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        for start in range(0, self.size, self.batch_size):
+        for start in range(self.skip * self.batch_size, self.size, self.batch_size):
             batch = samples[start : start + self.batch_size]
             yield batch[share_of(batch, self.shared, self.training)]
 
@@ -382,6 +393,12 @@ class _Samples(torch.utils.data.Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return self.transform(image), self.split.labels[index]
+
+
+def _leave_group(worker):
+    """Give a worker process a group of its own: Ctrl-C and torchrun's signals are for the process it reads for."""
+    if hasattr(os, "setpgrp"):  # not on Windows
+        os.setpgrp()
 
 
 def _collate(samples):

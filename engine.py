@@ -7,33 +7,48 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import interrupt
 import utils
+from interrupt import Interrupted
 from safeio import UserError
 
 
-def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, amp, report_freq, where, log):
-    """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits), with `amp` in bfloat16.
+def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, done):
+    """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits).
+
+    Of `args` count grad_clip, amp (bfloat16 autocast) and report_freq, the steps between calls of `log`.
+
+    `done` says what of the epoch is over, {} if nothing: "steps", and the "sums", float64 (3,), of loss, right answers
+    and images over all processes. It is brought up to date at the end, and before a signal's Interrupted is raised.
 
     Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
     if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    unread, first_unread, sums = [], 0, torch.zeros(3, dtype=torch.float64, device=parameters[0].device)
-    bar = utils.progress(loader, where)
-    for step, (x, y) in enumerate(bar):
-        with utils.autocast(x.device, amp):
-            loss, logits = loss_of(step, x, y)
+    device, steps, stop = parameters[0].device, done.get("steps", 0), False
+    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    if done and utils.rank() == 0:
+        sums += done["sums"].to(device)
+    unread, first_unread, loader.skip = [], steps, steps
+    bar = utils.progress(loader, where, steps)
+    for step, (x, y) in enumerate(bar, start=steps):
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        with utils.together():
+            with utils.autocast(device, args.amp):
+                loss, logits = loss_of(step, x, y)
+            loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
             utils.average_over_ranks([p.grad for p in parameters])
-        nn.utils.clip_grad_norm_(parameters, grad_clip)
+        nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         optimizer.step()
 
         loss = loss.detach()
         unread.append(loss)
         sums += torch.stack([loss * len(y), (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))])
-        if (step + 1) % report_freq == 0 or step + 1 == len(loader):
+        steps = step + 1
+        due = steps % args.report_freq == 0 or steps == len(loader)
+        stop = interrupt.requested(device, together=due)
+        if due or stop:
             losses = torch.stack(unread).tolist()
             for i, value in enumerate(losses):
                 if not abs(value) < float("inf"):
@@ -41,15 +56,20 @@ def train_one_epoch(loss_of, network, loader, optimizer, *, grad_clip, amp, repo
                         f"{where}, step {first_unread + i + 1}: the loss is {value}; the last checkpoint is kept "
                         "(try a smaller --learning_rate or --grad_clip)"
                     )
-            unread, first_unread = [], step + 1
+            unread, first_unread = [], steps
             loss_so_far, correct, seen = sums.tolist()
             report = f"loss {loss_so_far / seen:.4f}, top-1 {100 * correct / seen:.2f} %"
             bar.set_postfix_str(report)
             if bar.disable:
-                log(f"{where}, step {step + 1}/{len(loader)}: {report}")
+                log(f"{where}, step {steps}/{len(loader)}: {report}")
+        if stop:
+            break
     # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
     utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    loss_sum, correct, seen = utils.sum_over_ranks(sums).tolist()
+    done |= {"steps": steps, "sums": utils.sum_over_ranks(sums).cpu()}
+    if stop:
+        raise Interrupted(f"{where}, step {steps}/{len(loader)}")
+    loss_sum, correct, seen = done["sums"].tolist()
     return {"train_loss": loss_sum / seen, "train_top1": 100 * correct / seen}
 
 
@@ -58,12 +78,15 @@ def evaluate(network, loader, *, report_freq, log, amp=False, where="test"):
     """Mean cross-entropy, top-1 and top-5 accuracy in percent of a `model.Network*` on all images of `loader`.
 
     top-5 counts a class among the best min(5, classes). `log` gets a line every `report_freq` steps if there is no bar.
+    Raises Interrupted between two batches, after a signal.
     """
     network.eval()
     device = next(network.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     bar = utils.progress(loader, where)
     for step, (x, y) in enumerate(bar):
+        if interrupt.requested(device, together=step % report_freq == 0):
+            raise Interrupted(where)
         if bar.disable and (step + 1) % report_freq == 0:
             log(f"{where}, step {step + 1}/{len(loader)}")
         if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
@@ -110,6 +133,7 @@ def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=F
 
     A batch is loaded and augmented once and shown to all individuals, so they are compared on the same images; equal
     alphas are measured once. Several processes share the individuals out; every one returns all the figures.
+    Raises Interrupted between two batches, after a signal.
     """
     device = next(network.parameters()).device
     distinct, index = unique(alphas)
@@ -119,6 +143,8 @@ def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=F
     with batch_norm_mode(network, bn):
         prepare = fitness(network, bn)
         for x, y in utils.progress(loader, where):
+            if interrupt.requested(device):
+                raise Interrupted(where)
             with utils.autocast(device, amp):
                 logits_of = prepare(x)
                 for i in mine:

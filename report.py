@@ -10,7 +10,7 @@ from html import escape
 
 import genotypes
 import visualize
-from safeio import UserError, atomic_write, read_bytes, read_json
+from safeio import UserError, atomic_write, check_unpacked_size, read_bytes, read_json
 from visualize import COLOUR, light
 
 # True accuracy in percent on NAS-Bench-201 (200 epochs), {data set: [(valid, test) by NAS201_HEAD]}.
@@ -129,6 +129,7 @@ def operation_shares(path, space):
         from nas201.encoding import PRIMITIVES, decode
     try:
         with np.load(path, allow_pickle=False) as file:
+            check_unpacked_size(file.zip, 64 << 20)  # 50 individuals are 45 KB
             alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
         if alphas.shape[1:] != SPACES[space]:
             raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")

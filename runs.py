@@ -4,6 +4,7 @@ args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  
 """
 
 import argparse
+import contextlib
 import copy
 import datetime
 import hashlib
@@ -11,13 +12,16 @@ import io
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
 import torch
 
+import interrupt
 import utils
 import visualize
+from interrupt import Interrupted
 from safeio import UserError, append_line, atomic_write, read_bytes, read_json, write_json
 
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
@@ -34,7 +38,8 @@ def parse(parser, argv):
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    saved = read_json(path)
+    with needed():
+        saved = read_json(path)
     if not isinstance(saved, dict) or saved.get("prog") != parser.prog or not isinstance(saved.get("args"), dict):
         raise UserError(f"{args.resume} holds no run of {parser.prog}: {path} says otherwise")
     if set(saved["args"]) != set(vars(args)):
@@ -54,6 +59,15 @@ def parse(parser, argv):
     return argparse.Namespace(**saved["args"])
 
 
+@contextlib.contextmanager
+def needed():
+    """For reading a file of a run: a UserError then also says what to do."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}; a run cannot continue without it: restore it, or start a new run") from error
+
+
 class Run:
     """An open run directory, locked against a second process. `completed` generations or epochs are in `state`.
 
@@ -66,6 +80,7 @@ class Run:
         self._board = None
         if self.writes:
             self._lock = lock(self.path)
+        self._signals = interrupt.catch()
 
     @classmethod
     def create(cls, parent, name, args, prog, **about):
@@ -114,15 +129,16 @@ class Run:
             file.writelines(json.dumps(line) + "\n" for line in lines)
 
     def close(self):
+        interrupt.release(self._signals)
         if self._board:
             self._board.close()
         if self.writes and self._lock:
             self._lock.close()
 
-    def log(self, text):
+    def log(self, text, file=None):
         """Print a line, above any progress bar, and add it to log.txt."""
         if self.writes:
-            utils.say(text)
+            utils.say(text, file)
             append_line(self.path / "log.txt", f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
 
     def finish(self, cell):
@@ -151,6 +167,7 @@ class Run:
 
     def save_checkpoint(self, completed, state):
         """Write checkpoint.pt, keeping the one before as checkpoint.prev.pt. Call it last: it vouches for the rest."""
+        self.completed = completed
         if not self.writes:
             return
         content = io.BytesIO()
@@ -167,6 +184,30 @@ class Run:
         with atomic_write(path) as file:
             file.write(MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
             file.write(content)
+
+    @contextlib.contextmanager
+    def restoring(self):
+        """For taking over `state`. Raises UserError where it does not fit: another run's, or changed arguments."""
+        try:
+            yield
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UserError(
+                f"{self.path}/checkpoint.pt does not fit the arguments in args.json or this version of the program: "
+                f"restore the files, or start a new run ({' '.join(str(error).split())[:100]})"
+            ) from error
+
+    @contextlib.contextmanager
+    def saving_when_interrupted(self, state):
+        """When a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
+        try:
+            yield
+        except Interrupted as place:
+            self.save_checkpoint(self.completed, state())
+            if self.writes:
+                prog = read_json(self.path / "args.json")["prog"]
+                command = f"{prog if prog.startswith('python') else f'python {prog}'} --resume {self.path}"
+                self.log(f"interrupted in {place}; continue with: {command}", file=sys.stderr)
+            raise SystemExit(128 + (interrupt.received or signal.SIGTERM)) from None
 
 
 def lock(path):
@@ -217,9 +258,12 @@ def load_checkpoint(path):
     if hashlib.sha256(content).hexdigest().encode() != header.removeprefix(MAGIC):
         raise UserError(f"{path} is damaged: its checksum does not match{hint}")
     try:
-        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        state = utils.unpickle_tensors(io.BytesIO(content))
     except Exception as error:  # a checksum does not say who wrote it
         raise UserError(f"{path} does not hold tensors and numbers alone{hint}") from error
+    if not isinstance(state, dict) or type(state.get("completed")) is not int:
+        raise UserError(f"{path} is damaged or was written by another version{hint}")
+    return state
 
 
 def read_history(path):

@@ -67,6 +67,12 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
+def check_unpacked_size(archive, limit):
+    """Raises ValueError if the members of a zipfile.ZipFile together claim more than `limit` bytes."""
+    if sum(member.file_size for member in archive.infolist()) > limit:
+        raise ValueError(f"it unpacks to more than {limit} bytes")
+
+
 def restricted_unpickle(data, allowed, path, refused=(), **kwargs):
     """Unpickle bytes `data` of file `path`, knowing only the callables in `allowed`: {(module, name): object}.
 

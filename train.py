@@ -130,7 +130,11 @@ def load_splits(args):
 def main(argv=None):
     args = runs.parse(make_parser(), argv)
     # A run has its own copy of the cell: the search that it came from may have gone on since.
-    genotype = genotypes.load(Path(args.resume) / "genotype.json") if args.resume else choose_genotype(args)
+    if args.resume:
+        with runs.needed():
+            genotype = genotypes.load(Path(args.resume) / "genotype.json")
+    else:
+        genotype = choose_genotype(args)
     device = utils.choose_device(args)
     train, test, augmentation = load_splits(args)
     warmup = isinstance(train, data.Files) and args.batch_size > 256
@@ -154,11 +158,23 @@ def main(argv=None):
     run = open_run(args, genotype)
     try:
         best = 0.0
+
+        def state():
+            return {
+                "network": network.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "best_top1": best,
+            }
+
         if run.state:
-            network.load_state_dict(run.state["network"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            generator.set_state(run.state["generator"])
-            best = run.state["best_top1"]
+            with run.restoring():
+                network.load_state_dict(run.state["network"])
+                optimizer.load_state_dict(run.state["optimizer"])
+                generator.set_state(run.state["generator"])
+                best = run.state["best_top1"]
+        else:
+            run.save_checkpoint(0, state())
         run.log(f"{utils.describe_device(device)}; run directory {run.path}")
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
@@ -177,35 +193,38 @@ def main(argv=None):
             return loss, logits
 
         for epoch in range(run.completed, args.epochs):
-            start = time.perf_counter()
+            done = run.state.pop("partial", {})  # of an epoch that a signal interrupted
+            start = time.perf_counter() - done.get("seconds", 0)
             where = f"epoch {epoch + 1}/{args.epochs}"
             lr = learning_rate(args, epoch, warmup)
             utils.set_learning_rate(optimizer, lr)
             # Drop path draws from the global generator of the device: seeded here, a resumed run draws the same.
             seed = (args.seed + 1) * 100_003 + epoch * utils.world_size() + utils.rank()
             torch.manual_seed(seed % 2**63)
+            if done and utils.rank() == 0:  # whose state it is
+                utils.set_random_state(done["random"], device)
+            begun = generator.get_state()
+
+            def partial():
+                """The state within this epoch. It continues from its steps; testing begins anew."""
+                seconds, random = time.perf_counter() - start, utils.random_state(device)
+                return {**state(), "generator": begun, "partial": {**done, "seconds": seconds, "random": random}}
+
             network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             trained.train()
             entry = {"epoch": epoch + 1, "lr": lr}
-            entry |= train_one_epoch(
-                loss_of,
-                trained,
-                train_loader,
-                optimizer,
-                grad_clip=args.grad_clip,
-                amp=args.amp,
-                report_freq=args.report_freq,
-                where=where,
-                log=run.log,
-            )
-            tested = evaluate(
-                network,
-                test_loader,
-                report_freq=args.report_freq,
-                log=run.log,
-                amp=args.amp,
-                where=f"{where}, test",
-            )
+            with run.saving_when_interrupted(partial):
+                entry |= train_one_epoch(
+                    loss_of, trained, train_loader, optimizer, args, where=where, log=run.log, done=done
+                )
+                tested = evaluate(
+                    network,
+                    test_loader,
+                    report_freq=args.report_freq,
+                    log=run.log,
+                    amp=args.amp,
+                    where=f"{where}, test",
+                )
             seconds = time.perf_counter() - start
             is_best = tested["top1"] > best or epoch == 0
             best = max(best, tested["top1"])
@@ -221,9 +240,7 @@ def main(argv=None):
             if is_best:
                 run.save_weights(network, "best_weights.pt", about)
             run.record(epoch + 1, entry)
-            state = {"network": network.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"generator": generator.get_state(), "best_top1": best}
-            run.save_checkpoint(epoch + 1, state)
+            run.save_checkpoint(epoch + 1, state())
             run.log(
                 f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
                 f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {seconds:.1f} s"

@@ -1,10 +1,10 @@
 """Search for a cell in the DARTS space with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
+import functools
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import torch
@@ -60,13 +60,16 @@ def search(args, space, network, train_loader, valid_loader, run):
     if args.plain:
         forward, fitness_of = plain_forward, plain_fitness
     else:
-        forward = partial(space.fast.forward, compile=args.compile)
-        fitness_of = partial(space.fast.fitness, compile=args.compile)
+        forward = functools.partial(space.fast.forward, compile=args.compile)
+        fitness_of = functools.partial(space.fast.fitness, compile=args.compile)
     optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
     breeding = torch.Generator().manual_seed(args.seed)
     generators = {"breeding": breeding, "train": train_loader.generator, "valid": valid_loader.generator}
     alphas = space.random_alphas(args.pop_size, generator=breeding)  # (P, G, E, O) raw
     fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)  # (P,) percent
+
+    def drawn():
+        return {name: generator.get_state() for name, generator in generators.items()}
 
     def state():
         return {
@@ -74,22 +77,24 @@ def search(args, space, network, train_loader, valid_loader, run):
             "optimizer": optimizer.state_dict(),
             "alphas": alphas,
             "fitness": fitness,
-            "generators": {name: generator.get_state() for name, generator in generators.items()},
+            "generators": drawn(),
         }
 
     if run.state:
-        network.load_state_dict(run.state["network"])
-        optimizer.load_state_dict(run.state["optimizer"])
-        alphas, fitness = run.state["alphas"], run.state["fitness"]
-        for name, generator in generators.items():
-            generator.set_state(run.state["generators"][name])
+        with run.restoring():
+            network.load_state_dict(run.state["network"])
+            optimizer.load_state_dict(run.state["optimizer"])
+            alphas, fitness = run.state["alphas"], run.state["fitness"]
+            for name, generator in generators.items():
+                generator.set_state(run.state["generators"][name])
     else:
         run.save_checkpoint(0, state())
 
     for generation in range(run.completed + 1, args.epochs + 1):
-        start = time.perf_counter()
+        done = run.state.pop("partial", {})  # of a generation that a signal interrupted
+        start = time.perf_counter() - done.get("seconds", 0)
         where = f"generation {generation}/{args.epochs}"
-        if generation > 1:
+        if generation > 1 and not done:
             alphas = next_generation(
                 alphas,
                 fitness,
@@ -99,6 +104,7 @@ def search(args, space, network, train_loader, valid_loader, run):
                 generator=breeding,
                 variant=args.variant,
             )
+        begun = drawn()
         decoded = space.decode(alphas)
         trained = (alphas if args.variant in ("nd", "ndt") else decoded).to(device)
         measured = alphas if args.variant in ("nd", "ndf") else decoded
@@ -107,27 +113,25 @@ def search(args, space, network, train_loader, valid_loader, run):
             logits = forward(network, x, trained[step % len(trained)])
             return F.cross_entropy(logits, y), logits
 
+        def partial():
+            """The state within this generation. It continues from its steps; fitness is measured anew."""
+            return {**state(), "generators": begun, "partial": {**done, "seconds": time.perf_counter() - start}}
+
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
         utils.set_learning_rate(optimizer, lr)
         network.train()
         entry = {"generation": generation, "lr": lr}
-        entry |= train_one_epoch(
-            loss_of,
-            network,
-            train_loader,
-            optimizer,
-            grad_clip=args.grad_clip,
-            amp=args.amp,
-            report_freq=args.report_freq,
-            where=where,
-            log=run.log,
-        )
+        with run.saving_when_interrupted(partial):
+            entry |= train_one_epoch(
+                loss_of, network, train_loader, optimizer, args, where=where, log=run.log, done=done
+            )
         images = train_loader.size
         entry["distinct"], said = len(unique(decoded)[0]), ""
         if args.variant != "rand" or generation == args.epochs:
-            fitness = measure_fitness(
-                network, measured, valid_loader, args.bn, fitness_of, amp=args.amp, where=f"{where}, fitness"
-            )
+            with run.saving_when_interrupted(partial):
+                fitness = measure_fitness(
+                    network, measured, valid_loader, args.bn, fitness_of, amp=args.amp, where=f"{where}, fitness"
+                )
             order = torch.sort(fitness, descending=True, stable=True).indices
             alphas, fitness = alphas[order], fitness[order]
             images += len(unique(measured)[0]) * valid_loader.size

@@ -5,18 +5,20 @@ import contextlib
 import functools
 import hashlib
 import importlib.metadata
+import io
 import os
 import pickle
 import platform
 import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from safeio import UserError, atomic_write, read_bytes, read_json, write_json
+from safeio import UserError, atomic_write, check_unpacked_size, read_bytes, read_json, write_json
 
 # ---- command lines
 
@@ -84,15 +86,16 @@ def command(main):
     return wrapper
 
 
-def say(text):
+def say(text, file=None):
     """Print a line on rank 0, above any progress bar."""
     if rank() == 0:
-        tqdm.write(text)
+        tqdm.write(text, file=file)
 
 
-def progress(batches, title):
-    """A bar with the time left around `batches`; none where stderr is not a terminal."""
-    return tqdm(batches, desc=title, leave=False, disable=rank() > 0 or not sys.stderr.isatty(), dynamic_ncols=True)
+def progress(batches, title, done=0):
+    """A bar with the time left around `batches`, `done` of them over; none where stderr is not a terminal."""
+    hidden = rank() > 0 or not sys.stderr.isatty()
+    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 # ---- devices and processes
@@ -155,6 +158,18 @@ def local_rank(default=0):
     return int(os.environ.get("LOCAL_RANK", default))
 
 
+def random_state(device):
+    """The states of torch's global generators, of the CPU and of a CUDA device."""
+    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
+    return {"cpu": torch.get_rng_state(), **cuda}
+
+
+def set_random_state(state, device):
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:  # a run may go on on another device
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
 def join_process_group(device):
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
     if world_size() > 1 and not torch.distributed.is_initialized():
@@ -176,16 +191,26 @@ def leave_process_group():
         torch.distributed.destroy_process_group()
 
 
+@contextlib.contextmanager
+def together():
+    """For code in which the processes wait for each other. Raises UserError if one is gone."""
+    try:
+        yield
+    except RuntimeError as error:
+        # What gloo and NCCL raise when a connection ends.
+        if world_size() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
+            raise
+        raise UserError(
+            "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
+            "with as many processes as you like"
+        ) from error
+
+
 def sum_over_ranks(tensor):
     """The sum of every process's `tensor`, in place. Raises UserError if a process is gone."""
     if world_size() > 1:
-        try:
+        with together():
             torch.distributed.all_reduce(tensor)
-        except RuntimeError as error:  # what gloo and NCCL raise when a connection ends
-            raise UserError(
-                "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
-                "with as many processes as you like"
-            ) from error
     return tensor
 
 
@@ -236,7 +261,8 @@ def load_torch(path, what="weights file"):
     if not os.path.isfile(path):
         raise UserError(f"cannot read {path}: no such file")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb") as file:
+            return unpickle_tensors(file)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+)", str(error))  # what the pickle asked for
         reason = (
@@ -245,6 +271,15 @@ def load_torch(path, what="weights file"):
         raise UserError(f"{path} is refused: {reason}; nothing in it was executed") from error
     except Exception as error:  # a damaged archive raises nearly any exception
         raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
+
+
+def unpickle_tensors(file):
+    """What torch.save, which does not compress, wrote to an open file. Raises nearly anything for a damaged one."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            check_unpacked_size(archive, file.seek(0, os.SEEK_END))
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def load_weights(model, path, ignore=()):
@@ -286,9 +321,11 @@ def side_file(path):
 
 def save_weights(model, path, about):
     """The plain state dict at `path`, and beside it a JSON file: `about` (network, normalisation) and a checksum."""
+    content = io.BytesIO()  # torch.save does not say that a disk is full
+    torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     with atomic_write(path) as file:
-        torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, file)
-    write_json(side_file(path), {**about, "sha256": hashlib.sha256(read_bytes(path)).hexdigest()})
+        file.write(content.getbuffer())
+    write_json(side_file(path), {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
 
 
 def side_file_of(path):

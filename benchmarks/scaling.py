@@ -72,8 +72,9 @@ def generation(rank, world, address, args, results):
         return counting
 
     start = time.perf_counter()
-    reports = dict(report_freq=10**9, where="training", log=lambda text: None)
-    train_one_epoch(loss_of, network, train_loader, optimizer, grad_clip=5.0, amp=False, **reports)
+    settings = argparse.Namespace(grad_clip=5.0, amp=False, report_freq=10**9)
+    reports = dict(where="training", log=lambda text: None, done={})
+    train_one_epoch(loss_of, network, train_loader, optimizer, settings, **reports)
     done["training seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", fitness)

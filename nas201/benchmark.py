@@ -25,7 +25,7 @@ import sys
 import numpy as np
 
 from nas201.genotypes import NUM_ARCHS, from_arch_string
-from safeio import UserError, atomic_write, restricted_unpickle
+from safeio import UserError, atomic_write, check_unpacked_size, restricted_unpickle
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
@@ -180,8 +180,7 @@ def _read_npz(path):
     data = _unpacked(path)
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            if sum(member.file_size for member in arrays.zip.infolist()) > MAX_BYTES:
-                raise ValueError(f"unpacks to more than {MAX_BYTES >> 20} MB")
+            check_unpacked_size(arrays.zip, MAX_BYTES)
             columns = {name: arrays[name] for name in ("index", "arch", *COLUMNS) if name in arrays}
     except Exception as error:  # damaged archives raise nearly anything
         raise UserError(f"{path} is not a valid NPZ file: {error!r:.120}") from error

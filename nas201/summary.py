@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nas201.benchmark import COLUMNS, METRICS, SPLITS, load
-from report import NAS201_PUBLISHED, NAS201_SPREAD, read_history
+from report import NAS201_PUBLISHED, NAS201_SPREAD, column, read_history
 from safeio import UserError, read_json, write_json
 from utils import Parser, command
 
@@ -17,12 +17,24 @@ SEEDS = (18, 19, 20)
 PUBLISHED_SECONDS = 20249.7
 
 
+def arguments(run):
+    """The saved arguments of a run. Raises UserError where they are not those of a search."""
+    about = read_json(Path(run) / "args.json")
+    args = about.get("args") if isinstance(about, dict) else None
+    names = ("epochs", "pop_size", "init_channels", "num_cells", "api_path")
+    if not isinstance(args, dict) or not all(name in args for name in names):
+        raise UserError(f"{run}/args.json does not hold the arguments of a search ({', '.join(names)})")
+    if not isinstance(args["api_path"], (str, type(None))):
+        raise UserError(f"{run}/args.json: api_path is no path")
+    return args
+
+
 def finished(run):
     """The history of a run that has all its generations and its report, else None. Raises UserError."""
     run = Path(run)
     if not (run / "report.html").exists() or not (run / "history.jsonl").exists():
         return None
-    history, epochs = read_history(run / "history.jsonl"), read_json(run / "args.json")["args"]["epochs"]
+    history, epochs = read_history(run / "history.jsonl"), arguments(run)["epochs"]
     return history if history and history[-1].get("generation") == epochs else None
 
 
@@ -34,7 +46,8 @@ def read_run(run):
     keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
     figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
     figures["kendall_tau_by_generation"] = [entry.get("kendall_tau") for entry in history]
-    return figures | {"generations": len(history), "seconds": sum(entry["seconds"] for entry in history)}
+    seconds = sum(value or 0 for value in column(history, "seconds"))
+    return figures | {"generations": len(history), "seconds": seconds}
 
 
 def mean_std(values):
@@ -48,23 +61,23 @@ def summarise(folder, dataset):
     """The dict that becomes summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
     paths = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
     runs = [read_run(path) for path in paths]
-    args = read_json(paths[0] / "args.json")["args"]
+    args = arguments(paths[0])
     table = load(args["api_path"]).table if args["api_path"] else None  # None too where rows are read one by one
     accuracy = {}
-    for k, ((name, split), column) in enumerate(zip(METRICS, COLUMNS, strict=True)):
+    for k, ((name, split), label) in enumerate(zip(METRICS, COLUMNS, strict=True)):
         at = SPLITS.index(split)
         row = {
-            "searched": mean_std([((run["true_accuracy"] or {}).get(name) or {}).get(split) for run in runs]),
+            "searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")),
             "published": {"mean": NAS201_PUBLISHED[name][0][at], "std": NAS201_SPREAD[name][at]},
             "optimum": NAS201_PUBLISHED[name][1][at],
         }
         if table is not None and not np.isnan(table[:, k]).any():
             true = table[:, k]
             row |= {"optimum": true.max(), "space_mean": true.mean(), "space_median": float(np.median(true))}
-        accuracy[column.removesuffix("_200")] = row
+        accuracy[label.removesuffix("_200")] = row
     summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args, "accuracy": accuracy}
     for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
-        summary[key] = mean_std([run[key] for run in runs])
+        summary[key] = mean_std(column(runs, key))
     return summary | {"published_seconds": PUBLISHED_SECONDS, "runs": runs}
 
 

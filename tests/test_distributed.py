@@ -12,13 +12,19 @@ import pytest
 import torch
 
 import data
+import runs
+import train
+import train_search
 from encoding import decode, random_alphas
 from engine import measure_fitness
 from model_search import Network
 
 ROOT = Path(__file__).resolve().parents[1]
-SEARCH = "train_search.py --dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
+SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
 SEARCH += "--train_samples 128 --valid_samples 60 --batch_size 32".split()
+RETRAIN = "--dataset digits --arch EvNASB --init_channels 2 --layers 3 --device cpu".split()
+RETRAIN += "--train_samples 128 --batch_size 32 --drop_path_prob 0.2".split()
+SCRIPTS = [pytest.param(train_search, SEARCH, id="search"), pytest.param(train, RETRAIN, id="retraining")]
 
 
 def torchrun(*command, **settings):
@@ -57,32 +63,57 @@ def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
         assert torch.equal(torch.load(tmp_path / f"fitness{rank}.pt"), expected)
 
 
-@pytest.mark.slow
-def test_a_lost_process_ends_the_search_in_one_line_and_one_process_continues_it(tmp_path):
-    run = torchrun(*SEARCH, "--epochs", 40, "--dir", tmp_path, "--run_name", "run", stderr=subprocess.PIPE)
-    history = tmp_path / "run" / "history.jsonl"
+def wait_for_lines(process, path, count):
+    """Waits until history.jsonl below `path` has `count` lines; returns that file."""
     deadline = time.monotonic() + 200
-    while not (history.exists() and len(history.read_text().splitlines()) >= 2):
-        assert run.poll() is None and time.monotonic() < deadline
+    while not any(len(file.read_text().splitlines()) >= count for file in path.glob("*/history.jsonl")):
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.2)
-    workers = subprocess.run(["pgrep", "-P", str(run.pid)], capture_output=True, text=True).stdout.split()
+    return next(path.glob("*/history.jsonl"))
+
+
+def finish(main, run, epochs):
+    """Resumes a run, shortened so that the test ends, in this process."""
+    args = json.loads((run / "args.json").read_text())
+    args["args"]["epochs"] = epochs
+    (run / "args.json").write_text(json.dumps(args))
+    main(["--resume", str(run)])
+    assert len((run / "history.jsonl").read_text().splitlines()) == epochs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, argv", SCRIPTS)
+def test_a_lost_process_ends_the_run_in_one_line_and_one_process_continues_it(tmp_path, script, argv):
+    process = torchrun(script.__file__, *argv, "--epochs", 40, "--dir", tmp_path, stderr=subprocess.PIPE)
+    history = wait_for_lines(process, tmp_path, 2)
+    workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     ranks = {
-        pid: next(v for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if v.startswith("RANK="))
+        next(v for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if v.startswith("RANK=")): int(pid)
         for pid in workers
     }
-    os.kill(int(next(pid for pid, rank in ranks.items() if rank == "RANK=1")), signal.SIGKILL)
-    _, errors = run.communicate(timeout=120)
-    assert run.returncode != 0
-    assert [line for line in errors.splitlines() if line.startswith("error: ")] in ([], [gone_line(errors)])
-    completed = len(history.read_text().splitlines())
-    import train_search
-
-    args = json.loads((tmp_path / "run" / "args.json").read_text())
-    args["args"]["epochs"] = completed + 1  # a shorter run, so that the test ends
-    (tmp_path / "run" / "args.json").write_text(json.dumps(args))
-    train_search.main(["--resume", str(tmp_path / "run")])
-    assert len(history.read_text().splitlines()) == completed + 1
+    os.kill(ranks["RANK=1"], signal.SIGKILL)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "another process of this run is gone" in errors, errors
+    # torchrun adds its own report; ours has no traceback.
+    assert len([line for line in errors.splitlines() if line.startswith("error: ")]) == 1, errors
+    assert f'{Path(script.__file__).name}", line' not in errors, errors
+    finish(script.main, history.parent, len(history.read_text().splitlines()) + 1)
 
 
-def gone_line(errors):
-    return next(line for line in errors.splitlines() if "another process of this run is gone" in line)
+@pytest.mark.slow
+@pytest.mark.parametrize("script, argv", SCRIPTS)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_torchrun_is_interrupted(tmp_path, script, argv, number):
+    """It passes the signal on; both processes stop at the same step, and one of them saves."""
+    process = torchrun(script.__file__, *argv, "--epochs", 40, "--dir", tmp_path, stderr=subprocess.PIPE)
+    history = wait_for_lines(process, tmp_path, 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=120)
+    (line,) = (line for line in errors.splitlines() if line.startswith("interrupted in "))
+    assert f"continue with: python {Path(script.__file__).name} --resume {history.parent}" in line
+    completed, checkpoint = (
+        len(history.read_text().splitlines()),
+        runs.load_checkpoint(history.parent / "checkpoint.pt"),
+    )
+    assert checkpoint["completed"] == completed and checkpoint["partial"]["steps"] > 0
+    finish(script.main, history.parent, completed + 1)

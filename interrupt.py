@@ -1,0 +1,50 @@
+"""Ctrl-C and SIGTERM stop a run at the end of its step or batch, which is then saved; a second one stops at once."""
+
+import signal
+import threading
+
+import torch
+
+import utils
+
+received = None  # the signal that came while a run is open
+
+
+class Interrupted(Exception):
+    """A signal ended the loop over the batches; the text says where."""
+
+
+def catch():
+    """Take Ctrl-C and SIGTERM over, where this is the main thread; returns what `release` needs."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    # One that is ignored, as in a background job of a script, stays ignored.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    return {number: signal.signal(number, _receive) for number in numbers}
+
+
+def release(handlers):
+    """Give the signals back."""
+    global received
+    received = None
+    for number, handler in handlers.items():
+        # Under torchrun not SIGTERM: it comes when a process is lost, and must not cut short what this one says of it.
+        if number == signal.SIGINT or utils.world_size() == 1:
+            signal.signal(number, handler)
+
+
+def _receive(number, frame):
+    global received
+    # torchrun passes a SIGTERM on, also one that its processes have got already, and sends one when a process is lost.
+    if received and not (number == signal.SIGTERM and utils.world_size() > 1):
+        raise KeyboardInterrupt
+    received = received or number
+
+
+def requested(device, together=True):
+    """Whether to stop now. Several processes have to stop at the same step: they ask each other, where all are
+    `together`, that is at steps where they wait for each other anyway; at other steps the answer is no.
+    """
+    if utils.world_size() == 1:
+        return received is not None
+    return together and utils.sum_over_ranks(torch.tensor(float(received is not None), device=device)).item() > 0

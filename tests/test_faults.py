@@ -1,0 +1,720 @@
+"""Faults, tried and counted: kills, damaged and hostile files, full disks, missing files, runs in each other's way.
+
+The tests try a few of each; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
+"""
+
+import argparse
+import bz2
+import collections
+import contextlib
+import hashlib
+import importlib
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_search
+import test_train
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_genotypes import Call, bomb
+from test_runs import assert_same
+from test_visualize import make_run
+
+import genotypes
+import nas201.data
+import report
+import runs
+import safeio
+import utils
+import visualize
+from nas201 import benchmark, summary
+from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
+from safeio import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = os.environ.get("EVNAS_FAULTS") == "full"
+SEARCH = test_search.command_line(cutout_length=4)
+RETRAIN = test_train.command_line("--cutout", drop_path_prob=0.5)
+ARGUMENTS = {"train_search": SEARCH, "train": RETRAIN}
+COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
+
+
+def few(full, short):
+    return full if FULL else short
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted():
+    """Prints the table of faults and outcomes at the end (pytest -s)."""
+    yield
+    print(f"\n\n{'fault':62} {'tried':>5}  outcome")
+    for fault, outcomes in COUNTS.items():
+        text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if count)
+        print(f"{fault:62} {sum(outcomes.values()):>5}  {text}")
+
+
+# ---- processes
+
+
+@pytest.fixture(scope="module")
+def process():
+    """`process(script, argv, **conditions)` starts a process of a run; forked from one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train", "train_search", "sklearn.datasets", "torch.utils.tensorboard"])
+
+        def start(script, argv, output=os.devnull, **conditions):
+            arguments = (script, [str(word) for word in argv], str(output), conditions)
+            process = context.Process(target=work, args=arguments)
+            process.start()
+            return process
+
+        yield start
+
+
+def work(script, argv, output, conditions):
+    """What a process does: `main` of a script under conditions, stdout and stderr in the file `output`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    if "die_at" in conditions:
+        die_at(**conditions["die_at"])
+    if "file_size" in conditions:  # bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (conditions["file_size"],) * 2)
+    for package in conditions.get("without", []):
+        for name in [name for name in sys.modules if f".{name}.".find(f".{package}.") >= 0]:
+            del sys.modules[name]
+        sys.modules[package] = None
+    os.environ.pop("DISPLAY", None)
+    if "memory" in conditions:  # bytes more than there are
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + conditions["memory"],) * 2)
+    importlib.import_module(script).main(argv)
+
+
+def die_at(call, steps_file=None):
+    """Kill this process within the `call`-th step of writing: half through a write, after a rename or a flush.
+
+    The numbers of the renames and flushes are written to `steps_file`.
+    """
+    calls = 0
+
+    def step(do, half=None):
+        nonlocal calls
+        calls += 1
+        if steps_file and half is None:
+            with open(steps_file, "a") as file:
+                file.write(f"{calls}\n")
+        if calls == call:
+            (half or do)()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do()
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, content):
+            def half():
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+
+            return step(lambda: self.file.write(content), half)
+
+    safeio.open = lambda path, mode, **how: open(path, mode, **how) if "r" in mode else File(open(path, mode, **how))
+    for name in ("replace", "fsync", "link"):
+        function = getattr(os, name)
+        setattr(os, name, lambda *args, function=function: step(lambda: function(*args)))
+
+
+@pytest.fixture(scope="module", params=["train_search", "train"] if FULL else ["train"])
+def whole(request, process, tmp_path_factory):
+    """(script, an uninterrupted run's directory, its seconds, the steps of writing that are renames or flushes)."""
+    folder = tmp_path_factory.mktemp("whole")
+    steps = dict(call=-1, steps_file=folder / "steps")
+    running = process(request.param, [*ARGUMENTS[request.param], "--dir", folder], folder / "output", die_at=steps)
+    while not list(folder.glob("*/checkpoint.pt")) and running.is_alive():
+        time.sleep(0.01)
+    started = time.monotonic()
+    running.join(120)
+    assert running.exitcode == 0, (folder / "output").read_text()
+    seconds = time.monotonic() - started
+    (run,) = [path for path in folder.iterdir() if path.is_dir()]
+    return request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()]
+
+
+def assert_same_run(run, expected):
+    """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
+    assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)))
+    assert test_search.history(run) == test_search.history(expected)
+    for path in [*expected.glob("weights/*.pt"), *expected.glob("genotype.*"), *expected.glob("*.svg")]:
+        same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
+        assert same, path
+    for path in expected.glob("population/*.npz"):
+        with np.load(path) as a, np.load(run / path.relative_to(expected)) as b:
+            assert all(np.array_equal(a[name], b[name]) for name in ("alphas", "fitness"))
+
+
+# ---- 1. kill -9
+
+
+@pytest.mark.parametrize("where", ["any moment", "a write"])
+def test_kills(whole, process, tmp_path, where):
+    """A chain of processes, each killed, until there were enough; a run that ends equals the uninterrupted one."""
+    script, expected, seconds, steps = whole
+    fault, luck = f"kill -9 of {script}.py at {where}", random.Random(f"{script} {where}")
+    kills, unproved, attempt, run = 0, 0, 0, None
+    while kills < few(10, 2) or unproved:
+        if run is None:
+            attempt += 1
+            (tmp_path / f"{attempt}").mkdir()
+        place = ["--resume", run] if run else [*ARGUMENTS[script], "--dir", tmp_path / f"{attempt}"]
+        enough = kills >= few(10, 2)
+        dying = where == "a write" and not enough
+        call = luck.choice([luck.randint(1, steps[-1]), luck.choice(steps)])  # half of them at a rename or a flush
+        conditions = {"die_at": dict(call=call)} if dying else {}
+        output = tmp_path / "output"
+        running = process(script, place, output, **conditions)
+        if where == "any moment" and not enough:
+            while not (run or list((tmp_path / f"{attempt}").glob("*/args.json"))):
+                time.sleep(0.01)
+            running.join(luck.uniform(0, 1.1 * seconds))
+            if luck.random() < 0.3:  # also while it saves what a first signal interrupted
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(running.pid, signal.SIGTERM)
+                running.join(luck.uniform(0, 0.1))
+            running.kill()
+        running.join(120)
+        assert running.exitcode in (0, -signal.SIGKILL, -signal.SIGTERM, 143), output.read_text()
+        assert "Traceback" not in output.read_text()
+        (run,) = (tmp_path / f"{attempt}").iterdir() if any((tmp_path / f"{attempt}").iterdir()) else (None,)
+        begun = run is not None and (run / "checkpoint.pt").exists()
+        if running.exitcode == -signal.SIGKILL:
+            kills += 1
+            unproved += begun
+            COUNTS[fault]["before the first checkpoint, started anew"] += not begun
+        if running.exitcode == 0:
+            assert_same_run(run, expected)
+            COUNTS[fault]["continued, bit-identical"] += unproved
+            unproved = 0
+        if running.exitcode == 0 or not begun:
+            run = None
+    assert kills == few(10, 2) == sum(COUNTS[fault].values())
+    assert COUNTS[fault]["continued, bit-identical"] > 0 or not FULL  # two can both come early
+
+
+# ---- 2. damaged checkpoints
+
+
+def test_damaged_checkpoints(whole, tmp_path):
+    """Cut off, one bit flipped: refused with a line that offers the one before."""
+    script, expected, _, _ = whole
+    path, luck = tmp_path / "checkpoint.pt", random.Random(2)
+    shutil.copy(expected / "checkpoint.prev.pt", tmp_path)
+    content = (expected / "checkpoint.pt").read_bytes()
+    lengths = [0, 10, 18, 19, 60, 83, 84, 85, len(content) - 1]
+    places = [0, 5, 18, 19, 40, 83, 84, 85, len(content) - 1]
+    lengths += [luck.randrange(len(content)) for _ in range(25 - len(lengths))]
+    places += [luck.randrange(len(content)) for _ in range(25 - len(places))]
+    damaged = {"cut off": [content[:length] for length in lengths]}
+    damaged["one bit flipped"] = [
+        content[:i] + bytes([content[i] ^ 1 << luck.randrange(8)]) + content[i + 1 :] for i in places
+    ]
+    damaged["one byte more"] = [content + b"x"]
+    for how, contents in damaged.items():
+        for bad in contents:
+            path.write_bytes(bad)
+            with pytest.raises(UserError, match=rf"{path} is damaged.* mv .*checkpoint\.prev\.pt {path}"):
+                runs.load_checkpoint(path)
+            COUNTS[f"checkpoint {how}"]["refused, the one before offered"] += 1
+    shutil.move(tmp_path / "checkpoint.prev.pt", path)  # what the message says
+    assert runs.load_checkpoint(path)["completed"] == 2
+
+
+# ---- 3. disks
+
+
+@contextlib.contextmanager
+def disk(folder, size):
+    """A file system of `size` KiB at `folder`; skips where that needs rights that the tests do not have."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield lambda how: subprocess.run(["mount", "-o", f"remount,{how}", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def one_line(output):
+    """The error line that a process must have ended with; no traceback."""
+    (line,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in output.read_text() and "Exception" not in output.read_text(), output.read_text()
+    return line
+
+
+def refused_write(process, script, argv, output, **conditions):
+    running = process(script, argv, output, **conditions)
+    running.join(120)
+    if running.exitcode is None:
+        running.kill()
+        raise AssertionError(f"hangs: {output.read_text()}")
+    assert running.exitcode == 2, (running.exitcode, output.read_text())
+    return one_line(output)
+
+
+def test_full_disk(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    total = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file()) // 1024
+    for i, share in enumerate(few((0.05, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9), (0.6,))):
+        folder, output = tmp_path / f"disk{i}", tmp_path / f"output{i}"
+        with disk(folder, int(total * share)) as remount:
+            line = refused_write(process, script, [*ARGUMENTS[script], "--dir", folder], output)
+            assert "No space left on device" in line and str(folder) in line
+            (run,) = folder.iterdir()
+            if (run / "checkpoint.pt").exists():
+                runs.load_checkpoint(run / "checkpoint.pt")
+                remount("size=100m")
+                running = process(script, ["--resume", run], output)
+                running.join(120)
+                assert running.exitcode == 0, output.read_text()
+                assert_same_run(run, expected)
+                COUNTS["disk full"]["one line, exit 2; continued with room, bit-identical"] += 1
+            else:
+                COUNTS["disk full"]["one line, exit 2; before the first checkpoint"] += 1
+
+
+def test_file_size_limit(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    size = (expected / "checkpoint.pt").stat().st_size
+    first = runs.load_checkpoint(expected / "checkpoint.pt")
+    assert first["completed"] == 3
+    for i, limit in enumerate(few((20_000, size // 4, size // 2, size - 100), (size - 100,))):
+        output = tmp_path / f"output{i}"
+        argv = [*ARGUMENTS[script], "--dir", tmp_path / f"{i}"]
+        line = refused_write(process, script, argv, output, file_size=limit)
+        assert "File too large" in line, line
+        (run,) = (tmp_path / f"{i}").iterdir()
+        for path in run.glob("checkpoint*.pt"):
+            runs.load_checkpoint(path)
+        COUNTS["file size limit"]["one line, exit 2; the last checkpoint is good"] += 1
+
+
+def test_read_only_directory(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    with disk(tmp_path / "disk", 100_000) as remount:
+        run = Path(shutil.copytree(expected, tmp_path / "disk/run"))
+        remount("ro")
+        for i, argv in enumerate(([*ARGUMENTS[script], "--dir", tmp_path / "disk"], ["--resume", run])):
+            line = refused_write(process, script, argv, tmp_path / f"output{i}")
+            assert "Read-only file system" in line and str(tmp_path / "disk") in line
+            COUNTS["read-only directory"]["one line, exit 2"] += 1
+
+
+# ---- 4. malformed text files
+
+WORDS = st.none() | st.booleans() | st.integers(-2, 99) | st.floats() | st.text(max_size=5) | st.just(10**400)
+VALUES = st.recursive(WORDS, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=2))
+PLACES = st.sampled_from([0.0, 1e-5, 1.0]) | st.floats(0, 1)
+EDITS = st.lists(st.tuples(PLACES, st.integers(0, 30), st.binary(max_size=8)), min_size=1, max_size=3)
+PATHS = st.lists(st.floats(0, 0.999), max_size=5)
+
+
+def edited(content, edits):
+    """Bytes with some of them replaced by others."""
+    for place, length, new in edits:
+        start = int(place * len(content))
+        content = content[:start] + new + content[start + length :]
+    return content
+
+
+def replaced(value, path, new):
+    """A JSON value in which the one at `path` (shares of the lengths) is `new`."""
+    if not path or not isinstance(value, (dict, list)) or not value:
+        return new
+    key = (list(value) if isinstance(value, dict) else range(len(value)))[int(path[0] * len(value))]
+    value = value.copy()
+    value[key] = replaced(value[key], path[1:], new)
+    return value
+
+
+def changed(content):
+    """Strategy: the bytes edited, or, where they are JSON or lines of it, with a value replaced."""
+    strategy = EDITS.map(lambda edits: edited(content, edits))
+    try:
+        values = [json.loads(line) for line in content.splitlines()]
+    except ValueError:
+        try:
+            values = [json.loads(content)]
+        except ValueError:
+            return strategy
+
+    def lines(change):
+        return b"\n".join(json.dumps(value).encode() for value in replaced(values, *change)) + b"\n"
+
+    # The first of the path chooses the line.
+    paths = st.tuples(st.lists(st.floats(0, 0.999), min_size=1, max_size=5), VALUES)
+    return strategy | paths.map(lines)
+
+
+def outcome(main, *argv):
+    """ "refused" (exit code 2 and one line) or "accepted"; anything else fails, as do 30 seconds."""
+    errors = io.StringIO()
+    alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(30)
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            main([str(word) for word in argv])
+        return "accepted"
+    except SystemExit as stopped:
+        text = errors.getvalue()
+        assert stopped.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and len(text) < 2000, text
+        return "refused in one line, exit 2"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, alarm)
+
+
+def read_split_main(argv):
+    try:
+        nas201.data.read_split(argv[0], ("train", "valid"), 50)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def valid_genotype(folder):
+    genotypes.save(genotypes.EvNASA, folder / "genotype.json")
+    return folder / "genotype.json", visualize.main, [folder / "genotype.json", "--output", folder]
+
+
+def valid_table(folder):
+    archs = [to_arch_string(ops) for ops in itertools.product(range(len(PRIMITIVES)), repeat=6)]
+    lines = [f"{i},{arch},{i % 100}.5,90" for i, arch in enumerate(archs)]
+    (folder / "t.csv").write_text("\n".join(["index,arch,cifar10_test_200,cifar10_valid_200", *lines]))
+    return folder / "t.csv", benchmark.main, ["best", folder / "t.csv"]
+
+
+def valid_split(folder):
+    split = {"train": ["int", [str(i) for i in range(25)]], "valid": ["int", list(range(25, 50))]}
+    (folder / "split.json").write_text(json.dumps(split))
+    return folder / "split.json", read_split_main, [folder / "split.json"]
+
+
+def valid_history(folder):
+    run = make_run(folder / "run", space="s2")
+    return run / "history.jsonl", visualize.main, ["--report", run]
+
+
+def valid_summary(name, folder):
+    for seed in summary.SEEDS:
+        run = make_run(folder / f"search-digits-seed{seed}", space="s2", steps=5, truth="cifar10 test")
+        about = json.loads((run / "args.json").read_text())
+        about["args"] |= {"init_channels": 4, "num_cells": 1, "pop_size": 6, "api_path": None}
+        safeio.write_json(run / "args.json", about)
+        visualize.write_report(run)
+    return folder / "search-digits-seed19" / name, summary.main, [folder, "digits"]
+
+
+@pytest.mark.parametrize(
+    "kind, valid",
+    [
+        ("genotype", valid_genotype),
+        ("table", valid_table),
+        ("split file", valid_split),
+        ("history", valid_history),
+        ("history of a table of three", partial(valid_summary, "history.jsonl")),
+        ("arguments of a table of three", partial(valid_summary, "args.json")),
+    ],
+)
+def test_malformed_files(tmp_path, kind, valid):
+    path, main, argv = valid(tmp_path)
+    assert outcome(main, *argv) == "accepted"
+
+    @settings(derandomize=True, max_examples=few(40, 8), deadline=None, database=None)
+    @given(changed(path.read_bytes()))
+    def try_one(content):
+        path.write_bytes(content)
+        COUNTS[f"malformed {kind}"][outcome(main, *argv)] += 1
+
+    try_one()
+    assert COUNTS[f"malformed {kind}"]["refused in one line, exit 2"] > few(5, 0)
+
+
+def test_malformed_arch_strings(tmp_path):
+    good = to_arch_string((0, 1, 2, 3, 4, 0)).encode()
+
+    @settings(derandomize=True, max_examples=few(40, 8), deadline=None, database=None)
+    @given(EDITS.map(lambda edits: "|" + edited(good, edits).decode("latin-1")))
+    def try_one(text):
+        COUNTS["malformed arch string"][outcome(visualize.main, text, "--output", tmp_path)] += 1
+
+    try_one()
+    assert COUNTS["malformed arch string"]["refused in one line, exit 2"] > few(20, 0)
+
+
+# ---- 5. hostile files
+
+HUGE = 300 << 20  # bytes that the bombs unpack to
+READERS = {
+    "genotype.pickle": genotypes.load,
+    "weights.pt": lambda path: utils.load_weights(torch.nn.Linear(3, 2), path),
+    "checkpoint.pt": runs.load_checkpoint,
+    "table.pth": benchmark.load,
+    "table.npz": benchmark.load,
+    "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),
+    "000001.pickle.pbz2": lambda path: benchmark.load(path.parent).accuracy(1, "cifar10", "test"),
+    "001.npz": lambda path: report.operation_shares(path, "s1"),
+    "val_data": lambda path: nas201.data._read_batch(path.parent, path.name),
+}
+
+
+def saved(value, zipped=True):
+    content = io.BytesIO()
+    torch.save(value, content, _use_new_zipfile_serialization=zipped)
+    return content.getvalue()
+
+
+def rezipped(content, change=lambda name, data: (name, data), method=zipfile.ZIP_STORED):
+    """A zip file with every member changed."""
+    output = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as old, zipfile.ZipFile(output, "w", method, compresslevel=1) as new:
+        for name in old.namelist():
+            new.writestr(*change(name, old.read(name)))
+    return output.getvalue()
+
+
+def checkpoint(content):
+    return runs.MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+
+
+def npz(**arrays):
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    return content.getvalue()
+
+
+def hostile_files(canary):
+    """(description, file name, content)"""
+    system, evaluate = Call(os.system, f"touch {canary}"), Call(eval, f"open({str(canary)!r}, 'w').close()")
+    archs = [to_arch_string(ops) for ops in itertools.product(range(len(PRIMITIVES)), repeat=6)]
+    meta = bz2.compress(pickle.dumps({"meta_archs": archs, "total_archs": NUM_ARCHS}), 1)
+    zeros = np.zeros(HUGE, np.uint8)
+    huge = rezipped(saved({"weight": torch.zeros(HUGE // 4)}), method=zipfile.ZIP_DEFLATED)
+    million = saved({"weight": torch.zeros(123457), "bias": torch.zeros(2)})
+    number, terabytes = struct.pack("<i", 123457), b"\x8a\x06" + (2**40).to_bytes(6, "little")
+    claimed = rezipped(million, lambda name, data: (name, data.replace(b"J" + number, terabytes)))
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (2**40, 2, 14, 8)})
+    claims = rezipped(npz(alphas=np.zeros(1)), lambda name, data: (name, header.getvalue()))
+    names = ("index", "arch", "cifar10_test_200")
+    yield "calls os.system", "genotype.pickle", pickle.dumps(system)
+    yield (
+        "calls eval inside a cell",
+        "genotype.pickle",
+        pickle.dumps(genotypes.EvNASA._replace(normal=[evaluate] * 8), 2),
+    )
+    yield "reaches for builtins", "genotype.pickle", b"\x80\x04\x8c\x08builtins\x8c\x07getattr\x93."
+    yield "claims a terabyte", "genotype.pickle", b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b"."
+    yield "a million tuples deep", "genotype.pickle", b"\x80\x02N" + b"\x85" * 1_000_000 + b"."
+    yield "2^60 references", "genotype.pickle", pickle.dumps(genotypes.EvNASA._replace(normal=bomb()), 3)
+    yield "persistent id", "genotype.pickle", b"\x80\x02Pid\n."
+    for zipped in (True, False):
+        yield f"calls os.system, zip {zipped}", "weights.pt", saved({"weight": system}, zipped)
+        yield f"calls eval, zip {zipped}", "table.pth", saved({"meta_archs": archs, "arch2infos": evaluate}, zipped)
+    yield "another class", "weights.pt", saved({"weight": argparse.Namespace(a=1)})
+    yield (
+        "a shape without memory",
+        "weights.pt",
+        saved({"weight": torch.zeros(1).expand(2**40), "bias": torch.zeros(2)}),
+    )
+    yield "claims terabytes", "weights.pt", claimed
+    yield "a zip bomb", "weights.pt", huge
+    yield "names outside", "weights.pt", rezipped(million, lambda name, data: (f"../../{name}", data))
+    yield (
+        "a million tuples deep",
+        "weights.pt",
+        rezipped(
+            million,
+            lambda name, data: (name, b"\x80\x02N" + b"\x85" * 1_000_000 + b"." if "data.pkl" in name else data),
+        ),
+    )
+    yield "calls os.system, right checksum", "checkpoint.pt", checkpoint(saved({"completed": system}))
+    yield "a zip bomb, right checksum", "checkpoint.pt", checkpoint(huge)
+    yield "not a dict, right checksum", "checkpoint.pt", checkpoint(saved([1]))
+    yield "calls os.system", "meta.pickle.pbz2", bz2.compress(pickle.dumps(system))
+    yield "unpacks to gigabytes", "meta.pickle.pbz2", bz2.compress(bytes(16 << 20), 1) * 100
+    yield "calls eval", "000001.pickle.pbz2", (meta, bz2.compress(pickle.dumps({"200": evaluate})))
+    yield (
+        "claims a terabyte",
+        "000001.pickle.pbz2",
+        (meta, bz2.compress(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".")),
+    )
+    yield "pickles inside", "table.npz", npz(**{name: np.array([system] * 3, object) for name in names})
+    yield "a zip bomb", "table.npz", npz(index=zeros)
+    yield "pickles inside", "001.npz", npz(alphas=np.array([system], object))
+    yield "a zip bomb", "001.npz", npz(alphas=zeros)
+    yield "claims terabytes", "001.npz", claims
+    yield "calls os.system", "val_data", pickle.dumps({"data": system, "labels": [1]}, 2)
+
+
+def main(argv):
+    """Reads every hostile file below a folder in a process of its own; writes what came of it."""
+    folder, outcomes = Path(argv[0]), []
+    for path in sorted(path for path in folder.glob("*/*") if path.parent.name.endswith(path.name)):
+        nas201.data.MD5[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
+        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+        try:
+            READERS[path.name](path)
+            result = "loaded"
+        except Exception as error:
+            result = f"{type(error).__name__}: {error}"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024  # MiB
+        outcomes.append([path.parent.name, result, grown, time.monotonic() - started])
+        (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+def test_hostile_files(process, tmp_path):
+    count = 0
+    for count, (what, name, content) in enumerate(hostile_files(tmp_path / "executed"), 1):
+        place = tmp_path / f"{count:02d} {what}, {name}"
+        place.mkdir()
+        if isinstance(content, tuple):
+            (place / "meta.pickle.pbz2").write_bytes(content[0])
+            content = content[1]
+        (place / name).write_bytes(content)
+    assert count >= 20
+    reading = process("test_faults", [tmp_path], tmp_path / "output", memory=8 << 30)
+    reading.join(120)
+    assert reading.exitcode == 0, (reading.exitcode, (tmp_path / "output").read_text())
+    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
+    bad = [line for line in outcomes if not line[1].startswith("UserError: ") or "\n" in line[1] or line[2] > 250]
+    assert not bad and len(outcomes) == count, bad
+    assert not list(tmp_path.rglob("executed")) and not list(tmp_path.parent.glob("archive"))
+    COUNTS["hostile file"]["refused, nothing executed, less than 250 MiB"] += count
+
+
+# ---- 6. other versions and missing files
+
+
+def test_missing_files(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    needed = {"args.json", "checkpoint.pt", "history.jsonl"} | ({"genotype.json"} if script == "train" else set())
+    files = sorted(path.relative_to(expected) for path in expected.rglob("*") if path.is_file())
+    assert needed < {str(name) for name in files}
+    for name in files if FULL else ["args.json", "checkpoint.pt", "history.jsonl", "genotype.json", "log.txt"]:
+        run = Path(shutil.copytree(expected, tmp_path / "run", dirs_exist_ok=True))
+        (run / name).unlink()
+        result = outcome(importlib.import_module(script).main, "--resume", run)
+        assert ("refused" in result) == (str(name) in needed), name
+        COUNTS["file of a run missing"][f"{result}, naming it" if str(name) in needed else "continued without it"] += 1
+
+
+@pytest.mark.parametrize(
+    "name, change, says",
+    [
+        ("checkpoint.pt", lambda content: content.replace(b"checkpoint 1", b"checkpoint 2", 1), "another version"),
+        ("checkpoint.pt", lambda content: checkpoint(saved({"completed": 3})), "does not fit"),
+        ("checkpoint.pt", lambda content: checkpoint(saved([3])), "another version"),
+        ("args.json", lambda content: content.replace(b'"momentum"', b'"moment"'), "another version"),
+        ("args.json", lambda content: content.replace(b'"seed": 18,', b""), "another version"),
+        ("args.json", lambda content: content.replace(b'"init_channels": ', b'"init_channels": 1'), "does not fit"),
+    ],
+)
+def test_runs_of_another_version(whole, tmp_path, name, change, says, capfd):
+    script, expected, _, _ = whole
+    run = Path(shutil.copytree(expected, tmp_path / "run"))
+    content = (run / name).read_bytes()
+    (run / name).write_bytes(change(content))
+    assert (run / name).read_bytes() != content
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(script).main(["--resume", str(run)])
+    line = capfd.readouterr().err
+    assert stopped.value.code == 2 and says in line and str(run) in line and line.count("\n") == 1, line
+    COUNTS["run of another version"]["refused in one line, exit 2"] += 1
+
+
+# ---- 7. two at once
+
+
+def test_two_runs_started_at_once(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    for i in range(few(3, 1)):
+        parent = tmp_path / f"{i}"
+        argv = [*ARGUMENTS[script], "--dir", parent, *(["--run_name", "run"] if script == "train_search" else [])]
+        both = [process(script, argv, tmp_path / "output") for _ in range(2)]
+        for running in both:
+            running.join(120)
+            assert running.exitcode == 0, (tmp_path / "output").read_text()
+        assert len(list(parent.iterdir())) == 2
+        for run in parent.iterdir():
+            assert_same_run(run, expected)
+        COUNTS["two runs started in one second"]["a directory each, both right"] += 1
+
+
+def test_a_run_resumed_twice_at_once(whole, process, tmp_path):
+    script, expected, seconds, _ = whole
+    for i in range(few(3, 1)):
+        parent = tmp_path / f"{i}"
+        running = process(script, [*ARGUMENTS[script], "--dir", parent])
+        while not list(parent.glob("*/checkpoint.pt")):
+            time.sleep(0.01)
+        running.kill()
+        running.join()
+        (run,) = parent.iterdir()
+        outputs = [tmp_path / f"output{i}{k}" for k in range(2)]
+        both = [process(script, ["--resume", run], output) for output in outputs]
+        for running in both:
+            running.join(120)
+        codes = [running.exitcode for running in both]
+        assert sorted(codes) == [0, 2], [output.read_text() for output in outputs]
+        assert "is in use by another process" in one_line(outputs[codes.index(2)])
+        assert_same_run(run, expected)
+        COUNTS["a run resumed twice at once"]["the second refused, the first right"] += 1
+
+
+# ---- 8. bare hosts
+
+
+def test_without_tensorboard_and_display(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    running = process(script, [*ARGUMENTS[script], "--dir", tmp_path / "parent"], without=["tensorboard"])
+    running.join(120)
+    assert running.exitcode == 0
+    (run,) = (tmp_path / "parent").iterdir()
+    log = (run / "log.txt").read_text()
+    assert log.count("TensorBoard is not installed: no curves in runs/ (pip install tensorboard)") == 1
+    assert not (run / "runs").exists()
+    assert_same_run(run, expected)
+    COUNTS["without TensorBoard and display"]["works, says what is missing"] += 1
