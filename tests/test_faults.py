@@ -388,8 +388,8 @@ def changed(content):
     return strategy | paths.map(lines)
 
 
-def outcome(main, *argv):
-    """ "refused" (exit code 2 and one line) or "accepted"; anything else fails, as do 30 seconds."""
+def outcome(main, *argv, naming=""):
+    """Refused (exit code 2 and one line, with `naming` in it) or accepted; anything else fails, as do 30 seconds."""
     errors = io.StringIO()
     alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
     signal.alarm(30)
@@ -400,6 +400,7 @@ def outcome(main, *argv):
     except SystemExit as stopped:
         text = errors.getvalue()
         assert stopped.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and len(text) < 2000, text
+        assert str(naming) in text, text
         return "refused in one line, exit 2"
     finally:
         signal.alarm(0)
@@ -591,17 +592,16 @@ def hostile_files(canary):
 
 def main(argv):
     """Reads every hostile file below a folder in a process of its own; writes what came of it."""
-    folder, outcomes = Path(argv[0]), []
+    folder, outcomes, before = Path(argv[0]), [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for path in sorted(path for path in folder.glob("*/*") if path.parent.name.endswith(path.name)):
         nas201.data.MD5[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
-        before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
         try:
             READERS[path.name](path)
             result = "loaded"
         except Exception as error:
             result = f"{type(error).__name__}: {error}"
-        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024  # MiB
-        outcomes.append([path.parent.name, result, grown, time.monotonic() - started])
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024  # MiB, since the first file
+        outcomes.append([path.parent.name, result, grown])
         (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
@@ -636,7 +636,7 @@ def test_missing_files(whole, process, tmp_path):
     for name in files if FULL else ["args.json", "checkpoint.pt", "history.jsonl", "genotype.json", "log.txt"]:
         run = Path(shutil.copytree(expected, tmp_path / "run", dirs_exist_ok=True))
         (run / name).unlink()
-        result = outcome(importlib.import_module(script).main, "--resume", run)
+        result = outcome(importlib.import_module(script).main, "--resume", run, naming=run / name)
         assert ("refused" in result) == (str(name) in needed), name
         COUNTS["file of a run missing"][f"{result}, naming it" if str(name) in needed else "continued without it"] += 1
 
