@@ -83,7 +83,11 @@ def load(dataset, root, split, workers=None):
     if dataset == "digits":
         return load_digits(split)
     files = scan_folder(root, split, imagenet=dataset == "imagenet")
-    return files if dataset == "imagenet" or not all_small(files) else read_images(files, workers)
+    if dataset == "imagenet" or not all_small(files):
+        return files
+    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
+        arrays = pool.map(lambda path: np.asarray(open_image(path)), files.paths, chunksize=256)
+    return Images(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), files.labels, files.classes)
 
 
 def load_cifar(dataset, root, split):
@@ -148,12 +152,6 @@ def all_small(files):
     sizes = (open_image(path, lambda image: image.size) for path in files.paths)  # reads the headers alone
     first = next(sizes)
     return max(first) <= SMALL and all(size == first for size in sizes)
-
-
-def read_images(files, workers=None):
-    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
-        arrays = pool.map(lambda path: np.asarray(open_image(path)), files.paths, chunksize=256)
-    return Images(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), files.labels, files.classes)
 
 
 def augmentation(dataset, train=None, about=None):
@@ -322,8 +320,8 @@ def inside(center, length, size):
 class FileLoader:
     """Batches (x, y) of image files with the ImageNet transforms, read by `workers` processes.
 
-    Each sample's augmentation has a seed drawn from `generator`, so the result does not depend on the workers. The next
-    iteration leaves out its first `skip` batches: they are not read.
+    An epoch's order and a seed for each sample's augmentation are drawn from `generator` when its iteration starts: the
+    result does not depend on the workers. The next iteration leaves out its first `skip` batches: they are not read.
     """
 
     image_shape, skip = (3, 224, 224), 0
@@ -331,11 +329,12 @@ class FileLoader:
     def __init__(
         self, split, batch_size, augmentation, device, *, generator=None, augment=False, workers=0, shared=True
     ):
-        self.device, self.generator = device, generator
+        self.device, self.generator, self.shared, self.augment = device, generator, shared, augment
         self.batch_size, self.size = batch_size, len(split)
+        self.batches = []  # what this process has to do of an epoch: lists of (index, seed)
         self.loader = torch.utils.data.DataLoader(
             _Samples(split, imagenet_transform(augmentation, augment)),
-            batch_sampler=_Batches(len(split), batch_size, generator, shared, augment),
+            batch_sampler=self.batches,
             num_workers=workers,
             worker_init_fn=_leave_group,
             collate_fn=_collate,
@@ -343,28 +342,6 @@ class FileLoader:
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or the loader would draw from the global state
         )
-
-    def __len__(self):
-        return len(self.loader)
-
-    def __iter__(self):
-        self.loader.batch_sampler.skip, self.skip = self.skip, 0
-        for batch in self.loader:
-            if isinstance(batch, UserError):
-                raise batch
-            x, y = (t.to(self.device, non_blocking=True) for t in batch)
-            yield x.contiguous(memory_format=torch.channels_last), y
-
-
-class _Batches:
-    """Lists of (index, seed), this process's share of each batch; drawn anew each epoch, in order without generator.
-
-    An epoch's first `skip` lists are left out.
-    """
-
-    def __init__(self, size, batch_size, generator, shared, training):
-        self.size, self.batch_size, self.generator = size, batch_size, generator
-        self.shared, self.training, self.skip = shared, training, 0
 
     def __len__(self):
         return -(-self.size // self.batch_size)
@@ -375,9 +352,14 @@ class _Batches:
             order = torch.randperm(self.size, generator=self.generator)
             seeds = torch.randint(2**62, (self.size,), generator=self.generator)
         samples = list(zip(order.tolist(), seeds.tolist(), strict=True))
-        for start in range(self.skip * self.batch_size, self.size, self.batch_size):
-            batch = samples[start : start + self.batch_size]
-            yield batch[share_of(batch, self.shared, self.training)]
+        first, self.skip = self.skip * self.batch_size, 0
+        batches = (samples[i : i + self.batch_size] for i in range(first, self.size, self.batch_size))
+        self.batches[:] = [batch[share_of(batch, self.shared, self.augment)] for batch in batches]
+        for batch in self.loader:
+            if isinstance(batch, UserError):
+                raise batch
+            x, y = (t.to(self.device, non_blocking=True) for t in batch)
+            yield x.contiguous(memory_format=torch.channels_last), y
 
 
 class _Samples(torch.utils.data.Dataset):
@@ -397,8 +379,7 @@ class _Samples(torch.utils.data.Dataset):
 
 def _leave_group(worker):
     """Give a worker process a group of its own: Ctrl-C and torchrun's signals are for the process it reads for."""
-    if hasattr(os, "setpgrp"):  # not on Windows
-        os.setpgrp()
+    os.setpgrp()
 
 
 def _collate(samples):

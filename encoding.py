@@ -7,13 +7,12 @@ import torch
 
 from genotypes import PRIMITIVES, Genotype
 
-STEPS = 4
 NODE_EDGES = [range(0, 2), range(2, 5), range(5, 9), range(9, 14)]  # the edges into each node
 
 
 def random_alphas(P, generator=None):
     """P raw individuals (P, 2, 14, 8), entries uniform in [0, 1), drawn on the generator's device."""
-    device = generator.device if generator is not None else None
+    device = generator and generator.device
     return torch.rand(P, 2, NODE_EDGES[-1].stop, len(PRIMITIVES), generator=generator, device=device)
 
 
@@ -37,10 +36,8 @@ def decode(alphas):
     """
     op, ranked = _select(alphas)
     kept = torch.cat([edges[..., :2] for edges in ranked], dim=-1)  # (..., 2, 8)
-    kept_op = op.gather(-1, kept)
-    decoded = torch.zeros_like(alphas)
-    position = kept * alphas.shape[-1] + kept_op  # in the flattened (E * O)
-    return decoded.flatten(-2).scatter(-1, position, 1.0).view_as(alphas)
+    position = kept * alphas.shape[-1] + op.gather(-1, kept)  # in the flattened (E * O)
+    return torch.zeros_like(alphas).flatten(-2).scatter(-1, position, 1.0).view_as(alphas)
 
 
 def genotype(alphas):
@@ -52,5 +49,4 @@ def genotype(alphas):
         for edges, order in zip(NODE_EDGES, ranked, strict=True):
             pairs += [(PRIMITIVES[op[g, e]], e - edges.start) for e in order[g, :2].tolist()]
         cells.append(pairs)
-    concat = list(range(2, 2 + STEPS))
-    return Genotype(cells[0], concat, cells[1], list(concat))
+    return Genotype(cells[0], [2, 3, 4, 5], cells[1], [2, 3, 4, 5])

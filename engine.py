@@ -1,6 +1,7 @@
 """One epoch of training, the evaluation of a network, and the fitness of a population."""
 
 import contextlib
+import math
 
 import torch
 from torch import nn
@@ -9,7 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import interrupt
 import utils
-from interrupt import Interrupted
 from safeio import UserError
 
 
@@ -29,7 +29,7 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     if done and utils.rank() == 0:
         sums += done["sums"].to(device)
-    unread, first_unread, loader.skip = [], steps, steps
+    unread, loader.skip = [], steps
     bar = utils.progress(loader, where, steps)
     for step, (x, y) in enumerate(bar, start=steps):
         optimizer.zero_grad(set_to_none=True)
@@ -49,14 +49,13 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
         due = steps % args.report_freq == 0 or steps == len(loader)
         stop = interrupt.requested(device, together=due)
         if due or stop:
-            losses = torch.stack(unread).tolist()
-            for i, value in enumerate(losses):
-                if not abs(value) < float("inf"):
+            for i, value in enumerate(torch.stack(unread).tolist(), start=steps - len(unread) + 1):
+                if not math.isfinite(value):
                     raise UserError(
-                        f"{where}, step {first_unread + i + 1}: the loss is {value}; the last checkpoint is kept "
+                        f"{where}, step {i}: the loss is {value}; the last checkpoint is kept "
                         "(try a smaller --learning_rate or --grad_clip)"
                     )
-            unread, first_unread = [], steps
+            unread = []
             loss_so_far, correct, seen = sums.tolist()
             report = f"loss {loss_so_far / seen:.4f}, top-1 {100 * correct / seen:.2f} %"
             bar.set_postfix_str(report)
@@ -68,30 +67,30 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
     utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
     done |= {"steps": steps, "sums": utils.sum_over_ranks(sums).cpu()}
     if stop:
-        raise Interrupted(f"{where}, step {steps}/{len(loader)}")
+        raise interrupt.Interrupted(f"{where}, step {steps}/{len(loader)}")
     loss_sum, correct, seen = done["sums"].tolist()
     return {"train_loss": loss_sum / seen, "train_top1": 100 * correct / seen}
 
 
 @torch.no_grad()
-def evaluate(network, loader, *, report_freq, log, amp=False, where="test"):
+def evaluate(network, loader, args, *, log, where="test"):
     """Mean cross-entropy, top-1 and top-5 accuracy in percent of a `model.Network*` on all images of `loader`.
 
-    top-5 counts a class among the best min(5, classes). `log` gets a line every `report_freq` steps if there is no bar.
-    Raises Interrupted between two batches, after a signal.
+    top-5 counts a class among the best min(5, classes). Of `args` count amp and report_freq, as in training. Raises
+    Interrupted between two batches, after a signal.
     """
     network.eval()
     device = next(network.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
     bar = utils.progress(loader, where)
     for step, (x, y) in enumerate(bar):
-        if interrupt.requested(device, together=step % report_freq == 0):
-            raise Interrupted(where)
-        if bar.disable and (step + 1) % report_freq == 0:
+        if interrupt.requested(device, together=step % args.report_freq == 0):
+            raise interrupt.Interrupted(where)
+        if bar.disable and (step + 1) % args.report_freq == 0:
             log(f"{where}, step {step + 1}/{len(loader)}")
         if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
             continue
-        with utils.autocast(device, amp):
+        with utils.autocast(device, args.amp):
             logits = network(x)[0].float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == y.view(-1, 1)
         loss = F.cross_entropy(logits, y, reduction="sum")
@@ -103,17 +102,15 @@ def evaluate(network, loader, *, report_freq, log, amp=False, where="test"):
 @contextlib.contextmanager
 def batch_norm_mode(network, mode):
     """Measure with "batch" statistics, leaving every BatchNorm buffer as it is, or with the "running" ones."""
-    norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
-    tracked, training = [m.track_running_stats for m in norms], network.training
+    training, tracking = network.training, [m for m in network.modules() if getattr(m, "track_running_stats", False)]
     network.train(mode == "batch")
     try:
-        if mode == "batch":
-            for norm in norms:
-                norm.track_running_stats = False
+        for norm in tracking:
+            norm.track_running_stats = mode == "running"
         yield
     finally:
-        for norm, before in zip(norms, tracked, strict=True):
-            norm.track_running_stats = before
+        for norm in tracking:
+            norm.track_running_stats = True
         network.train(training)
 
 
@@ -144,7 +141,7 @@ def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=F
         prepare = fitness(network, bn)
         for x, y in utils.progress(loader, where):
             if interrupt.requested(device):
-                raise Interrupted(where)
+                raise interrupt.Interrupted(where)
             with utils.autocast(device, amp):
                 logits_of = prepare(x)
                 for i in mine:

@@ -28,15 +28,15 @@ def choose_genotype(args):
 
 def make_network(genotype, images, args):
     """The network of the family that the images need: in memory CIFAR's, in files ImageNet's. Raises UserError."""
-    small = isinstance(images, data.Images)
-    if small:
-        data.check_in_memory(images)
-        height, width = images.images.shape[2:]
     if args.auxiliary and args.layers < 2:
         raise UserError("--auxiliary needs at least 2 --layers: the head stands behind the second reduction cell")
-    if args.auxiliary and small and (height, width) != (32, 32):
-        raise UserError(f"--auxiliary needs images of 32x32 pixels (8x8 features); these are {width}x{height}")
-    family = NetworkCIFAR if small else NetworkImageNet
+    family = NetworkImageNet
+    if isinstance(images, data.Images):
+        family = NetworkCIFAR
+        data.check_in_memory(images)
+        height, width = images.images.shape[2:]
+        if args.auxiliary and (height, width) != (32, 32):
+            raise UserError(f"--auxiliary needs images of 32x32 pixels (8x8 features); these are {width}x{height}")
     return family(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
 
 
@@ -64,6 +64,7 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
     run.add_argument("--report_freq", type=number(int, 1), default=defaults["report_freq"], help="batches a report")
     utils.add_device_arguments(run)
+    parser.set_defaults(amp=False, compile=False)
     args = parser.parse_args(argv)
 
     if args.dir is not None:
@@ -99,7 +100,7 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     utils.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
-    result = evaluate(network, loader, report_freq=args.report_freq, log=utils.say)
-    accuracy = f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %"
-    utils.say(f"{accuracy}, loss {result['loss']:.4f} on {len(images)} images")
+    result = evaluate(network, loader, args, log=utils.say)
+    text = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images"
+    utils.say(text.format(**result, images=len(images)))
     return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}

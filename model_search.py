@@ -3,11 +3,13 @@
 This is the reference. Faster paths elsewhere work on these same modules and are held equal to it by tests.
 """
 
+from functools import partial
+
 import torch
 from torch import nn
 
 from genotypes import PRIMITIVES
-from operations import OPS, FactorizedReduce, ReLUConvBN
+from operations import OPS, FactorizedReduce, ReLUConvBN, make_cells
 
 
 class MixedOp(nn.Module):
@@ -29,9 +31,8 @@ class MixedOp(nn.Module):
 class Cell(nn.Module):
     def __init__(self, steps, multiplier, C_prev_prev, C_prev, C, reduction, reduction_prev):
         super().__init__()
-        self.reduction = reduction
-        self._steps = steps
-        self._multiplier = multiplier
+        self.reduction, self.channels = reduction, multiplier * C
+        self._steps, self._multiplier = steps, multiplier
         if reduction_prev:
             self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
         else:
@@ -60,21 +61,11 @@ class Network(nn.Module):
 
     def __init__(self, C, num_classes, layers, steps=4, multiplier=4, stem_multiplier=3):
         super().__init__()
-        C_curr = stem_multiplier * C
-        self.stem = nn.Sequential(nn.Conv2d(3, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
-        C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
-        self.cells = nn.ModuleList()
-        reduction_prev = False
-        for i in range(layers):
-            reduction = i in (layers // 3, 2 * layers // 3)
-            if reduction:
-                C_curr *= 2
-            cell = Cell(steps, multiplier, C_prev_prev, C_prev, C_curr, reduction, reduction_prev)
-            self.cells.append(cell)
-            reduction_prev = reduction
-            C_prev_prev, C_prev = C_prev, multiplier * C_curr
+        C_stem = stem_multiplier * C
+        self.stem = nn.Sequential(nn.Conv2d(3, C_stem, 3, padding=1, bias=False), nn.BatchNorm2d(C_stem))
+        self.cells = make_cells(partial(Cell, steps, multiplier), C_stem, C, layers)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(C_prev, num_classes)
+        self.classifier = nn.Linear(self.cells[-1].channels, num_classes)
 
     def forward(self, x, alphas):
         weights = torch.softmax(alphas, dim=-1)  # (2, E, O)

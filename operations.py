@@ -1,5 +1,6 @@
-"""The candidate operations of the DARTS space. Every module maps (B, C, H, W) to (B, C, H / stride, W / stride).
+"""The candidate operations of the DARTS space, and the row of cells that is the same in every network of it.
 
+Every operation maps (B, C, H, W) to (B, C, H / stride, W / stride).
 No convolution has a bias. Module names inside are those of the published checkpoints.
 """
 
@@ -12,12 +13,12 @@ OPS = {
     "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride=stride, padding=1),
     "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False),
     "skip_connect": lambda C, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine),
-    "sep_conv_3x3": lambda C, stride, affine: SepConv(C, C, 3, stride, 1, affine),
-    "sep_conv_5x5": lambda C, stride, affine: SepConv(C, C, 5, stride, 2, affine),
-    "sep_conv_7x7": lambda C, stride, affine: SepConv(C, C, 7, stride, 3, affine),
-    "dil_conv_3x3": lambda C, stride, affine: DilConv(C, C, 3, stride, 2, 2, affine),
-    "dil_conv_5x5": lambda C, stride, affine: DilConv(C, C, 5, stride, 4, 2, affine),
-    "conv_7x1_1x7": lambda C, stride, affine: Conv7x1(C, C, stride, affine),
+    "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
+    "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
+    "sep_conv_7x7": lambda C, stride, affine: sep_conv(C, 7, stride, affine),
+    "dil_conv_3x3": lambda C, stride, affine: Sequence(*separable(C, 3, stride, 2, affine)),
+    "dil_conv_5x5": lambda C, stride, affine: Sequence(*separable(C, 5, stride, 2, affine)),
+    "conv_7x1_1x7": lambda C, stride, affine: conv_7x1_1x7(C, stride, affine),
 }
 
 
@@ -33,52 +34,38 @@ class Sequence(nn.Module):
 
 
 class ReLUConvBN(Sequence):
-    def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
+    def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True, track_running_stats=True):
         super().__init__(
             nn.ReLU(),
             nn.Conv2d(C_in, C_out, kernel_size, stride=stride, padding=padding, bias=False),
-            nn.BatchNorm2d(C_out, affine=affine),
+            nn.BatchNorm2d(C_out, affine=affine, track_running_stats=track_running_stats),
         )
 
 
-class DilConv(Sequence):
-    """Dilated depthwise convolution, then 1x1."""
-
-    def __init__(self, C_in, C_out, kernel_size, stride, padding, dilation, affine=True):
-        super().__init__(
-            nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, dilation, groups=C_in, bias=False),
-            nn.Conv2d(C_in, C_out, 1, bias=False),
-            nn.BatchNorm2d(C_out, affine=affine),
-        )
-
-
-class SepConv(Sequence):
-    """Depthwise separable convolution, applied twice; only the first has the stride."""
-
-    def __init__(self, C_in, C_out, kernel_size, stride, padding, affine=True):
-        super().__init__(
-            nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, stride, padding, groups=C_in, bias=False),
-            nn.Conv2d(C_in, C_in, 1, bias=False),
-            nn.BatchNorm2d(C_in, affine=affine),
-            nn.ReLU(),
-            nn.Conv2d(C_in, C_in, kernel_size, 1, padding, groups=C_in, bias=False),
-            nn.Conv2d(C_in, C_out, 1, bias=False),
-            nn.BatchNorm2d(C_out, affine=affine),
-        )
+def separable(C, kernel_size, stride, dilation, affine):
+    """ReLU, depthwise and 1x1 convolution, BatchNorm."""
+    padding = dilation * (kernel_size // 2)
+    return [
+        nn.ReLU(),
+        nn.Conv2d(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False),
+        nn.Conv2d(C, C, 1, bias=False),
+        nn.BatchNorm2d(C, affine=affine),
+    ]
 
 
-class Conv7x1(nn.Sequential):
+def sep_conv(C, kernel_size, stride, affine):
+    """Twice a separable convolution; only the first has the stride."""
+    return Sequence(*separable(C, kernel_size, stride, 1, affine), *separable(C, kernel_size, 1, 1, affine))
+
+
+def conv_7x1_1x7(C, stride, affine):
     """1x7, then 7x1 (AmoebaNet)."""
-
-    def __init__(self, C_in, C_out, stride, affine=True):
-        super().__init__(
-            nn.ReLU(),
-            nn.Conv2d(C_in, C_out, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
-            nn.Conv2d(C_out, C_out, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
-            nn.BatchNorm2d(C_out, affine=affine),
-        )
+    return nn.Sequential(
+        nn.ReLU(),
+        nn.Conv2d(C, C, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
+        nn.Conv2d(C, C, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
+        nn.BatchNorm2d(C, affine=affine),
+    )
 
 
 class Zero(nn.Module):
@@ -108,3 +95,17 @@ class FactorizedReduce(nn.Module):
             return self.bn(torch.cat(list(halves), dim=1))
         shifted = F.pad(x, (-1, 0, -1, 0))  # x[:, :, 1:, 1:], whose gradient would lose the channels-last layout
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+
+def make_cells(make, C_stem, C, layers, reduction_prev=False):
+    """`layers` cells behind a stem of C_stem channels. Those at layers // 3 and 2 * layers // 3 reduce and double C.
+
+    A cell is make(C_prev_prev, C_prev, C, reduction, reduction_prev); its attribute `channels` says what it puts out.
+    """
+    cells, C_prev_prev, C_prev = nn.ModuleList(), C_stem, C_stem
+    for i in range(layers):
+        reduction = i in (layers // 3, 2 * layers // 3)
+        C = 2 * C if reduction else C
+        cells.append(make(C_prev_prev, C_prev, C, reduction, reduction_prev))
+        reduction_prev, C_prev_prev, C_prev = reduction, C_prev, cells[-1].channels
+    return cells

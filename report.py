@@ -34,17 +34,14 @@ body{max-width:1240px;margin:0 auto;padding:24px 16px 48px;background:var(--page
 font:15px/1.5 system-ui,sans-serif}
 h1{font-size:26px;line-height:1.2;margin:0 0 4px}h2{font-size:18px;margin:32px 0 12px}p{margin:0 0 12px}
 p,dt,small,caption,summary,thead{color:var(--soft)}
-.tiles,.charts,.settings{display:grid;gap:12px;margin:12px 0 0}
-.tiles{grid-template-columns:repeat(auto-fill,minmax(min(100%,150px),1fr))}
-.charts{grid-template-columns:repeat(auto-fill,minmax(min(100%,345px),1fr))}
-.settings{grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr));gap:0 24px}
-.card,figure,.tiles>div{background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0}
-.card,figure{margin:0;padding:14px}.tiles>div{padding:10px 14px}.missing{margin-top:16px;border-color:#c96a00}
-dd{margin:0}.tiles dd{font-size:21px;font-weight:600}
-.settings div{display:flex;justify-content:space-between;gap:12px;border-bottom:1px solid var(--rule);padding:3px 0}
-.settings dd{text-align:right;overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 12px}
+.charts,dl{display:grid;gap:12px;margin:12px 0 0;grid-template-columns:repeat(auto-fill,minmax(min(100%,345px),1fr))}
+dl{grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr));gap:0 24px;margin:0}
+.card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0;margin:0;padding:14px}
+.missing{margin-top:16px;border-color:#c96a00}
+dl div{display:flex;justify-content:space-between;gap:12px;border-bottom:1px solid var(--rule);padding:3px 0}
+dd{margin:0;text-align:right;overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 12px}
 figcaption{font-weight:600;margin-bottom:6px}small{font-weight:400}figure>svg{display:block;width:100%;height:auto}
-small,pre,details,.tiles dt{font-size:13px}
+small,pre,details{font-size:13px}
 .wide{overflow-x:auto;margin-top:8px}.wide>svg{display:block}details .wide{max-height:320px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}caption{text-align:left}
 th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--rule)}th:first-child{text-align:left}
@@ -153,13 +150,15 @@ def show(value, digits=2):
     return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
-def latest(rows, key):
-    return show(column(rows, key)[-1])
-
-
 def wide(content, label):
     """What scrolls by itself where the page is narrower."""
     return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
+
+
+def pairs(values):
+    """A list of names and values."""
+    shown = ((escape(name), "–" if value in (None, "") else escape(str(value))) for name, value in values.items())
+    return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in shown)}</dl>"
 
 
 def table(caption, head, rows):
@@ -231,12 +230,11 @@ def winner_section(run_dir, rows, missing):
     """The cells of genotype.json, else of the last line of the history."""
     path = os.path.join(run_dir, "genotype.json")
     last = rows[-1].get("best_genotype") if rows else None
-    if not last and not os.path.exists(path):
-        missing.append("There is no genotype.json yet, so no cells are drawn.")
-        return ""
     try:
         if os.path.exists(path):
             architecture = visualize.load_architecture(path)
+        elif not last:
+            raise UserError("there is no genotype.json yet")
         else:
             architecture = last if isinstance(last, str) else genotypes.from_dict(last, "history.jsonl, last line")
             missing.append("genotype.json is missing; the cells are those of the last line of history.jsonl.")
@@ -258,7 +256,7 @@ def benchmark_section(rows):
         keys = [f"true_accuracy/{data_set}/{split}" for split in ("valid", "test")]
         for i, key in enumerate(keys):
             evnas, *others = (f"{row[i]:.2f}" for row in published)
-            own = f"<b>{latest(rows, key)}</b>"
+            own = f"<b>{show(column(rows, key)[-1])}</b>"
             spread = f"{evnas} ± {NAS201_SPREAD[data_set][i]:.2f}"
             lines.append([f"{name} {'test' if i else 'valid'}", own, spread, *others])
         levels = [("best there is, test", "grey", published[1][1]), ("EvNAS, test", "orange", published[0][1])]
@@ -280,8 +278,7 @@ def population_section(run_dir, space, rows, missing):
             counted.append(row)
             errors[str(row["generation"])] = str(error)
     if errors:
-        which, why = ", ".join(list(errors)[:8]), "; ".join(list(errors.values())[:8])
-        missing.append(f"Operation counts of generation {which}{' ...' if len(errors) > 8 else ''}: {why}")
+        missing.append(f"Operation counts of generation {', '.join(errors)}: {'; '.join(list(errors.values())[:8])}")
     charts = []
     for cell in CELLS[space]:
         lines = [(operation, colour, f"{cell} {operation}") for operation, colour in COLOUR.items()]
@@ -323,32 +320,25 @@ def time_section(rows):
 def settings_section(args):
     about = {key: args[key] for key in ("git", "threads", "started") if key in args}
     card = f"<pre>{escape(str(args.get('command', '')))}</pre>"
-    for heading, values in (("", args["args"]), ("<h3>Versions</h3>", args["versions"] | about)):
-        shown = ((key, "–" if value in (None, "") else value) for key, value in values.items())
-        pairs = (f"<div><dt>{escape(key)}</dt><dd>{escape(str(value))}</dd></div>" for key, value in shown)
-        card += f"{heading}<dl class=settings>{''.join(pairs)}</dl>"
+    card += pairs(args["args"]) + "<h3>Versions</h3>" + pairs(args["versions"] | about)
     return section("Settings", card=card)
 
 
-def tiles(rows, total):
+def summary_section(rows, total):
     """The figures to see first."""
-    step, last = step_of(rows), rows[-1]
+    step, last = step_of(rows), rows[-1:]
     minutes, seconds = divmod(int(sum(known(rows, "seconds"))), 60)
-    speeds, memory = (known(rows, key) for key in ("images_per_second", "peak_memory_mb"))
-    shown = {
-        f"{step.capitalize()}s": f"{last[step]} of {escape(str(total))}",
-        "Best fitness, %": latest(rows, "fitness_best"),
-        "Mean fitness, %": latest(rows, "fitness_mean"),
-        "Test top-1, %": latest(rows, "test_top1"),
-        "Best test top-1, %": latest(rows, "best_top1"),
-        "Test error, %": "".join(show(100 - value) for value in known([last], "test_top1")),
-        "Distinct cells": latest(rows, "distinct"),
-        "Time": f"{minutes} min {seconds} s",
-        "Images/s, median": show(statistics.median(speeds), 0) if speeds else "",
-        "Peak memory": f"{show(max(memory), 0)} MB" if memory else "",
-    }
-    found = (f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in shown.items() if value not in ("", "–"))
-    return f"<dl class=tiles>{''.join(found)}</dl>"
+    shown = {f"{step.capitalize()}s": f"{last[0][step]} of {total}", "Time": f"{minutes} min {seconds} s"}
+    named = {"Best fitness, %": "fitness_best", "Mean fitness, %": "fitness_mean", "Distinct architectures": "distinct"}
+    named |= {"Test top-1, %": "test_top1", "Best test top-1, %": "best_top1"}
+    shown |= {name: show(value) for name, key in named.items() for value in known(last, key)}
+    for value in known(last, "test_top1"):
+        shown["Test error, %"] = show(100 - value)
+    if speeds := known(rows, "images_per_second"):
+        shown["Images/s, median"] = show(statistics.median(speeds), 0)
+    if memory := known(rows, "peak_memory_mb"):
+        shown["Peak memory"] = f"{show(max(memory), 0)} MB"
+    return section("Summary", card=pairs(shown))
 
 
 def write_report(run_dir):
@@ -388,7 +378,7 @@ def write_report(run_dir):
         parts += [population_section(run_dir, space, rows, missing), time_section(rows)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     notes = notes and f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>"
-    parts = [tiles(rows, flags.get("epochs", "?")) if rows else "", notes, *parts]
+    parts = [summary_section(rows, flags.get("epochs", "?")) if rows else "", notes, *parts]
     parts.append(settings_section(args) if args else "")
 
     title = TITLES.get(space, "EvNAS search") if step == "generation" else "EvNAS retraining"

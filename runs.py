@@ -5,8 +5,8 @@ args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  
 
 import argparse
 import contextlib
-import copy
 import datetime
+import fcntl
 import hashlib
 import io
 import json
@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 
 import interrupt
+import report
 import utils
 import visualize
-from interrupt import Interrupted
 from safeio import UserError, append_line, atomic_write, read_bytes, read_json, write_json
 
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
@@ -45,18 +45,14 @@ def parse(parser, argv):
     if set(saved["args"]) != set(vars(args)):
         different = ", ".join(sorted(set(saved["args"]) ^ set(vars(args))))
         raise UserError(f"{args.resume} was started by another version of the program, which differs in {different}")
-    only_given = copy.deepcopy(parser)
-    only_given._defaults.clear()  # those of set_defaults
-    for action in only_given._actions:
-        action.default = argparse.SUPPRESS
-    for name, value in vars(only_given.parse_args(argv)).items():
-        before = saved["args"][name]
+    args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))  # what is given replaces what was saved
+    for name, before in saved["args"].items():
+        value = getattr(args, name)
         if name not in FREE_ARGUMENTS and value != before:
             raise UserError(f"--{name} {value}: {args.resume} was started with {before}; leave the argument out")
-        saved["args"][name] = value
     # Sums are split by threads, so a CPU run is bit-identical only with as many of them.
     torch.set_num_threads(int(saved.get("threads", torch.get_num_threads())))
-    return argparse.Namespace(**saved["args"])
+    return args
 
 
 @contextlib.contextmanager
@@ -90,17 +86,10 @@ class Run:
             path = make_directory(path)
         run = cls(path)
         if run.writes:
-            about = {
-                "prog": prog,
-                "command": " ".join(sys.argv),
-                **about,
-                "args": vars(args),
-                "threads": torch.get_num_threads(),
-                "processes": utils.world_size(),
-                "versions": utils.versions(),
-                "git": utils.git_revision(),
-                "started": datetime.datetime.now().isoformat(timespec="seconds"),
-            }
+            about |= {"prog": prog, "command": " ".join(sys.argv), "args": vars(args)}
+            about |= {"threads": torch.get_num_threads(), "processes": utils.world_size()}
+            about |= {"versions": utils.versions(), "git": utils.git_revision()}
+            about["started"] = datetime.datetime.now().isoformat(timespec="seconds")
             write_json(run.path / "args.json", about)
         return run
 
@@ -111,28 +100,25 @@ class Run:
         try:
             run.state = load_checkpoint(run.path / "checkpoint.pt")
             run.completed = run.state["completed"]
+            lines = read_history(run.path)[: run.completed]
+            if len(lines) < run.completed:
+                raise UserError(
+                    f"{run.path}/history.jsonl has {len(lines)} whole lines, the checkpoint {run.completed}: "
+                    "restore the file, or start a new run"
+                )
             if run.writes:
-                run._cut_history()
+                with atomic_write(run.path / "history.jsonl", "w") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
         except BaseException:
             run.close()
             raise
         return run
 
-    def _cut_history(self):
-        lines = read_history(self.path)[: self.completed]
-        if len(lines) < self.completed:
-            raise UserError(
-                f"{self.path}/history.jsonl has {len(lines)} whole lines, the checkpoint {self.completed}: "
-                "restore the file, or start a new run"
-            )
-        with atomic_write(self.path / "history.jsonl", "w") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-
     def close(self):
         interrupt.release(self._signals)
         if self._board:
             self._board.close()
-        if self.writes and self._lock:
+        if self.writes:
             self._lock.close()
 
     def log(self, text, file=None):
@@ -145,7 +131,7 @@ class Run:
         """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with."""
         if self.writes:
             visualize.write_cells(self.path, cell)
-            self.log(f"finished; report: {visualize.write_report(self.path)}")
+            self.log(f"finished; report: {report.write_report(self.path)}")
 
     def record(self, step, entry):
         """Add one line to history.jsonl, and its numbers to TensorBoard."""
@@ -173,14 +159,14 @@ class Run:
         content = io.BytesIO()
         torch.save({**state, "completed": completed}, content)
         content = content.getbuffer()
-        path, previous = self.path / "checkpoint.pt", self.path / "checkpoint.prev.pt"
+        path = self.path / "checkpoint.pt"
         if path.exists():
             link = self.path / f"checkpoint.link{os.getpid()}"
             try:
                 os.link(path, link)  # a second name, so that checkpoint.pt exists at every moment
             except OSError:  # a file system without links
                 shutil.copyfile(path, link)
-            os.replace(link, previous)
+            os.replace(link, self.path / "checkpoint.prev.pt")
         with atomic_write(path) as file:
             file.write(MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
             file.write(content)
@@ -201,7 +187,7 @@ class Run:
         """When a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
         try:
             yield
-        except Interrupted as place:
+        except interrupt.Interrupted as place:
             self.save_checkpoint(self.completed, state())
             if self.writes:
                 prog = read_json(self.path / "args.json")["prog"]
@@ -213,18 +199,12 @@ class Run:
 def lock(path):
     """Keep a second process out of a run directory, for as long as this one lives. Raises UserError."""
     try:
-        import fcntl
-    except ImportError:  # not on Windows
-        return None
-    try:
         file = open(path / ".lock", "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{path} is in use by another process") from None
     except OSError as error:
         raise UserError(f"cannot open the run directory {path}: {error.strerror}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.close()
-        raise UserError(f"{path} is in use by another process") from None
     return file
 
 
@@ -232,13 +212,10 @@ def make_directory(path):
     """Make `path`, or path-2, path-3 .. where it exists: two runs of the same second get one each."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        for suffix in ["", *(f"-{i}" for i in range(2, 1000))]:
-            candidate = path.with_name(path.name + suffix)
-            try:
-                candidate.mkdir()
-                return candidate
-            except FileExistsError:
-                continue
+        for name in (path.name, *(f"{path.name}-{i}" for i in range(2, 1000))):
+            with contextlib.suppress(FileExistsError):
+                path.with_name(name).mkdir()
+                return path.with_name(name)
     except OSError as error:
         raise UserError(f"cannot make the run directory {path}: {error.strerror}") from error
     raise UserError(f"cannot make the run directory {path}: there are too many of that name")
@@ -268,10 +245,8 @@ def load_checkpoint(path):
 
 def read_history(path):
     """The whole lines of PATH/history.jsonl as dicts; a line cut off by a crash ends it."""
-    entries = []
-    if not (path / "history.jsonl").exists():
-        return entries
-    for line in read_bytes(path / "history.jsonl").splitlines():
+    path, entries = path / "history.jsonl", []
+    for line in read_bytes(path).splitlines() if path.exists() else []:
         try:
             entries.append(json.loads(line))
         except ValueError:

@@ -1,15 +1,36 @@
-"""Reading files that may be wrong or hostile, and writing files that are never half-written. No torch here."""
+"""Reading files that may be wrong or hostile, writing files that are never half-written, errors. No torch here."""
 
 import contextlib
+import functools
 import io
 import json
 import os
 import pickle
 import pickletools
+import sys
 
 
 class UserError(ValueError):
     """Something the user can mend. Its message is one line: what is wrong, where, what to do. Scripts exit with 2."""
+
+
+def command(main):
+    """Decorate `main(argv=None)`: a UserError or OSError ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+
+    @functools.wraps(main)
+    def wrapper(argv=None):
+        try:
+            return main(argv)
+        except UserError as error:
+            text, code = f"error: {' '.join(str(error).split())}", 2
+        except OSError as error:
+            text, code = f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
+        except KeyboardInterrupt:
+            text, code = "interrupted; what was saved can be continued with --resume RUN_DIR", 130
+        print(text, file=sys.stderr)
+        raise SystemExit(code)
+
+    return wrapper
 
 
 @contextlib.contextmanager
@@ -20,7 +41,7 @@ def atomic_write(path, mode="wb"):
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as file:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -59,10 +80,9 @@ def read_bytes(path):
 
 def read_json(path):
     """The JSON value in `path`. Raises UserError naming the file when it is missing, not UTF-8 or not JSON."""
+    content = read_bytes(path)
     try:
-        return json.loads(read_bytes(path))
-    except UserError:
-        raise
+        return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from evaluation import test
-from utils import command
+from safeio import command
 
 main = command(partial(test, "test_cifar100.py", ["cifar100", "folder", "digits"]))
 

@@ -3,7 +3,7 @@
 from functools import partial
 
 from evaluation import IMAGENET, test
-from utils import command
+from safeio import command
 
 main = command(partial(test, "test_imagenet.py", ["imagenet"], defaults=IMAGENET))
 

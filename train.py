@@ -3,6 +3,7 @@
 One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
 """
 
+import contextlib
 import math
 import time
 from pathlib import Path
@@ -17,44 +18,28 @@ import runs
 import utils
 from engine import evaluate, train_one_epoch
 from evaluation import choose_genotype, make_network
-from safeio import UserError
-from utils import Parser, command, number
+from safeio import UserError, command
+from utils import Parser, number
 
-# Defaults that depend on the recipe (EvNAS, section 4): small images in memory, and ImageNet.
+# Defaults that depend on the recipe (EvNAS, section 4): for small images in memory, and ImageNet's.
 RECIPES = {
-    "cifar": dict(
-        data="../data",
-        batch_size=96,
-        learning_rate=0.025,
-        weight_decay=3e-4,
-        epochs=600,
-        init_channels=36,
-        layers=20,
-        drop_path_prob=0.2,
-        seed=18,
-        label_smooth=0.0,
-        lr_scheduler="cosine",
-    ),
-    "imagenet": dict(
-        data="../data/imagenet",
-        batch_size=256,
-        learning_rate=0.1,
-        weight_decay=3e-5,
-        epochs=250,
-        init_channels=48,
-        layers=14,
-        drop_path_prob=0.0,
-        seed=0,
-        label_smooth=0.1,
-        lr_scheduler="linear",
-    ),
+    "data": ("../data", "../data/imagenet"),
+    "batch_size": (96, 256),
+    "learning_rate": (0.025, 0.1),
+    "weight_decay": (3e-4, 3e-5),
+    "epochs": (600, 250),
+    "init_channels": (36, 48),
+    "layers": (20, 14),
+    "drop_path_prob": (0.2, 0.0),
+    "seed": (18, 0),
+    "label_smooth": (0.0, 0.1),
+    "lr_scheduler": ("cosine", "linear"),
 }
 
 
 def make_parser():
     def default(name):
-        cifar, imagenet = (RECIPES[recipe][name] for recipe in ("cifar", "imagenet"))
-        return f"(default: {cifar}; imagenet: {imagenet})"
+        return "(default: {}; imagenet: {})".format(*RECIPES[name])
 
     parser = Parser(prog="train.py", description=__doc__)
     group = parser.add_argument_group("cell: one of")
@@ -108,20 +93,21 @@ def learning_rate(args, epoch, warmup):
 def load_splits(args):
     """(train, test, Augmentation); also fills in the defaults that depend on the data. Raises UserError."""
     if args.data is None:
-        args.data = RECIPES["imagenet" if args.dataset == "imagenet" else "cifar"]["data"]
+        args.data = RECIPES["data"][args.dataset == "imagenet"]
     train, test = (data.load(args.dataset, args.data, split) for split in ("train", "test"))
     if train.classes != test.classes or type(train) is not type(test):
         raise UserError(f"the training and test images in {args.data} differ in their classes or sizes")
-    for name, value in RECIPES["imagenet" if isinstance(train, data.Files) else "cifar"].items():
+    large = isinstance(train, data.Files)
+    for name, values in RECIPES.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, values[large])
     augmentation = data.augmentation(args.dataset, train)
     train = data.draw(train, args.train_samples, torch.Generator().manual_seed(args.seed))
     data.check_batch(args.batch_size, train)
     last = len(train) % args.batch_size or args.batch_size
-    if args.auxiliary and isinstance(train, data.Images) and 1 in (last, last // utils.world_size()):
+    if args.auxiliary and not large and 1 in (last, last // utils.world_size()):
         raise UserError(f"--auxiliary cannot train on one image, the last share of {len(train)}: change --batch_size")
-    if args.cutout and isinstance(train, data.Files):
+    if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
     return train, test, augmentation
 
@@ -143,20 +129,24 @@ def main(argv=None):
     network = make_network(genotype, train, args).to(device, memory_format=torch.channels_last)
     optimizer = utils.make_sgd(network.parameters(), args, device)
     generator = torch.Generator().manual_seed(args.seed + 1)
-    train_loader = data.make_loader(
-        train,
-        args.batch_size,
-        augmentation,
-        device,
-        generator=generator,
-        augment=True,
-        cutout=args.cutout_length if args.cutout else 0,
-        workers=args.workers,
-    )
+    settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
+    train_loader = data.make_loader(train, args.batch_size, augmentation, device, **settings)
     test_loader = data.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
 
-    run = open_run(args, genotype)
-    try:
+    about = {  # what a test must know of the weights, saved beside them
+        "genotype": genotypes.to_dict(genotype),
+        "dataset": args.dataset,
+        "classes": train.classes,
+        "mean": augmentation.mean,
+        "std": augmentation.std,
+        **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
+    }
+    if args.resume:
+        run = runs.Run.resume(args.resume)
+    else:
+        name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
+        run = runs.Run.create(args.dir or ".", name, args, "train.py", kind="eval")
+    with contextlib.closing(run):
         best = 0.0
 
         def state():
@@ -174,6 +164,8 @@ def main(argv=None):
                 generator.set_state(run.state["generator"])
                 best = run.state["best_top1"]
         else:
+            if run.writes:
+                genotypes.save(genotype, run.path / "genotype.json")
             run.save_checkpoint(0, state())
         run.log(f"{utils.describe_device(device)}; run directory {run.path}")
         parameters = utils.parameters_in_millions(network)
@@ -185,30 +177,28 @@ def main(argv=None):
         if utils.world_size() > 1:
             trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
-        def loss_of(step, x, y):
-            logits, logits_aux = trained(x)
-            loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
-            if logits_aux is not None:
-                loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
-            return loss, logits
-
         for epoch in range(run.completed, args.epochs):
             done = run.state.pop("partial", {})  # of an epoch that a signal interrupted
             start = time.perf_counter() - done.get("seconds", 0)
             where = f"epoch {epoch + 1}/{args.epochs}"
             lr = learning_rate(args, epoch, warmup)
-            utils.set_learning_rate(optimizer, lr)
-            # Drop path draws from the global generator of the device: seeded here, a resumed run draws the same.
-            seed = (args.seed + 1) * 100_003 + epoch * utils.world_size() + utils.rank()
-            torch.manual_seed(seed % 2**63)
-            if done and utils.rank() == 0:  # whose state it is
-                utils.set_random_state(done["random"], device)
+            optimizer.param_groups[0]["lr"] = lr
             begun = generator.get_state()
 
             def partial():
                 """The state within this epoch. It continues from its steps; testing begins anew."""
-                seconds, random = time.perf_counter() - start, utils.random_state(device)
-                return {**state(), "generator": begun, "partial": {**done, "seconds": seconds, "random": random}}
+                return {**state(), "generator": begun, "partial": {**done, "seconds": time.perf_counter() - start}}
+
+            def loss_of(step, x, y):
+                # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
+                seed = (epoch * len(train_loader) + step) * utils.world_size() + utils.rank()
+                torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
+                logits, logits_aux = trained(x)
+                loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
+                if logits_aux is not None:
+                    aux_loss = F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
+                    loss = loss + args.auxiliary_weight * aux_loss
+                return loss, logits
 
             network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
             trained.train()
@@ -217,25 +207,12 @@ def main(argv=None):
                 entry |= train_one_epoch(
                     loss_of, trained, train_loader, optimizer, args, where=where, log=run.log, done=done
                 )
-                tested = evaluate(
-                    network,
-                    test_loader,
-                    report_freq=args.report_freq,
-                    log=run.log,
-                    amp=args.amp,
-                    where=f"{where}, test",
-                )
-            seconds = time.perf_counter() - start
+                tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
             is_best = tested["top1"] > best or epoch == 0
             best = max(best, tested["top1"])
             entry |= {f"test_{name}": value for name, value in tested.items()}
-            entry |= {
-                "best_top1": best,
-                "images_per_second": (len(train) + len(test)) / seconds,
-                "seconds": seconds,
-                "peak_memory_mb": utils.peak_memory_mb(device),
-            }
-            about = describe(args, genotype, train, augmentation, entry)
+            entry |= {"best_top1": best, **utils.cost(len(train) + len(test), start, device)}
+            about |= {"epoch": epoch + 1, "test_top1": tested["top1"]}
             run.save_weights(network, "weights.pt", about)
             if is_best:
                 run.save_weights(network, "best_weights.pt", about)
@@ -243,34 +220,9 @@ def main(argv=None):
             run.save_checkpoint(epoch + 1, state())
             run.log(
                 f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
-                f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {seconds:.1f} s"
+                f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {entry['seconds']:.1f} s"
             )
         run.finish(genotype)
-    finally:
-        run.close()
-
-
-def open_run(args, genotype):
-    if args.resume:
-        return runs.Run.resume(args.resume)
-    name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = runs.Run.create(args.dir or ".", name, args, "train.py", kind="eval")
-    if run.writes:
-        genotypes.save(genotype, run.path / "genotype.json")
-    return run
-
-
-def describe(args, genotype, images, augmentation, entry):
-    """What a test must know of the weights: written into the JSON file beside them."""
-    return {
-        "genotype": genotypes.to_dict(genotype),
-        "dataset": args.dataset,
-        "classes": images.classes,
-        "mean": augmentation.mean,
-        "std": augmentation.std,
-        **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
-        **{name: entry[name] for name in ("epoch", "test_top1")},
-    }
 
 
 if __name__ == "__main__":

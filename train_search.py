@@ -1,5 +1,6 @@
 """Search for a cell in the DARTS space with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
+import contextlib
 import functools
 import math
 import time
@@ -19,8 +20,8 @@ import utils
 from engine import measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, next_generation
 from model_search import Network
-from safeio import UserError, atomic_write
-from utils import Parser, command, number
+from safeio import UserError, atomic_write, command
+from utils import Parser, number
 
 
 @dataclass
@@ -28,12 +29,11 @@ class SearchSpace:
     """What the loop needs to know of a search space; nas201 has its own."""
 
     name: str
-    random_alphas: Callable  # (P, generator) -> raw (P, G, E, O)
-    decode: Callable  # raw (P, G, E, O) -> decoded, same shape
-    genotype: Callable  # raw (G, E, O) -> the discrete cell, as JSON has it
-    save_genotype: Callable  # (raw (G, E, O), run directory)
+    encoding: object  # module with random_alphas(P, generator) and decode(alphas)
     fast: object  # module with forward(network, x, alphas) and fitness(network, bn), see fast_search
-    picture: Callable  # raw (G, E, O) -> what visualize draws
+    cell: Callable  # raw (G, E, O) -> the discrete cell, as visualize draws it
+    genotype: Callable  # raw (G, E, O) -> the same, as JSON has it
+    save_genotype: Callable  # (raw (G, E, O), run directory)
     report: Callable = lambda alphas, fitness: ({}, "")  # (sorted population, fitness) -> history fields, log text
     nesterov: bool = False
 
@@ -45,12 +45,11 @@ def save_genotype(alphas, folder):
 
 S1 = SearchSpace(
     name="s1",
-    random_alphas=encoding.random_alphas,
-    decode=encoding.decode,
+    encoding=encoding,
+    fast=fast_search,
+    cell=encoding.genotype,
     genotype=lambda alphas: genotypes.to_dict(encoding.genotype(alphas)),
     save_genotype=save_genotype,
-    fast=fast_search,
-    picture=encoding.genotype,
 )
 
 
@@ -63,9 +62,10 @@ def search(args, space, network, train_loader, valid_loader, run):
         forward = functools.partial(space.fast.forward, compile=args.compile)
         fitness_of = functools.partial(space.fast.fitness, compile=args.compile)
     optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
+    settings = {name: getattr(args, name) for name in ("num_elites", "tsize", "mutate_rate", "variant")}
     breeding = torch.Generator().manual_seed(args.seed)
     generators = {"breeding": breeding, "train": train_loader.generator, "valid": valid_loader.generator}
-    alphas = space.random_alphas(args.pop_size, generator=breeding)  # (P, G, E, O) raw
+    alphas = space.encoding.random_alphas(args.pop_size, generator=breeding)  # (P, G, E, O) raw
     fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)  # (P,) percent
 
     def drawn():
@@ -95,17 +95,9 @@ def search(args, space, network, train_loader, valid_loader, run):
         start = time.perf_counter() - done.get("seconds", 0)
         where = f"generation {generation}/{args.epochs}"
         if generation > 1 and not done:
-            alphas = next_generation(
-                alphas,
-                fitness,
-                num_elites=args.num_elites,
-                tsize=args.tsize,
-                mutate_rate=args.mutate_rate,
-                generator=breeding,
-                variant=args.variant,
-            )
+            alphas = next_generation(alphas, fitness, generator=breeding, **settings)
         begun = drawn()
-        decoded = space.decode(alphas)
+        decoded = space.encoding.decode(alphas)
         trained = (alphas if args.variant in ("nd", "ndt") else decoded).to(device)
         measured = alphas if args.variant in ("nd", "ndf") else decoded
 
@@ -118,7 +110,7 @@ def search(args, space, network, train_loader, valid_loader, run):
             return {**state(), "generators": begun, "partial": {**done, "seconds": time.perf_counter() - start}}
 
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
-        utils.set_learning_rate(optimizer, lr)
+        optimizer.param_groups[0]["lr"] = lr
         network.train()
         entry = {"generation": generation, "lr": lr}
         with run.saving_when_interrupted(partial):
@@ -126,7 +118,7 @@ def search(args, space, network, train_loader, valid_loader, run):
                 loss_of, network, train_loader, optimizer, args, where=where, log=run.log, done=done
             )
         images = train_loader.size
-        entry["distinct"], said = len(unique(decoded)[0]), ""
+        entry["distinct"], found, said = len(unique(decoded)[0]), "", ""
         if args.variant != "rand" or generation == args.epochs:
             with run.saving_when_interrupted(partial):
                 fitness = measure_fitness(
@@ -141,42 +133,27 @@ def search(args, space, network, train_loader, valid_loader, run):
                 "fitness_std": fitness.std(correction=0).item(),
                 "best_genotype": space.genotype(alphas[0]),
             }
+            found = f", fitness best {entry['fitness_best']:.2f} mean {entry['fitness_mean']:.2f}"
             fields, said = space.report(alphas, fitness)
             entry |= fields
-        seconds = time.perf_counter() - start
-        entry |= {
-            "images_per_second": images / seconds,
-            "seconds": seconds,
-            "peak_memory_mb": utils.peak_memory_mb(device),
-        }
-        save_generation(space, network, alphas, fitness, entry, run)
+        entry |= utils.cost(images, start, device)
+        if run.writes:
+            (run.path / "population").mkdir(exist_ok=True)
+            with atomic_write(run.path / "population" / f"{generation:03d}.npz") as file:
+                np.savez(file, alphas=alphas.numpy(), fitness=fitness.numpy())
+            if "best_genotype" in entry:
+                space.save_genotype(alphas[0], run.path)
+        run.save_weights(network, "weights.pt", {"space": space.name})
+        run.record(generation, entry)
         run.save_checkpoint(generation, state())
-        run.log(summary(where, entry) + said)
+        learnt = f"loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
+        run.log(f"{where}: {learnt}{found}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{said}")
     return alphas[0], fitness[0].item()
 
 
 def cosine(high, low, progress):
     """The cosine schedule from `high` to `low`, `progress` in [0, 1)."""
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def save_generation(space, network, alphas, fitness, entry, run):
-    if not run.writes:
-        return
-    (run.path / "population").mkdir(exist_ok=True)
-    with atomic_write(run.path / "population" / f"{entry['generation']:03d}.npz") as file:
-        np.savez(file, alphas=alphas.numpy(), fitness=fitness.numpy())
-    run.save_weights(network, "weights.pt", {"space": space.name})
-    if "best_genotype" in entry:
-        space.save_genotype(alphas[0], run.path)
-    run.record(entry["generation"], entry)
-
-
-def summary(where, entry):
-    text = f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
-    if "fitness_best" in entry:
-        text += f", fitness best {entry['fitness_best']:.2f} mean {entry['fitness_mean']:.2f}"
-    return f"{text}, {entry['distinct']} distinct, {entry['seconds']:.1f} s"
 
 
 # ---- command line, shared with nas201.train_search
@@ -192,9 +169,7 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--valid_samples", type=number(int, 1), help="measure on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each augmented image")
     group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
-    group.add_argument(
-        "--valid_transform", choices=["train", "test"], default="train", help="augmentation of the validation images"
-    )
+    group.add_argument("--valid_transform", choices=["train", "test"], default="train", help="of validation images")
     group = parser.add_argument_group("genetic algorithm")
     group.add_argument("--epochs", type=number(int, 1), default=50, help="generations")
     group.add_argument("--pop_size", type=number(int, 1), default=50, help="individuals")
@@ -202,9 +177,7 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--num_elites", type=number(int, 0), default=1, help="best individuals kept unchanged")
     group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, help="probability for each edge")
     group.add_argument("--variant", choices=VARIANTS, default="evnas", help="the paper's ablations")
-    group.add_argument(
-        "--bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics while fitness is measured"
-    )
+    group.add_argument("--bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics for fitness")
     group = parser.add_argument_group("training of the shared weights")
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="training batch")
     group.add_argument("--valid_batch_size", type=number(int, 1), default=1024, help="validation batch")
@@ -242,23 +215,13 @@ def search_loaders(args, train, valid, augmentation, device):
     data.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty")
-    cutout = args.cutout_length if args.cutout else 0
-    return [
-        data.make_loader(
-            split,
-            batch_size,
-            augmentation,
-            device,
-            generator=torch.Generator().manual_seed(args.seed + offset),
-            augment=augment,
-            cutout=cutout,
-            shared=offset == 1,  # individuals are shared out for fitness, so each process needs every validation image
-        )
-        for split, batch_size, offset, augment in (
-            (train, args.batch_size, 1, True),
-            (valid, args.valid_batch_size, 2, args.valid_transform == "train"),
-        )
-    ]
+    cutout = args.cutout and args.cutout_length
+    one, two = (torch.Generator().manual_seed(args.seed + i) for i in (1, 2))
+    first = dict(generator=one, cutout=cutout, augment=True)
+    # Individuals are shared out for fitness, so each process needs every validation image.
+    second = dict(generator=two, cutout=cutout, augment=args.valid_transform == "train", shared=False)
+    train_loader = data.make_loader(train, args.batch_size, augmentation, device, **first)
+    return train_loader, data.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
 
 
 def run_search(args, space, network, loaders, device, prog):
@@ -268,13 +231,11 @@ def run_search(args, space, network, loaders, device, prog):
     else:
         name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
         run = runs.Run.create(args.dir, name, args, prog, kind="search", space=space.name)
-    try:
+    with contextlib.closing(run):
         run.log(f"{utils.describe_device(device)}; run directory {run.path}")
         best, fitness = search(args, space, network, *loaders, run)
         run.log(f"best fitness {fitness:.2f} %: {space.genotype(best)}")
-        run.finish(space.picture(best))
-    finally:
-        run.close()
+        run.finish(space.cell(best))
 
 
 @command

@@ -1,18 +1,21 @@
-"""Command lines, devices, processes, weights files and small figures. A leaf: it imports nothing of ours but safeio."""
+"""Command lines, devices, processes, weights files and small figures, on Linux and macOS."""
 
 import argparse
+import atexit
 import contextlib
 import ctypes
-import functools
 import hashlib
 import importlib.metadata
 import io
+import operator
 import os
 import pickle
 import platform
 import re
+import resource
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -35,8 +38,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, no abbreviations, and one line instead of the usage for a bad argument."""
 
     def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", Formatter)
-        super().__init__(allow_abbrev=False, **kwargs)
+        super().__init__(formatter_class=Formatter, allow_abbrev=False, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -44,6 +46,8 @@ class Parser(argparse.ArgumentParser):
 
 def number(kind, low=None, high=None, above=None):
     """An argparse type: `kind` (int or float), at least `low`, greater than `above`, at most `high`."""
+    bounds = [("at least", operator.ge, low), ("greater than", operator.gt, above), ("at most", operator.le, high)]
+    bounds = [bound for bound in bounds if bound[2] is not None]
 
     def parse(text):
         try:
@@ -52,39 +56,11 @@ def number(kind, low=None, high=None, above=None):
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
         if not abs(value) < float("inf"):
             raise argparse.ArgumentTypeError(f"{text} is not a finite number")
-        if low is not None and value < low or above is not None and value <= above or high is not None and value > high:
-            bounds = [
-                f"{word} {bound}"
-                for word, bound in (("at least", low), ("greater than", above), ("at most", high))
-                if bound is not None
-            ]
-            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(bounds)}")
+        if not all(holds(value, bound) for _, holds, bound in bounds):
+            raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(f'{word} {at}' for word, _, at in bounds)}")
         return value
 
     return parse
-
-
-def command(main):
-    """Decorate `main(argv=None)`: a UserError or OSError ends in one line on stderr and exit code 2, Ctrl-C in 130."""
-
-    @functools.wraps(main)
-    def wrapper(argv=None):
-        try:
-            return main(argv)
-        except UserError as error:
-            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-            code = 2
-        except OSError as error:
-            print(f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", file=sys.stderr)
-            code = 2
-        except KeyboardInterrupt:
-            print("interrupted; what was saved can be continued with --resume RUN_DIR", file=sys.stderr)
-            code = 130
-        finally:
-            leave_process_group()
-        raise SystemExit(code)
-
-    return wrapper
 
 
 def say(text, file=None):
@@ -108,9 +84,7 @@ def add_device_arguments(group):
 
 
 def add_speed_arguments(group):
-    group.add_argument(
-        "--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA, not on the CPU)"
-    )
+    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
     group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell (not on the CPU)")
 
 
@@ -130,9 +104,9 @@ def choose_device(args):
         torch.backends.cudnn.benchmark = True
     else:
         keep_freed_memory()
-    if getattr(args, "amp", False) is None:
+    if args.amp is None:
         args.amp = device.type == "cuda"
-    if getattr(args, "compile", False) and device.type == "cpu":
+    if args.compile and device.type == "cpu":
         raise UserError("--compile is not for the CPU: leave it out")
     join_process_group(device)
     return device
@@ -169,22 +143,11 @@ def local_rank(default=0):
     return int(os.environ.get("LOCAL_RANK", default))
 
 
-def random_state(device):
-    """The states of torch's global generators, of the CPU and of a CUDA device."""
-    cuda = {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {}
-    return {"cpu": torch.get_rng_state(), **cuda}
-
-
-def set_random_state(state, device):
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:  # a run may go on on another device
-        torch.cuda.set_rng_state(state["cuda"], device)
-
-
 def join_process_group(device):
     """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
     if world_size() > 1 and not torch.distributed.is_initialized():
         torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(leave_process_group)
 
 
 @contextlib.contextmanager
@@ -237,29 +200,28 @@ def peak_memory_mb(device):
     """Peak memory in MiB: of the GPU's allocator, or of this whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def cost(images, start, device):
+    """What a generation or epoch with so many images has taken since `start`: images/s, seconds, peak memory."""
+    seconds = time.perf_counter() - start
+    return {"images_per_second": images / seconds, "seconds": seconds, "peak_memory_mb": peak_memory_mb(device)}
+
+
 def versions():
-    """Of Python and the packages that figures depend on; CUDA's where it is used."""
+    """Of Python and the packages that figures depend on, and of the CUDA that torch was built for."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
-    cuda = {"cuda": torch.version.cuda} if torch.cuda.is_available() else {}
-    return {"python": platform.python_version(), **packages, **cuda}
+    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
 def git_revision():
     """The project's commit, with a + where files differ from it, or None outside a checkout."""
+    command = "git describe --always --exclude=* --abbrev=12 --dirty=+".split()
+    settings = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL, timeout=10)
     try:
-        call = functools.partial(
-            subprocess.run, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
-        )
-        revision = call(["git", "rev-parse", "--short=12", "HEAD"]).stdout.strip()
-        return revision + ("+" if call(["git", "status", "--porcelain", "-uno"]).stdout else "")
+        return subprocess.check_output(command, **settings).strip()
     except (OSError, subprocess.SubprocessError):
         return None
 
@@ -275,10 +237,8 @@ def load_torch(path, what="weights file"):
         with open(path, "rb") as file:
             return unpickle_tensors(file)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+)", str(error))  # what the pickle asked for
-        reason = (
-            f"it refers to {found[1].rstrip('.,')}, which a {what} never holds" if found else "not a pickle of tensors"
-        )
+        found = re.search(r"GLOBAL (\S+\w)", str(error))  # what the pickle asked for
+        reason = f"it refers to {found[1]}, which a {what} never holds" if found else "not a pickle of tensors"
         raise UserError(f"{path} is refused: {reason}; nothing in it was executed") from error
     except Exception as error:  # a damaged archive raises nearly any exception
         raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
@@ -293,12 +253,12 @@ def unpickle_tensors(file):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def load_weights(model, path, ignore=()):
+def load_weights(model, path):
     """Load a published or own weights file into `model`, strictly.
 
-    Accepts a state dict, or a dict with one under `state_dict`; names with or without `module.`; an auxiliary head and
-    names in `ignore` that the model does not have. Anything else missing, unexpected or of another shape raises
-    UserError with the first differing entries.
+    Accepts a state dict, or a dict with one under `state_dict`; names with or without `module.`; an auxiliary head that
+    the model does not have. Anything else missing, unexpected or of another shape raises UserError with the first
+    differing entries.
     """
     side_file_of(path)
     state = load_torch(path)
@@ -308,22 +268,16 @@ def load_weights(model, path, ignore=()):
         raise UserError(f"{path} holds no state dict (names and tensors)")
     expected = model.state_dict()
     state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    state = {
-        name: value
-        for name, value in state.items()
-        if name in expected or not (name.startswith("auxiliary_head.") or name in ignore)
-    }
     differing = [f"{name} is missing" for name in expected if name not in state]
-    differing += [f"{name} is not in the network" for name in state if name not in expected]
-    differing += [
-        f"{name} is {tuple(state[name].shape)}, not {tuple(value.shape)}"
-        for name, value in expected.items()
-        if name in state and state[name].shape != value.shape
-    ]
+    for name, value in state.items():
+        if name in expected and value.shape != expected[name].shape:
+            differing.append(f"{name} is {tuple(value.shape)}, not {tuple(expected[name].shape)}")
+        elif name not in expected and not name.startswith("auxiliary_head."):
+            differing.append(f"{name} is not in the network")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"{path} holds the weights of another network: {'; '.join(differing[:3])}{more}")
-    model.load_state_dict(state)
+    model.load_state_dict({name: state[name] for name in expected})
 
 
 def side_file(path):
@@ -358,15 +312,12 @@ def parameters_in_millions(model):
 
 
 def mult_adds_in_millions(model, image_shape):
-    """Multiply-adds of convolutions and linear layers for one image (C, H, W), evaluation mode."""
+    """Multiply-adds of convolutions and linear layers for one image (C, H, W); leaves `model` in evaluation mode."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    training = model.training
-    model.eval()
     device = next(model.parameters()).device
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(torch.zeros(1, *image_shape, device=device))
-    model.train(training)
+        model.eval()(torch.zeros(1, *image_shape, device=device))
     return counter.get_total_flops() / 2e6
 
 
@@ -380,8 +331,3 @@ def make_sgd(parameters, args, device, nesterov=False):
         nesterov=nesterov,
         fused=device.type == "cuda",
     )
-
-
-def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        group["lr"] = lr

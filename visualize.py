@@ -1,23 +1,14 @@
-"""Draw cells as SVG or PNG, and rebuild the report of a run.
-
-    python visualize.py EvNASA                       a named cell
-    python visualize.py search-.../genotype.json     a genotype file (JSON or legacy pickle)
-    python visualize.py search-20250101-120000       the winner of a run, drawn into its directory
-    python visualize.py '|nor_conv_3x3~0|+|...|'     a NAS-Bench-201 architecture
-    python visualize.py --report search-...          rebuild report.html
-
-matplotlib draws, without a display.
-"""
+"""Draw cells as SVG or PNG, and rebuild the report of a run. matplotlib draws, without a display."""
 
 import argparse
 import io
 import os
 import re
-import sys
 from html import escape
 
 import genotypes
-from safeio import UserError, atomic_write, read_json
+from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
+from safeio import UserError, atomic_write, command, read_json
 
 # Colours on light and on dark. Drawings have the light ones, which every viewer knows; `DARK_CSS` replaces them.
 PALETTE = {
@@ -153,8 +144,6 @@ def cells(architecture, name=""):
         return f"{name}: {kind}" if name else kind.capitalize()
 
     if isinstance(architecture, str):
-        from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
-
         nodes = ("0 (input)", "1", "2", "3 (output)")
         operations = zip(EDGES, from_arch_string(architecture), strict=True)
         edges = [(nodes[source], nodes[target], PRIMITIVES[op]) for (target, source), op in operations]
@@ -195,12 +184,9 @@ def find(target):
 def write_cells(folder, architecture, format="svg", name=""):
     """Write cell_normal and cell_reduce (Genotype) or cell (arch string) into `folder`. Returns the paths.
 
-    With `name` files are called NAME_normal and so on, and titles begin with it. Raises UserError.
+    With `name` files are called NAME_normal and so on, and titles begin with it. Raises UserError and OSError.
     """
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {folder}: {error.strerror or error}") from error
+    os.makedirs(folder, exist_ok=True)
     paths = []
     for file, cell in cells(architecture, name).items():
         paths.append(os.path.join(folder, f"{file.replace('cell', name, 1) if name else file}.{format}"))
@@ -212,13 +198,7 @@ def write_cells(folder, architecture, format="svg", name=""):
     return paths
 
 
-def write_report(run_dir):
-    """Write RUN_DIR/report.html from the run's files and return its path. Raises UserError."""
-    import report  # not above: report draws with this module
-
-    return report.write_report(run_dir)
-
-
+@command
 def main(argv=None):
     parser = argparse.ArgumentParser(allow_abbrev=False, description="Draw cells, or rebuild the report of a run.")
     what = "a named cell such as EvNASA, a genotype file, a run directory or a NAS-Bench-201 arch string"
@@ -227,18 +207,16 @@ def main(argv=None):
     parser.add_argument("--output", metavar="DIR", help="folder for the drawings (default: the run directory, or .)")
     parser.add_argument("--report", metavar="RUN_DIR", help="rebuild the report of a search or a retraining")
     args = parser.parse_args(argv)
-    try:
-        if (args.target is None) == (args.report is None):
-            raise UserError(f"give either {what}, or --report RUN_DIR")
-        if args.report is not None:
-            paths = [write_report(args.report)]
-        else:
-            architecture, name, folder = find(args.target)
-            paths = write_cells(args.output or folder, architecture, args.format, name)
-        print("\n".join(paths))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    if (args.target is None) == (args.report is None):
+        raise UserError(f"give either {what}, or --report RUN_DIR")
+    if args.report is not None:
+        import report  # not above: report draws with this module
+
+        paths = [report.write_report(args.report)]
+    else:
+        architecture, name, folder = find(args.target)
+        paths = write_cells(args.output or folder, architecture, args.format, name)
+    print("\n".join(paths))
 
 
 if __name__ == "__main__":

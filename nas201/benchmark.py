@@ -1,6 +1,6 @@
 """NAS-Bench-201 (Dong & Yang, ICLR 2020): the true accuracy of each of the 15,625 architectures.
 
-    python -m nas201.benchmark export SRC DST    write the compact table (.csv, .csv.xz or .npz)
+    python -m nas201.benchmark export SRC DST    write the compact table (.csv or .csv.xz)
     python -m nas201.benchmark query SRC ARCH    accuracies and ranks of an arch string or index
     python -m nas201.benchmark best SRC          the best architecture per data set
 
@@ -14,7 +14,6 @@ import bz2
 import collections
 import csv
 import functools
-import io
 import lzma
 import math
 import os
@@ -25,7 +24,7 @@ import sys
 import numpy as np
 
 from nas201.genotypes import NUM_ARCHS, from_arch_string
-from safeio import UserError, atomic_write, check_unpacked_size, restricted_unpickle
+from safeio import UserError, atomic_write, command, restricted_unpickle
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
@@ -47,7 +46,7 @@ class Benchmark:
     """What `load` returns. `absent` lists the columns that the source has not, `missing` the indices without a record.
 
     archs: the arch strings in the benchmark's order. table: all rows (15625, 6) in the order of COLUMNS, NaN where
-    there is no figure; None where `read` (index -> {column: figure}) reads them one by one.
+    there is no figure; None where `read` (index -> row) reads them one by one.
     """
 
     def __init__(self, path, archs, table=None, read=None, absent=(), missing=()):
@@ -69,10 +68,7 @@ class Benchmark:
     def row(self, index):
         """Six accuracies in the order of COLUMNS, NaN where there is none. Raises UserError as `accuracy`."""
         self.arch(index)
-        if self.table is not None:
-            return self.table[index]
-        figures = {} if index in self.missing else self._read(index)
-        return np.array([figures.get(name, np.nan) for name in COLUMNS])
+        return self._read(index) if self.table is None else self.table[index]
 
     def accuracy(self, index, dataset, split):
         """Accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
@@ -97,7 +93,7 @@ class Benchmark:
 
 
 def load(path):
-    """Open a source: .csv, .csv.xz or .npz (a compact table), a NATS-Bench directory or the official .pth.
+    """Open a source: .csv or .csv.xz (a compact table), a NATS-Bench directory or the official .pth.
 
     The .pth is reported to need 28 GB of memory while it loads: export it once. Raises UserError naming the file, and
     the row where there is one, when something is wrong with it.
@@ -107,10 +103,11 @@ def load(path):
         return _load_nats(path)
     if not os.path.exists(path):
         raise UserError(f"cannot read {path}: No such file or directory")
-    for suffix, read in ((".csv", _read_csv), (".csv.xz", _read_csv), (".npz", _read_npz), (".pth", _read_pth)):
-        if path.endswith(suffix):
-            return _from_rows(path, read(path))
-    raise UserError(f"{path} is no .csv, .csv.xz, .npz, .pth or NATS-Bench directory")
+    if path.endswith((".csv", ".csv.xz")):
+        return _from_rows(path, _read_csv(path))
+    if path.endswith(".pth"):
+        return _from_rows(path, _read_pth(path))
+    raise UserError(f"{path} is no .csv, .csv.xz, .pth or NATS-Bench directory")
 
 
 def _from_rows(path, lines):
@@ -175,43 +172,21 @@ def _read_csv(path):
         raise UserError(f"{path} is no CSV file: {error}") from error
 
 
-def _read_npz(path):
-    """Yields the header, then (where, {column: cell}) of each row."""
-    data = _unpacked(path)
-    try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-            check_unpacked_size(arrays.zip, MAX_BYTES)
-            columns = {name: arrays[name] for name in ("index", "arch", *COLUMNS) if name in arrays}
-    except Exception as error:  # damaged archives raise nearly anything
-        raise UserError(f"{path} is not a valid NPZ file: {error!r:.120}") from error
-    for name, column in columns.items():
-        if column.shape != (NUM_ARCHS,):
-            raise UserError(f"{path}: array {name} has shape {column.shape}, not ({NUM_ARCHS},)")
-        if name == "index" and column.dtype.kind not in "iu":
-            raise UserError(f"{path}: array index holds {column.dtype}, not integers")
-    yield list(columns)
-    for row, cells in enumerate(zip(*(column.tolist() for column in columns.values()), strict=True)):
-        yield f"{path}, row {row}", dict(zip(columns, cells, strict=True))
-
-
 def save(benchmark, path):
-    """Write all of a source as .csv, .csv.xz or .npz, without the columns it has not. Raises UserError."""
+    """Write all of a source as .csv or .csv.xz, without the columns it has not. Raises UserError."""
     path = os.fspath(path)
-    if not path.endswith((".csv", ".csv.xz", ".npz")):
-        raise UserError(f"{path}: a table is written as .csv, .csv.xz or .npz")
+    if not path.endswith((".csv", ".csv.xz")):
+        raise UserError(f"{path}: a table is written as .csv or .csv.xz")
     with atomic_write(path) as file:  # opened first: reading a source can take an hour
-        columns = dict(zip(COLUMNS, benchmark.full_table().T, strict=True))
-        columns = {name: column for name, column in columns.items() if name not in benchmark.absent}
-        for name, column in columns.items():
-            if np.isnan(column).any():
-                raise UserError(f"{benchmark.path}, index {np.isnan(column).argmax()}: no figure for {name}")
-        columns = {"index": np.arange(len(benchmark)), "arch": np.array(benchmark.archs), **columns}
-        if path.endswith(".npz"):
-            np.savez_compressed(file, **columns)
-        else:
-            rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-            data = "".join(",".join(map(str, cells)) + "\n" for cells in (columns, *rows)).encode()
-            file.write(lzma.compress(data) if path.endswith(".xz") else data)
+        columns = {"index": range(len(benchmark)), "arch": benchmark.archs}
+        for name, column in zip(COLUMNS, benchmark.full_table().T, strict=True):
+            if name not in benchmark.absent:
+                if np.isnan(column).any():
+                    raise UserError(f"{benchmark.path}, index {np.isnan(column).argmax()}: no figure for {name}")
+                columns[name] = column.tolist()
+        rows = zip(*columns.values(), strict=True)
+        data = "".join(",".join(map(str, cells)) + "\n" for cells in (columns, *rows)).encode()
+        file.write(lzma.compress(data) if path.endswith(".xz") else data)
 
 
 class Dtype:
@@ -258,8 +233,11 @@ def _load_nats(folder):
 
     @functools.cache
     def read(index):
-        path, record = unpickle(names[index])
-        return _figures(record, "200", archs[index], path)
+        figures = {}
+        if names[index] in present:
+            path, record = unpickle(names[index])
+            figures = _figures(record, "200", archs[index], path)
+        return np.array([figures.get(name, math.nan) for name in COLUMNS])
 
     return Benchmark(folder, archs, read=read, missing=missing)
 
@@ -340,25 +318,21 @@ def best(source):
             print(f"{dataset:15} {split:6} {column[index]:8.2f}  index {index:5}  {source.arch(index)}")
 
 
+@command
 def main(argv=None):
-    words = sys.argv[1:] if argv is None else argv
-    try:
-        match words:
-            case ["-h" | "--help", *_]:
-                print(__doc__)
-                return
-            case ["export", path, destination]:
-                save(source := load(path), destination)
-                print(f"{destination}: {len(source)} architectures")
-            case ["query", path, arch]:
-                query(source := load(path), arch)
-            case ["best", path]:
-                best(source := load(path))
-            case _:
-                raise UserError("give export SRC DST, query SRC ARCH or best SRC (see --help)")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+    match sys.argv[1:] if argv is None else argv:
+        case ["-h" | "--help", *_]:
+            print(__doc__)
+            return
+        case ["export", path, destination]:
+            save(source := load(path), destination)
+            print(f"{destination}: {len(source)} architectures")
+        case ["query", path, arch]:
+            query(source := load(path), arch)
+        case ["best", path]:
+            best(source := load(path))
+        case _:
+            raise UserError("give export SRC DST, query SRC ARCH or best SRC (see --help)")
     if source.absent:
         print(f"note: {source.path} has no {', '.join(source.absent)}", file=sys.stderr)
     if source.missing:

@@ -47,16 +47,18 @@ def search_splits(args):
     if args.split_file and args.dataset not in SPLIT_KEYS:
         raise UserError(f"--split_file is for {', '.join(SPLIT_KEYS)}; {args.dataset} is split by --seed")
     generator = torch.Generator().manual_seed(args.seed)
-    train = valid = load(args.dataset, args.data, "train", args.workers)
+    if args.dataset == "ImageNet16-120":
+        train, test = load_imagenet16(args.data, args.workers).values()
+    else:
+        train = data.load(args.dataset, args.data, "train", args.workers)
+        test = data.load(args.dataset, args.data, "test") if args.dataset in VALIDATION else train
     data.check_in_memory(train)
     augment = AUGMENTATION.get(args.dataset) or data.augmentation(args.dataset, train)
-    if args.dataset in VALIDATION:
-        valid = load(args.dataset, args.data, "test", args.workers)
     if args.split_file:
-        first, second = read_split(args.split_file, SPLIT_KEYS[args.dataset], len(valid))
-        train, valid = (train.subset(first), train.subset(second)) if valid is train else (train, valid.subset(first))
+        first, second = read_split(args.split_file, SPLIT_KEYS[args.dataset], len(test))
+        train, valid = (train.subset(first), train.subset(second)) if test is train else (train, test.subset(first))
     elif args.dataset in VALIDATION:
-        valid = data.draw(valid, VALIDATION[args.dataset], generator)
+        valid = data.draw(test, VALIDATION[args.dataset], generator)
     else:
         train, valid = data.halves(train, 0.5, False, generator)
     return data.draw(train, args.train_samples, generator), data.draw(valid, args.valid_samples, generator), augment
@@ -87,13 +89,6 @@ def read_split(path, keys, count):
     if common:
         raise UserError(f'{path}: "{keys[0]}" and "{keys[1]}" overlap, both have index {min(common)}')
     return [torch.tensor(indices) for indices in lists]
-
-
-def load(dataset, root, split, workers=None):
-    """Images of split "train" or "test". Raises UserError."""
-    if dataset == "ImageNet16-120":
-        return load_imagenet16(root, workers)[split]
-    return data.load(dataset, root, split, workers)
 
 
 # ---- ImageNet16-120: ImageNet at 16x16 pixels, the first 120 classes (Chrabaszcz et al. 2017; Dong & Yang 2020)

@@ -7,7 +7,7 @@ from nas201.genotypes import EDGES, PRIMITIVES, to_arch_string
 
 def random_alphas(P, generator=None):
     """P raw individuals (P, 1, 6, 5), entries uniform in [0, 1), float32, drawn on the generator's device."""
-    device = generator.device if generator is not None else None
+    device = generator and generator.device
     return torch.rand(P, 1, len(EDGES), len(PRIMITIVES), generator=generator, device=device)
 
 
@@ -16,8 +16,8 @@ def decode(alphas):
 
     The lowest index among equals wins. Idempotent.
     """
-    best = alphas.argmax(dim=-1, keepdim=True)  # argmax, unlike max, promises the lowest index among equals
-    return torch.zeros_like(alphas).scatter(-1, best, 1.0)
+    best = alphas.argmax(dim=-1)  # argmax, unlike max, promises the lowest index among equals
+    return torch.nn.functional.one_hot(best, len(PRIMITIVES)).to(alphas.dtype)
 
 
 def arch_indices(alphas):

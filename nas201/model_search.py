@@ -7,7 +7,29 @@ import torch
 from torch import nn
 
 from nas201.genotypes import PRIMITIVES
-from nas201.operations import OPS, ResidualBlock
+from operations import ReLUConvBN, Zero
+
+OPS = {  # (B, C, H, W) -> (B, C, H, W); `track`: whether BatchNorm keeps running statistics
+    "none": lambda C, track: Zero(1),
+    "skip_connect": lambda C, track: nn.Identity(),
+    "nor_conv_1x1": lambda C, track: ReLUConvBN(C, C, 1, 1, 0, affine=False, track_running_stats=track),
+    "nor_conv_3x3": lambda C, track: ReLUConvBN(C, C, 3, 1, 1, affine=False, track_running_stats=track),
+    # Unlike in the DARTS space no BatchNorm follows the pool.
+    "avg_pool_3x3": lambda C, track: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+}
+
+
+class ResidualBlock(nn.Module):
+    """The fixed block between two stages: halves the resolution. Its BatchNorms are affine."""
+
+    def __init__(self, C_in, C_out):
+        super().__init__()
+        self.conv_a = ReLUConvBN(C_in, C_out, 3, stride=2, padding=1)
+        self.conv_b = ReLUConvBN(C_out, C_out, 3, stride=1, padding=1)
+        self.downsample = nn.Sequential(nn.AvgPool2d(2, stride=2), nn.Conv2d(C_in, C_out, 1, bias=False))
+
+    def forward(self, x):  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
+        return self.downsample(x) + self.conv_b(self.conv_a(x))
 
 
 class Cell(nn.Module):
@@ -19,7 +41,7 @@ class Cell(nn.Module):
         self.edges = nn.ModuleDict()  # node by node, within a node by input
         for node in range(1, max_nodes):
             for source in range(node):
-                ops = (OPS[primitive](C, affine=False, track=track_running_stats) for primitive in PRIMITIVES)
+                ops = (OPS[primitive](C, track_running_stats) for primitive in PRIMITIVES)
                 self.edges[f"{node}<-{source}"] = nn.ModuleList(ops)
 
     def forward(self, x, weights):  # x: (B, C, H, W), weights: (E, O)

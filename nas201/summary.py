@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from nas201.benchmark import COLUMNS, METRICS, SPLITS, load
-from report import NAS201_PUBLISHED, NAS201_SPREAD, column, read_history
-from safeio import UserError, read_json, write_json
-from utils import Parser, command
+from report import NAS201_PUBLISHED, NAS201_SPREAD, column, known, read_history
+from safeio import UserError, command, read_json, write_json
+from utils import Parser
 
 SEEDS = (18, 19, 20)
 PUBLISHED_SECONDS = 20249.7
@@ -45,9 +45,9 @@ def read_run(run):
         raise UserError(f"{run} is not a finished search: start searchNAS201.sh again to continue it")
     keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
     figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
-    figures["kendall_tau_by_generation"] = [entry.get("kendall_tau") for entry in history]
-    seconds = sum(value or 0 for value in column(history, "seconds"))
-    return figures | {"generations": len(history), "seconds": seconds}
+    taus = [entry.get("kendall_tau") for entry in history]
+    seconds = sum(known(history, "seconds"))
+    return figures | {"kendall_tau_by_generation": taus, "generations": len(history), "seconds": seconds}
 
 
 def mean_std(values):

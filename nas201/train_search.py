@@ -12,19 +12,13 @@ from nas201 import benchmark, data, encoding, fast_search
 from nas201.benchmark import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.model_search import Network
 from nas201.summary import finished
-from safeio import UserError, write_json
+from safeio import UserError, command, write_json
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
-from utils import command, number
+from utils import number
 
 
 def save_genotype(alphas, folder):
     write_json(folder / "genotype.json", {"arch": encoding.arch_string(alphas)})
-
-
-def truth_of(table, dataset):
-    """(data set, split) whose true accuracies fitness is compared with: validation, or test where that is absent."""
-    present = [key for key, column in zip(METRICS, COLUMNS, strict=True) if column not in table.absent]
-    return next((key for key in ((dataset, "valid"), (dataset, "test")) if key in present), None)
 
 
 def correlations(fitness, truth):
@@ -53,17 +47,19 @@ def search_space(args):
     """The SearchSpace, which consults the benchmark where --api_path names one. Raises UserError."""
     space = SearchSpace(
         name="s2",
-        random_alphas=encoding.random_alphas,
-        decode=encoding.decode,
+        encoding=encoding,
+        fast=fast_search,
+        cell=encoding.arch_string,
         genotype=encoding.arch_string,
         save_genotype=save_genotype,
-        fast=fast_search,
-        picture=encoding.arch_string,
         nesterov=args.momentum > 0,  # without momentum it is plain SGD, and torch refuses the word
     )
     if args.api_path:
         table = benchmark.load(args.api_path)
-        truth = truth_of(table, args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10"))
+        dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
+        keys = zip(METRICS, COLUMNS, strict=True)  # of each data set validation first, then test
+        present = [key for key, column in keys if key[0] == dataset and column not in table.absent]
+        truth = present[0] if present else None  # with which fitness is compared
         space.report = partial(report, table, truth)
         known = f"{' '.join(truth)} accuracy after 200 epochs" if truth else "it has none for this data set"
         absent = f"; absent are {', '.join(table.absent)}" if table.absent else ""
@@ -73,20 +69,15 @@ def search_space(args):
 
 @command
 def main(argv=None):
-    parser = search_parser(
-        "python -m nas201.train_search", __doc__, data.DATASETS, bn="running", valid_transform="test"
-    )
+    defaults = dict(bn="running", valid_transform="test")
+    parser = search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
     group.add_argument("--num_cells", type=number(int, 1), default=5, help="cells in each of the three stages")
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help="nodes of a cell, as in the benchmark")
-    group.add_argument(
-        "--track_running_stats",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="BatchNorm of the searched cells keeps running statistics; --no-track_running_stats needs --bn batch",
-    )
+    text = "BatchNorm of the searched cells keeps running statistics; --no-track_running_stats needs --bn batch"
+    group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=True, help=text)
     group.add_argument("--split_file", help="the benchmark's own index file for cifar10, cifar100 or ImageNet16-120")
-    group.add_argument("--api_path", help="the benchmark: .csv, .csv.xz, .npz, .pth or a NATS-Bench directory")
+    group.add_argument("--api_path", help="the benchmark: .csv, .csv.xz, .pth or a NATS-Bench directory")
     group.add_argument("--api_dataset", choices=DATASETS, help="compare with these accuracies (default: DATASET's own)")
     group.add_argument("--workers", type=number(int, 1), default=2, help="threads that read and check image files")
     args = runs.parse(parser, argv)
@@ -101,13 +92,8 @@ def main(argv=None):
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     torch.manual_seed(args.seed)
-    network = Network(
-        args.init_channels,
-        args.num_cells,
-        len(train.classes),
-        args.max_nodes,
-        track_running_stats=args.track_running_stats,
-    )
+    track = args.track_running_stats
+    network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
     network = network.to(device, memory_format=torch.channels_last)
     run_search(args, space, network, loaders, device, parser.prog)
 

@@ -96,7 +96,7 @@ def test_absent_columns_and_12_epochs(lines, write, capsys):
     assert "no column of accuracies after 200 epochs" in error_of(benchmark.load, write(only))
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.csv.xz", "out.npz"])
+@pytest.mark.parametrize("name", ["out.csv", "out.csv.xz"])
 def test_export_round_trip(lines, write, tmp_path, capsys, name):
     source, destination = write([line.rpartition(",")[0] for line in lines]), tmp_path / name
     benchmark.main(["export", str(source), str(destination)])
@@ -179,7 +179,6 @@ def test_bad_files(lines, write, tmp_path):
         "truncated.csv.xz": good[: len(good) // 2],
         "junk.csv.xz": b"junk",
         "latin.csv": "index,arch\n0,ä".encode("latin-1"),
-        "junk.npz": b"junk",
         "junk.pth": b"junk",
         "empty.pth": b"",
         "junk.txt": b"junk",
@@ -188,33 +187,13 @@ def test_bad_files(lines, write, tmp_path):
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
         assert name in error_of(benchmark.load, tmp_path / name)
-    for name in ("none.csv", "none.csv.xz", "none.npz", "none.pth"):
+    for name in ("none.csv", "none.csv.xz", "none.pth"):
         assert "No such file" in error_of(benchmark.load, tmp_path / name)
     (tmp_path / "folder").mkdir()
     assert "meta.pickle.pbz2" in error_of(benchmark.load, tmp_path / "folder")
     table = benchmark.load(write(lines))
     assert "written as" in error_of(benchmark.save, table, tmp_path / "out.txt")
     assert "cannot write" in error_of(benchmark.save, table, tmp_path / "nowhere" / "out.csv")
-
-
-def test_bad_npz(tmp_path):
-    columns = {"index": np.arange(15625), "arch": np.array(ARCHS), "cifar10_test_200": FIGURES[:, 1]}
-    wrong = FIGURES[:, 1].copy()
-    wrong[7] = np.inf
-    cases = [
-        ({}, None),
-        ({"cifar10_test_200": wrong}, "row 7: cifar10_test_200 is inf"),
-        ({"cifar10_test_200": FIGURES}, "array cifar10_test_200 has shape (15625, 6)"),
-        ({"index": np.arange(15625) / 2}, "array index holds float64"),
-        ({"index": np.arange(15625) // 2}, "row 1: second row of index 0"),
-        ({"arch": np.array(ARCHS, dtype=object)}, "not a valid NPZ file"),  # would need a pickle
-    ]
-    for change, message in cases:
-        np.savez(tmp_path / "t.npz", **columns | change)
-        if message is None:
-            assert benchmark.load(tmp_path / "t.npz").accuracy(7, "cifar10", "test") == FIGURES[7, 1]
-        else:
-            assert message in error_of(benchmark.load, tmp_path / "t.npz")
 
 
 def test_loading_is_quick_small_and_without_torch(lines, write):
@@ -283,8 +262,8 @@ def test_incomplete_directory(nats, capsys):
 def test_complete_directory(nats):
     for index in range(3, 15625):
         write_pbz2(nats / f"{index:06d}.pickle.pbz2", {"200": state(index, ARCHS[index])})
-    benchmark.save(benchmark.load(nats), nats / "out.npz")
-    np.testing.assert_allclose(benchmark.load(nats / "out.npz").table, FIGURES, rtol=0, atol=1e-9)
+    benchmark.save(benchmark.load(nats), nats / "out.csv.xz")
+    np.testing.assert_allclose(benchmark.load(nats / "out.csv.xz").table, FIGURES, rtol=0, atol=1e-9)
 
 
 def test_bad_records(nats):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import runs
+import safeio
 import utils
 from safeio import UserError, atomic_write, write_json
 from utils import Parser, number
@@ -299,7 +300,7 @@ def test_a_full_disk_while_appending_is_one_line(run, name):
 
 
 def test_any_other_failure_of_the_system_is_one_line(capsys):
-    @utils.command
+    @safeio.command
     def main(argv):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some/file")
 

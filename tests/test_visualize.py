@@ -265,7 +265,7 @@ def make_run(folder, kind="search", space="s1", steps=4, **changes):
 
 
 def page_of(run_dir):
-    path = visualize.write_report(run_dir)
+    path = report.write_report(run_dir)
     assert path == os.path.join(run_dir, "report.html")
     page = open(path, encoding="utf-8").read()
     assert "<script" not in page and "url(" not in page and "@import" not in page
@@ -287,7 +287,7 @@ def test_search_report(tmp_path):
     page = page_of(make_run(tmp_path / "run"))
     assert "EvNAS search, DARTS space" in page and "Not in this report" not in page
     assert headings(page) == [
-        "Winning architecture", "Fitness and training", "Population", "Time", "Settings",
+        "Summary", "Winning architecture", "Fitness and training", "Population", "Time", "Settings",
         "Fitness", "Training accuracy", "Training loss", "Operations, normal cell", "Operations, reduction cell",
         "Distinct architectures", "Time of each generation", "Throughput", "Learning rate",
     ]  # fmt: skip
@@ -358,7 +358,7 @@ def test_malformed_history_names_file_and_line(tmp_path):
     for line in bad:
         (folder / "history.jsonl").write_text(good + line + "\n")
         with pytest.raises(UserError, match="history.jsonl line 5") as error:
-            visualize.write_report(folder)
+            report.write_report(folder)
         assert "\n" not in str(error.value)
 
 
@@ -473,7 +473,7 @@ def chromium(tmp_path_factory):
 
 @pytest.mark.parametrize("kind, space", [("search", "s1"), ("search", "s2"), ("eval", "s1")])
 def test_report_in_a_browser(chromium, tmp_path, kind, space):
-    path = visualize.write_report(make_run(tmp_path / "run", kind=kind, space=space, steps=50))
+    path = report.write_report(make_run(tmp_path / "run", kind=kind, space=space, steps=50))
     url = f"file://{path}"
     for width in (1280, 390):
         events = chromium.open(url, width)
