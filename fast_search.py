@@ -18,7 +18,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from operations import FactorizedReduce
 
-ROWS = 2**14  # pixels that `Standardise` sums up at a time
+PIXELS = 2**14  # whose statistics are computed at a time where there are no gradients
 
 
 @functools.cache
@@ -187,28 +187,34 @@ def normalise(x, norms, seen, weight=None):
 
 
 def standardise(x, scale, shift, eps):
-    """BatchNorm with the batch's statistics, and these: (y, mean, biased variance)."""
+    """BatchNorm with the batch's statistics, and these: (y, mean, biased variance).
+
+    On a CPU torch sums a channels-last tensor up in one float32 accumulator, which errs by 1e-5 in the variance.
+    Without gradients it is given fewer pixels at a time; with them see Standardise.
+    """
     if x.is_cuda:
         y, mean, inverse_std = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
         return y, mean, inverse_std.square().reciprocal() - eps
-    return Standardise.apply(x, scale, shift, eps)
+    if torch.is_grad_enabled():
+        return Standardise.apply(x, scale, shift, eps)
+    parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(max(1, PIXELS // x[0, 0].numel()))
+    moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]  # mean, biased variance
+    means, variances = (torch.stack(of) for of in zip(*moments, strict=True))  # (parts, C)
+    share = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
+    mean = (share * means).sum(0)
+    var = (share * (variances + (means - mean).square())).sum(0)
+    return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, var
 
 
 class Standardise(torch.autograd.Function):
-    """`standardise` on a CPU, where torch's own sums a channels-last tensor up in one float32 accumulator.
-
-    That errs by 1e-5 in the variance, enough to flip a ReLU here and there and so to change gradients visibly. Here a
-    few images at a time are summed up, which is precise, and reads memory once.
-    """
+    """`standardise` with gradients, for which the smallest error can flip a ReLU and so make a visible difference."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, eps):
-        parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(max(1, ROWS // x[0, 0].numel()))
-        moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]  # mean, biased variance
-        means, variances = (torch.stack(of) for of in zip(*moments, strict=True))  # (parts, C)
-        share = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
-        mean = (share * means).sum(0)
-        var = (share * (variances + (means - mean).square())).sum(0)
+        rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, C), a view if channels-last
+        rows = rows.to(torch.promote_types(x.dtype, torch.float32))
+        mean = rows.mean(0)
+        var = (rows - mean).square_().mean(0)
         ctx.save_for_backward(x, scale, mean, torch.rsqrt(var + eps))
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, var)

@@ -7,6 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Before torch is imported: small networks are fastest so, and processes that are compared have to agree on it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 
 @pytest.fixture(scope="session")
 def shared_data():

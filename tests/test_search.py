@@ -281,7 +281,9 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
     assert genotypes.load(run / "genotype.json") == encoding.genotype(alphas[0])  # of raw alphas, whatever was measured
 
 
-@pytest.mark.parametrize("variant", evolution.VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [v if v == "evnas" else pytest.param(v, marks=pytest.mark.slow) for v in evolution.VARIANTS]
+)
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_the_fast_path_searches_as_the_plain_one(tmp_path, variant, bn):
     settings = dict(variant=variant, bn=bn, epochs=2, learning_rate=0.01)
