@@ -8,9 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import interrupt
-import utils
-from safeio import UserError
+from support import devices, distributed, signals
+from support.files import UserError
 
 
 def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, done):
@@ -27,18 +26,18 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
     parameters = [p for p in network.parameters() if p.requires_grad]
     device, steps, stop = parameters[0].device, done.get("steps", 0), False
     sums = torch.zeros(3, dtype=torch.float64, device=device)
-    if done and utils.rank() == 0:
+    if done and distributed.rank() == 0:
         sums += done["sums"].to(device)
     unread, loader.skip = [], steps
-    bar = utils.progress(loader, where, steps)
+    bar = distributed.progress(loader, where, steps)
     for step, (x, y) in enumerate(bar, start=steps):
         optimizer.zero_grad(set_to_none=True)
-        with utils.together():
-            with utils.autocast(device, args.amp):
+        with distributed.together():
+            with devices.autocast(device, args.amp):
                 loss, logits = loss_of(step, x, y)
             loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
-            utils.average_over_ranks([p.grad for p in parameters])
+            distributed.average_over_ranks([p.grad for p in parameters])
         nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         optimizer.step()
 
@@ -47,7 +46,7 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
         sums += torch.stack([loss * len(y), (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))])
         steps = step + 1
         due = steps % args.report_freq == 0 or steps == len(loader)
-        stop = interrupt.requested(device, together=due)
+        stop = signals.requested(device, together=due)
         if due or stop:
             for i, value in enumerate(torch.stack(unread).tolist(), start=steps - len(unread) + 1):
                 if not math.isfinite(value):
@@ -64,10 +63,10 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
         if stop:
             break
     # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
-    utils.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    done |= {"steps": steps, "sums": utils.sum_over_ranks(sums).cpu()}
+    distributed.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
+    done |= {"steps": steps, "sums": distributed.sum_over_ranks(sums).cpu()}
     if stop:
-        raise interrupt.Interrupted(f"{where}, step {steps}/{len(loader)}")
+        raise signals.Interrupted(f"{where}, step {steps}/{len(loader)}")
     loss_sum, correct, seen = done["sums"].tolist()
     return {"train_loss": loss_sum / seen, "train_top1": 100 * correct / seen}
 
@@ -82,20 +81,20 @@ def evaluate(network, loader, args, *, log, where="test"):
     network.eval()
     device = next(network.parameters()).device
     sums = torch.zeros(4, dtype=torch.float64, device=device)
-    bar = utils.progress(loader, where)
+    bar = distributed.progress(loader, where)
     for step, (x, y) in enumerate(bar):
-        if interrupt.requested(device, together=step % args.report_freq == 0):
-            raise interrupt.Interrupted(where)
+        if signals.requested(device, together=step % args.report_freq == 0):
+            raise signals.Interrupted(where)
         if bar.disable and (step + 1) % args.report_freq == 0:
             log(f"{where}, step {step + 1}/{len(loader)}")
         if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
             continue
-        with utils.autocast(device, args.amp):
+        with devices.autocast(device, args.amp):
             logits = network(x)[0].float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == y.view(-1, 1)
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))])
-    loss, top1, top5, seen = utils.sum_over_ranks(sums).tolist()
+    loss, top1, top5, seen = distributed.sum_over_ranks(sums).tolist()
     return {"loss": loss / seen, "top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
 
 
@@ -134,19 +133,19 @@ def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=F
     """
     device = next(network.parameters()).device
     distinct, index = unique(alphas)
-    mine = range(utils.rank(), len(distinct), utils.world_size())
+    mine = range(distributed.rank(), len(distinct), distributed.world_size())
     distinct = distinct.to(device)
     correct = torch.zeros(len(distinct), dtype=torch.int64, device=device)
     with batch_norm_mode(network, bn):
         prepare = fitness(network, bn)
-        for x, y in utils.progress(loader, where):
-            if interrupt.requested(device):
-                raise interrupt.Interrupted(where)
-            with utils.autocast(device, amp):
+        for x, y in distributed.progress(loader, where):
+            if signals.requested(device):
+                raise signals.Interrupted(where)
+            with devices.autocast(device, amp):
                 logits_of = prepare(x)
                 for i in mine:
                     correct[i] += (logits_of(distinct[i]).argmax(1) == y).sum()
-    return (100 * utils.sum_over_ranks(correct).cpu().double() / loader.size)[index]
+    return (100 * distributed.sum_over_ranks(correct).cpu().double() / loader.size)[index]
 
 
 def unique(alphas):

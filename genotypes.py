@@ -8,7 +8,7 @@ import pickle
 from collections import namedtuple
 from pathlib import Path
 
-from safeio import UserError, atomic_write, read_bytes, read_json, restricted_unpickle, write_json
+from support.files import UserError, atomic_write, read_bytes, read_json, restricted_unpickle, write_json
 
 Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
 

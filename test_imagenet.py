@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from evaluation import IMAGENET, test
-from safeio import command
+from support.cli import command
+from testing import IMAGENET, test
 
 main = command(partial(test, "test_imagenet.py", ["imagenet"], defaults=IMAGENET))
 

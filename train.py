@@ -14,12 +14,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import data
 import genotypes
-import runs
+import loaders
 import utils
 from engine import evaluate, train_one_epoch
-from evaluation import choose_genotype, make_network
-from safeio import UserError, command
-from utils import Parser, number
+from reporting import report
+from support import devices, distributed, runs
+from support.cli import Parser, command, number
+from support.files import UserError
+from testing import choose_genotype, make_network
 
 # Defaults that depend on the recipe (EvNAS, section 4): for small images in memory, and ImageNet's.
 RECIPES = {
@@ -72,8 +74,8 @@ def make_parser():
     group.add_argument("--save", default="EXP", help="the run directory is called eval-SAVE-TIME")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
-    utils.add_device_arguments(group)
-    utils.add_speed_arguments(group)
+    devices.add_device_arguments(group)
+    devices.add_speed_arguments(group)
     group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     return parser
 
@@ -105,7 +107,7 @@ def load_splits(args):
     train = data.draw(train, args.train_samples, torch.Generator().manual_seed(args.seed))
     data.check_batch(args.batch_size, train)
     last = len(train) % args.batch_size or args.batch_size
-    if args.auxiliary and not large and 1 in (last, last // utils.world_size()):
+    if args.auxiliary and not large and 1 in (last, last // distributed.world_size()):
         raise UserError(f"--auxiliary cannot train on one image, the last share of {len(train)}: change --batch_size")
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
@@ -121,7 +123,7 @@ def main(argv=None):
             genotype = genotypes.load(Path(args.resume) / "genotype.json")
     else:
         genotype = choose_genotype(args)
-    device = utils.choose_device(args)
+    device = devices.choose_device(args)
     train, test, augmentation = load_splits(args)
     warmup = isinstance(train, data.Files) and args.batch_size > 256
 
@@ -130,8 +132,8 @@ def main(argv=None):
     optimizer = utils.make_sgd(network.parameters(), args, device)
     generator = torch.Generator().manual_seed(args.seed + 1)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
-    train_loader = data.make_loader(train, args.batch_size, augmentation, device, **settings)
-    test_loader = data.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
+    train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
+    test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
 
     about = {  # what a test must know of the weights, saved beside them
         "genotype": genotypes.to_dict(genotype),
@@ -167,14 +169,14 @@ def main(argv=None):
             if run.writes:
                 genotypes.save(genotype, run.path / "genotype.json")
             run.save_checkpoint(0, state())
-        run.log(f"{utils.describe_device(device)}; run directory {run.path}")
+        run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
         trained = network
         if args.compile:
             for cell in network.cells:
                 cell.compile()
-        if utils.world_size() > 1:
+        if distributed.world_size() > 1:
             trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
 
         for epoch in range(run.completed, args.epochs):
@@ -191,7 +193,7 @@ def main(argv=None):
 
             def loss_of(step, x, y):
                 # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
-                seed = (epoch * len(train_loader) + step) * utils.world_size() + utils.rank()
+                seed = (epoch * len(train_loader) + step) * distributed.world_size() + distributed.rank()
                 torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
                 logits, logits_aux = trained(x)
                 loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
@@ -222,7 +224,7 @@ def main(argv=None):
                 f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
                 f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {entry['seconds']:.1f} s"
             )
-        run.finish(genotype)
+        report.finish(run, genotype)
 
 
 if __name__ == "__main__":

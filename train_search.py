@@ -15,13 +15,15 @@ import data
 import encoding
 import fast_search
 import genotypes
-import runs
+import loaders
 import utils
 from engine import measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, next_generation
 from model_search import Network
-from safeio import UserError, atomic_write, command
-from utils import Parser, number
+from reporting import report
+from support import devices, distributed, runs
+from support.cli import Parser, command, number
+from support.files import UserError, atomic_write
 
 
 @dataclass
@@ -192,8 +194,8 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--run_name", help="name of the run directory (default: search-TIME)")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=18, help="of every random number")
-    utils.add_device_arguments(group)
-    utils.add_speed_arguments(group)
+    devices.add_device_arguments(group)
+    devices.add_speed_arguments(group)
     group.add_argument("--plain", action="store_true", help="compute with the readable reference network: slower")
     group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     parser.set_defaults(**defaults)
@@ -206,8 +208,8 @@ def check_search(args):
             raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
     if args.plain and args.compile:
         raise UserError("--plain runs the reference as it is written: leave --compile out")
-    if args.batch_size < utils.world_size():
-        raise UserError(f"--batch_size {args.batch_size} is too small for {utils.world_size()} processes")
+    if args.batch_size < distributed.world_size():
+        raise UserError(f"--batch_size {args.batch_size} is too small for {distributed.world_size()} processes")
 
 
 def search_loaders(args, train, valid, augmentation, device):
@@ -220,8 +222,8 @@ def search_loaders(args, train, valid, augmentation, device):
     first = dict(generator=one, cutout=cutout, augment=True)
     # Individuals are shared out for fitness, so each process needs every validation image.
     second = dict(generator=two, cutout=cutout, augment=args.valid_transform == "train", shared=False)
-    train_loader = data.make_loader(train, args.batch_size, augmentation, device, **first)
-    return train_loader, data.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
+    train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **first)
+    return train_loader, loaders.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
 
 
 def run_search(args, space, network, loaders, device, prog):
@@ -232,10 +234,10 @@ def run_search(args, space, network, loaders, device, prog):
         name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
         run = runs.Run.create(args.dir, name, args, prog, kind="search", space=space.name)
     with contextlib.closing(run):
-        run.log(f"{utils.describe_device(device)}; run directory {run.path}")
+        run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         best, fitness = search(args, space, network, *loaders, run)
         run.log(f"best fitness {fitness:.2f} %: {space.genotype(best)}")
-        run.finish(space.cell(best))
+        report.finish(run, space.cell(best))
 
 
 @command
@@ -246,7 +248,7 @@ def main(argv=None):
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)
     check_search(args)
-    device = utils.choose_device(args)
+    device = devices.choose_device(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     torch.manual_seed(args.seed)

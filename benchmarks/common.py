@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-import utils
 from engine import batch_norm_mode, plain_fitness, plain_forward
+from support import devices
 
 WAYS = ("plain", "channels-last", "fast")
 
@@ -80,7 +80,7 @@ class Way:
         self.layout = torch.contiguous_format if name == "plain" else torch.channels_last
         self.network = copy.deepcopy(network).to(args.device, memory_format=self.layout)
         self.args = args
-        utils.keep_freed_memory()  # as the programs do
+        devices.keep_freed_memory()  # as the programs do
         self.forward, self.fitness = plain_forward, plain_fitness
         if name == "fast":
             self.forward = partial(fast.forward, compile=args.compile)

@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from support import devices
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
@@ -23,11 +25,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="C 36, 20 cells, as in the paper, instead of C 16, 8 cells")
     parser.add_argument("--rounds", type=int, default=5)
-    utils.add_device_arguments(parser)
-    utils.add_speed_arguments(parser)
+    devices.add_device_arguments(parser)
+    devices.add_speed_arguments(parser)
     args = parser.parse_args()
     compiled, args.compile = args.compile, False  # choose_device refuses it on the CPU; a benchmark may measure it
-    device = utils.choose_device(args)
+    device = devices.choose_device(args)
     torch.manual_seed(0)
     C, layers = (36, 20) if args.full else (16, 8)
     plain = NetworkCIFAR(C, 10, layers, True, genotypes.EvNASA).to(device)
@@ -43,7 +45,7 @@ def main():
         optimizer = utils.make_sgd(network.parameters(), recipe, device)
 
         def run():
-            with utils.autocast(device, amp):
+            with devices.autocast(device, amp):
                 logits, logits_aux = network(images)
                 loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y)
             optimizer.zero_grad(set_to_none=True)

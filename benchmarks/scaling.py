@@ -14,6 +14,9 @@ from pathlib import Path
 
 import torch
 
+import loaders
+from support import distributed
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
@@ -44,8 +47,8 @@ def generation(rank, world, address, args, results):
     recipe = data.augmentation("digits", digits)
     train, valid = (digits.subset(torch.arange(i, i + args.images)) for i in (0, args.images))
     settings = dict(generator=torch.Generator().manual_seed(1), augment=True)
-    train_loader = data.Loader(train, 64, recipe, device, **settings)
-    valid_loader = data.Loader(valid, 256, recipe, device, **settings, shared=False)
+    train_loader = loaders.Loader(train, 64, recipe, device, **settings)
+    valid_loader = loaders.Loader(valid, 256, recipe, device, **settings, shared=False)
     torch.manual_seed(0)
     network = Network(args.channels, 10, args.layers)
     recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
@@ -81,7 +84,7 @@ def generation(rank, world, address, args, results):
     done["fitness seconds"] = time.perf_counter() - start
     done["steps"], done["parameters"] = len(train_loader), sum(p.numel() for p in network.parameters())
     torch.save(done, Path(results) / f"{rank}.pt")
-    utils.leave_process_group()
+    distributed.leave_process_group()
 
 
 def main():

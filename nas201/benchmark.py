@@ -10,36 +10,30 @@ architecture was trained with; other training lengths never stand in for them. R
 contains. torch is imported for the .pth alone.
 """
 
-import bz2
-import collections
-import csv
 import functools
 import lzma
 import math
 import os
 import re
-import statistics
 import sys
 
 import numpy as np
 
 from nas201.genotypes import NUM_ARCHS, from_arch_string
-from safeio import UserError, atomic_write, command, restricted_unpickle
-
-DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
-SPLITS = ("valid", "test")
-# (dataset, split) -> the benchmark's own data set and metric. `cifar10-valid` are the networks trained on half the
-# training images; the order is that of the table's columns.
-METRICS = {
-    ("cifar10", "valid"): ("cifar10-valid", "x-valid"),
-    ("cifar10", "test"): ("cifar10", "ori-test"),
-    ("cifar100", "valid"): ("cifar100", "x-valid"),
-    ("cifar100", "test"): ("cifar100", "x-test"),
-    ("ImageNet16-120", "valid"): ("ImageNet16-120", "x-valid"),
-    ("ImageNet16-120", "test"): ("ImageNet16-120", "x-test"),
-}
-COLUMNS = tuple(f"{dataset.replace('-', '_')}_{split}_200" for dataset, split in METRICS)
-MAX_BYTES = 64 << 20  # of an unpacked table or record; real ones are 2 MB and 0.4 MB
+from nas201.sources import (
+    ALLOWED,
+    COLUMNS,
+    DATASETS,
+    METRICS,
+    figures_of,
+    official_rows,
+    percent,
+    read_csv,
+    read_pth,
+    unpacked,
+)
+from support.cli import command
+from support.files import UserError, atomic_write, restricted_unpickle
 
 
 class Benchmark:
@@ -104,9 +98,9 @@ def load(path):
     if not os.path.exists(path):
         raise UserError(f"cannot read {path}: No such file or directory")
     if path.endswith((".csv", ".csv.xz")):
-        return _from_rows(path, _read_csv(path))
+        return _from_rows(path, read_csv(path))
     if path.endswith(".pth"):
-        return _from_rows(path, _read_pth(path))
+        return _from_rows(path, read_pth(path))
     raise UserError(f"{path} is no .csv, .csv.xz, .pth or NATS-Bench directory")
 
 
@@ -141,35 +135,32 @@ def _from_rows(path, lines):
         archs[index], seen[arch] = arch, index
         for k, name in enumerate(COLUMNS):
             if name in cells:
-                table[index, k] = _percent(cells[name], name, where)
+                table[index, k] = percent(cells[name], name, where)
     if None in archs:
         raise UserError(f"{path} has {len(seen)} rows instead of {NUM_ARCHS}: index {archs.index(None)} is missing")
     return Benchmark(path, archs, table, absent=absent, missing=np.flatnonzero(np.isnan(table).all(1)).tolist())
 
 
-def _percent(value, name, where):
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 <= number <= 100:  # NaN fails too
-        raise UserError(f"{where}: {name} is {value!r:.80}, not a number from 0 to 100")
-    return number
+def _load_nats(folder):
+    """A NATS-Bench directory: `meta.pickle.pbz2`, and a record an architecture that is read when it is asked for."""
 
+    def unpickle(name):
+        path = os.path.join(folder, name)
+        return path, restricted_unpickle(unpacked(path), ALLOWED, path)
 
-def _read_csv(path):
-    """Yields the header, then (where, {column: cell}) of each line."""
-    try:
-        reader = csv.reader(_unpacked(path).decode("utf-8-sig").splitlines())
-        header = next(reader, [])
-        yield header
-        for cells in filter(None, reader):
-            where = f"{path}, line {reader.line_num}"
-            if len(cells) != len(header):
-                raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-            yield where, dict(zip(header, cells, strict=True))
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV file: {error}") from error
+    archs = _from_rows(folder, official_rows(*unpickle("meta.pickle.pbz2"), records={})).archs
+    names, present = [f"{index:06d}.pickle.pbz2" for index in range(NUM_ARCHS)], set(os.listdir(folder))
+    missing = [index for index, name in enumerate(names) if name not in present]
+
+    @functools.cache
+    def read(index):
+        figures = {}
+        if names[index] in present:
+            path, record = unpickle(names[index])
+            figures = figures_of(record, "200", archs[index], path)
+        return np.array([figures.get(name, math.nan) for name in COLUMNS])
+
+    return Benchmark(folder, archs, read=read, missing=missing)
 
 
 def save(benchmark, path):
@@ -187,113 +178,6 @@ def save(benchmark, path):
         rows = zip(*columns.values(), strict=True)
         data = "".join(",".join(map(str, cells)) + "\n" for cells in (columns, *rows)).encode()
         file.write(lzma.compress(data) if path.endswith(".xz") else data)
-
-
-class Dtype:
-    """Stands in for numpy.dtype in pickles: of a number's type, only code and byte order are taken.
-
-    The real one accepts states that crash numpy or ask for gigabytes.
-    """
-
-    def __init__(self, code, *_):
-        if code not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
-            raise ValueError(f"{code!r:.80} is no number's type")
-        self.code = code
-
-    def __setstate__(self, state):
-        if state[1] not in ("<", ">", "=", "|"):
-            raise ValueError(f"{state[1]!r:.80} is no byte order")
-        self.code = state[1] + self.code
-
-
-def _scalar(dtype, data):
-    """Stands in for numpy.core.multiarray.scalar: a Python number."""
-    return np.frombuffer(data, dtype.code)[0].item()
-
-
-# All that a file of the benchmark refers to; also what torch is told to accept.
-ALLOWED = {
-    ("collections", "OrderedDict"): collections.OrderedDict,
-    ("numpy", "dtype"): Dtype,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
-}
-
-
-def _load_nats(folder):
-    """A NATS-Bench directory: `meta.pickle.pbz2`, and a record an architecture that is read when it is asked for."""
-
-    def unpickle(name):
-        path = os.path.join(folder, name)
-        return path, restricted_unpickle(_unpacked(path), ALLOWED, path)
-
-    archs = _from_rows(folder, _official_rows(*unpickle("meta.pickle.pbz2"), records={})).archs
-    names, present = [f"{index:06d}.pickle.pbz2" for index in range(NUM_ARCHS)], set(os.listdir(folder))
-    missing = [index for index, name in enumerate(names) if name not in present]
-
-    @functools.cache
-    def read(index):
-        figures = {}
-        if names[index] in present:
-            path, record = unpickle(names[index])
-            figures = _figures(record, "200", archs[index], path)
-        return np.array([figures.get(name, math.nan) for name in COLUMNS])
-
-    return Benchmark(folder, archs, read=read, missing=missing)
-
-
-def _read_pth(path):
-    """As the other readers; the figures are picked at once, which gives the memory back."""
-    import torch
-
-    from utils import load_torch
-
-    with torch.serialization.safe_globals([(value, ".".join(name)) for name, value in ALLOWED.items()]):
-        return _official_rows(path, load_torch(path, "benchmark file"))
-
-
-def _official_rows(path, content, records=None):
-    """Yields the header, then (where, {column: cell}) of `meta_archs`; `records` stands for the content's own."""
-    content = content if isinstance(content, dict) else {}
-    archs, records = content.get("meta_archs"), content.get("arch2infos") if records is None else records
-    if not isinstance(archs, list) or not isinstance(records, dict):
-        raise UserError(f"{path} has no list meta_archs or no dict arch2infos: it is not NAS-Bench-201")
-    yield ["index", "arch", *COLUMNS]
-    for index, arch in enumerate(archs):
-        where = f"{path}, index {index}"
-        figures = _figures(records[index], "full", arch, where) if index in records else {}
-        yield where, {"index": index, "arch": arch, **figures}
-
-
-def _figures(record, key, arch, where):
-    """{column: mean over seeds} of a record that has the 200-epoch runs at `key`, without what no run has measured."""
-    try:
-        state, figures = record[key], {}
-        if state["arch_str"] != arch:
-            raise UserError(f"{where} describes {state['arch_str']!r:.80}, not {arch}")
-        for column, (dataset, metric) in zip(COLUMNS, METRICS.values(), strict=True):
-            last = f"{metric}@199"
-            trials = [run["eval_acc1es"] for (name, _seed), run in state["all_results"].items() if name == dataset]
-            values = [_percent(trial[last], f"{dataset} {last}", where) for trial in trials if last in trial]
-            figures |= {column: statistics.fmean(values)} if values else {}
-        return figures
-    except UserError:
-        raise
-    except Exception as error:  # an object of any other shape
-        raise UserError(f"{where} is not a record of 200 epochs: {error!r:.120}") from error
-
-
-def _unpacked(path):
-    """The bytes of a file, unpacked where it is an .xz or a .pbz2."""
-    opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], open)
-    try:
-        with opener(path, "rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path} cannot be read or is damaged: {error}") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 20} MB, far more than a file of its kind")
-    return data
 
 
 def query(source, arch):

@@ -14,7 +14,7 @@ A cell is a function of tensors alone, so that `compile=True` compiles it once f
 import torch
 from torch.nn import functional as F
 
-from fast_search import average_pool, compiled, move_statistics, normalise, standardise
+from fast_ops import average_pool, compiled, move_statistics, normalise, standardise
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell
 

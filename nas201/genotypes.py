@@ -6,7 +6,7 @@ the k-th group is the operation from node j to node k. Node 0 is the cell's inpu
 
 import re
 
-from safeio import UserError
+from support.files import UserError
 
 # The order is part of the method: it is the last axis of the architecture parameters.
 PRIMITIVES = ("none", "skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")

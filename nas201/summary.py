@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from nas201.benchmark import COLUMNS, METRICS, SPLITS, load
-from report import NAS201_PUBLISHED, NAS201_SPREAD, column, known, read_history
-from safeio import UserError, command, read_json, write_json
-from utils import Parser
+from nas201.benchmark import load
+from nas201.sources import COLUMNS, METRICS, SPLITS
+from reporting.charts import column, known
+from reporting.report import NAS201_PUBLISHED, NAS201_SPREAD, read_history
+from support.cli import Parser, command
+from support.files import UserError, read_json, write_json
 
 SEEDS = (18, 19, 20)
 PUBLISHED_SECONDS = 20249.7

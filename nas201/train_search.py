@@ -6,15 +6,14 @@ from functools import partial
 import numpy as np
 import torch
 
-import runs
-import utils
 from nas201 import benchmark, data, encoding, fast_search
-from nas201.benchmark import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.model_search import Network
+from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
-from safeio import UserError, command, write_json
+from support import devices, distributed, runs
+from support.cli import command, number
+from support.files import UserError, write_json
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
-from utils import number
 
 
 def save_genotype(alphas, folder):
@@ -63,7 +62,7 @@ def search_space(args):
         space.report = partial(report, table, truth)
         known = f"{' '.join(truth)} accuracy after 200 epochs" if truth else "it has none for this data set"
         absent = f"; absent are {', '.join(table.absent)}" if table.absent else ""
-        utils.say(f"truth from {args.api_path}: {known}{absent}")
+        distributed.say(f"truth from {args.api_path}: {known}{absent}")
     return space
 
 
@@ -85,9 +84,9 @@ def main(argv=None):
     if args.bn == "running" and not args.track_running_stats:
         raise UserError("--no-track_running_stats leaves no running statistics to measure with: add --bn batch")
     if args.resume and finished(args.resume):
-        utils.say(f"{args.resume} is finished")
+        distributed.say(f"{args.resume} is finished")
         return
-    device = utils.choose_device(args)
+    device = devices.choose_device(args)
     space = search_space(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)

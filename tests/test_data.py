@@ -13,7 +13,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as TF
 
 import data
-from safeio import UserError
+import loaders
+from support.files import UserError
 
 CPU = torch.device("cpu")
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -35,7 +36,7 @@ def normalised(images):
 
 def make_loader(images, batch_size, seed=0, augment=True, cutout=0, shared=True, **augmentation):
     settings = dict(generator=None if seed is None else seeded(seed), augment=augment, cutout=cutout, shared=shared)
-    return data.make_loader(images, batch_size, data.Augmentation(MEAN, STD, **augmentation), CPU, **settings)
+    return loaders.make_loader(images, batch_size, data.Augmentation(MEAN, STD, **augmentation), CPU, **settings)
 
 
 def epoch(loader):
@@ -345,7 +346,7 @@ def file_loader(root, batch_size=4, seed=0, workers=0, augment=True):
     files = data.load("imagenet", root, "test")
     generator = None if seed is None else seeded(seed)
     recipe = data.AUGMENTATION["imagenet"]
-    return data.make_loader(files, batch_size, recipe, CPU, generator=generator, augment=augment, workers=workers)
+    return loaders.make_loader(files, batch_size, recipe, CPU, generator=generator, augment=augment, workers=workers)
 
 
 @pytest.fixture
@@ -381,7 +382,7 @@ def test_test_transform_of_files(photos):
 
 
 def test_train_transform_of_files():
-    crop, flip, jitter, *_ = data.imagenet_transform(data.AUGMENTATION["imagenet"], augment=True).transforms
+    crop, flip, jitter, *_ = loaders.imagenet_transform(data.AUGMENTATION["imagenet"], augment=True).transforms
     assert (tuple(crop.size), tuple(crop.scale), tuple(crop.ratio)) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
     assert flip.p == 0.5
     assert [jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue] == [(0.6, 1.4)] * 3 + [(-0.2, 0.2)]

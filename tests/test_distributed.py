@@ -12,12 +12,13 @@ import pytest
 import torch
 
 import data
-import runs
+import loaders
 import train
 import train_search
 from encoding import decode, random_alphas
 from engine import measure_fitness
 from model_search import Network
+from support import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
@@ -36,7 +37,7 @@ def torchrun(*command, **settings):
 def measure():
     """The fitness of seven individuals, two of them equal, on the digits."""
     digits = data.load("digits", None, "test")
-    loader = data.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=False)
+    loader = loaders.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=False)
     torch.manual_seed(3)
     network = Network(2, 10, 2)
     alphas = random_alphas(7, generator=torch.Generator().manual_seed(4))
@@ -52,9 +53,9 @@ def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "from test_distributed import measure\n"
         "torch.set_num_threads(1)\n"
-        "utils.join_process_group(torch.device('cpu'))\n"
-        f"torch.save(measure(), {str(tmp_path)!r} + f'/fitness{{utils.rank()}}.pt')\n"
-        "utils.leave_process_group()\n"
+        "distributed.join_process_group(torch.device('cpu'))\n"
+        f"torch.save(measure(), {str(tmp_path)!r} + f'/fitness{{distributed.rank()}}.pt')\n"
+        "distributed.leave_process_group()\n"
     )
     assert torchrun(script).wait(timeout=300) == 0
     expected = measure()

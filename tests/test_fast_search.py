@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+import fast_ops
 import fast_search
 from encoding import decode
 from engine import batch_norm_mode, measure_fitness, plain_fitness
@@ -160,7 +161,7 @@ def test_fitness_takes_the_weights_of_its_call(bn):
 @pytest.mark.parametrize("side", [4, 6, 7, 8])
 def test_average_pool(stride, side):
     x = images(0, (2, 5, side, side)).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(fast_search.average_pool(x, stride), OPS["avg_pool_3x3"](5, stride, False)(x))
+    torch.testing.assert_close(fast_ops.average_pool(x, stride), OPS["avg_pool_3x3"](5, stride, False)(x))
 
 
 @pytest.mark.parametrize(
@@ -171,7 +172,7 @@ def test_depthwise_gradients(kernel, stride, dilation, side):
     conv = torch.nn.Conv2d(4, 4, kernel, stride, kernel // 2 * dilation, dilation, groups=4, bias=False).double()
     x = images(0, (2, 4, side, side)).double().contiguous(memory_format=torch.channels_last).requires_grad_()
     gradients = []
-    for y in (conv(x), fast_search.depthwise(x, conv)):
+    for y in (conv(x), fast_ops.depthwise(x, conv)):
         gradients.append(torch.autograd.grad(y.square().sum(), (x, conv.weight)))
     torch.testing.assert_close(gradients[1], gradients[0])
 

@@ -40,14 +40,12 @@ from test_visualize import make_run
 
 import genotypes
 import nas201.data
-import report
-import runs
-import safeio
-import utils
 import visualize
-from nas201 import benchmark, summary
+from nas201 import benchmark, imagenet16, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
-from safeio import UserError
+from reporting import report
+from support import files, runs, weights
+from support.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("EVNAS_FAULTS") == "full"
@@ -151,7 +149,7 @@ def die_at(call, steps_file=None):
 
             return step(lambda: self.file.write(content), half)
 
-    safeio.open = lambda path, mode, **how: open(path, mode, **how) if "r" in mode else File(open(path, mode, **how))
+    files.open = lambda path, mode, **how: open(path, mode, **how) if "r" in mode else File(open(path, mode, **how))
     for name in ("replace", "fsync", "link"):
         function = getattr(os, name)
         setattr(os, name, lambda *args, function=function: step(lambda: function(*args)))
@@ -443,7 +441,7 @@ def valid_summary(name, folder):
         run = make_run(folder / f"search-digits-seed{seed}", space="s2", steps=5, truth="cifar10 test")
         about = json.loads((run / "args.json").read_text())
         about["args"] |= {"init_channels": 4, "num_cells": 1, "pop_size": 6, "api_path": None}
-        safeio.write_json(run / "args.json", about)
+        files.write_json(run / "args.json", about)
         report.write_report(run)
     return folder / "search-digits-seed19" / name, summary.main, [folder, "digits"]
 
@@ -490,13 +488,13 @@ def test_malformed_arch_strings(tmp_path):
 HUGE = 300 << 20  # bytes that the bombs unpack to
 READERS = {
     "genotype.pickle": genotypes.load,
-    "weights.pt": lambda path: utils.load_weights(torch.nn.Linear(3, 2), path),
+    "weights.pt": lambda path: weights.load_weights(torch.nn.Linear(3, 2), path),
     "checkpoint.pt": runs.load_checkpoint,
     "table.pth": benchmark.load,
     "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),
     "000001.pickle.pbz2": lambda path: benchmark.load(path.parent).accuracy(1, "cifar10", "test"),
     "001.npz": lambda path: report.operation_shares(path, "s1"),
-    "val_data": lambda path: nas201.data._read_batch(path.parent, path.name),
+    "val_data": lambda path: imagenet16._read_batch(path.parent, path.name),
 }
 
 
@@ -590,7 +588,7 @@ def main(argv):
     """Reads every hostile file below a folder in a process of its own; writes what came of it."""
     folder, outcomes, before = Path(argv[0]), [], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for path in sorted(path for path in folder.glob("*/*") if path.parent.name.endswith(path.name)):
-        nas201.data.MD5[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
+        imagenet16.MD5[path.name] = hashlib.md5(path.read_bytes()).hexdigest()
         try:
             READERS[path.name](path)
             result = "loaded"

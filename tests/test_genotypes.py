@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import genotypes
 from genotypes import Genotype
-from safeio import UserError
+from support.files import UserError
 
 LEGACY = Path(__file__).parent / "legacy_genotype.pickle"
 
@@ -338,7 +338,7 @@ def text(value):
         ("builtins", "getattr"),
         ("builtins", "list"),
         ("builtins", "range.__class__"),
-        ("safeio", "UserError"),
+        ("support.files", "UserError"),
         ("os\nsystem", "\x1b[31m"),
     ],
 )

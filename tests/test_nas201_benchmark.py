@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from nas201 import benchmark
+from nas201 import benchmark, sources
 from nas201.genotypes import to_arch_string
-from safeio import UserError
+from support.files import UserError
 
 REAL = (0, 11, 284)  # the indices of the sample records
 RECORDS = "NATS-tss-v1_0-3ffb9-simple"
@@ -26,7 +26,7 @@ FIGURES = np.round(np.random.RandomState(0).uniform(10, 95, (len(ARCHS), 6)), 3)
 @pytest.fixture(scope="module")
 def lines():
     """A whole compact table as lines of text; line 0 is the header."""
-    header = ",".join(["index", "arch", *benchmark.COLUMNS])
+    header = ",".join(["index", "arch", *sources.COLUMNS])
     return [header] + [f"{i},{arch}," + ",".join(map(str, FIGURES[i])) for i, arch in enumerate(ARCHS)]
 
 
@@ -45,7 +45,7 @@ def state(index, arch, offset=0.0):
     """A minimal state of 200-epoch runs with mean FIGURES[index]: two seeds, or one if `offset` is 0."""
     runs = {}
     for delta, seed in {-offset: 777, offset: 888}.items():
-        for k, (dataset, metric) in enumerate(benchmark.METRICS.values()):
+        for k, (dataset, metric) in enumerate(sources.METRICS.values()):
             run = runs.setdefault((dataset, seed), {"eval_acc1es": {}})
             run["eval_acc1es"] |= {f"{metric}@11": 1.0, f"{metric}@199": float(FIGURES[index, k] + delta)}
     return {"arch_index": index, "arch_str": arch, "all_results": runs}
@@ -58,7 +58,7 @@ def official(states, archs=ARCHS):
 
 
 def check_row(bench, index, expected):
-    for (dataset, split), value in zip(benchmark.METRICS, expected, strict=True):
+    for (dataset, split), value in zip(sources.METRICS, expected, strict=True):
         assert bench.accuracy(index, dataset, split) == pytest.approx(value, abs=1e-9)
 
 
@@ -182,7 +182,7 @@ def test_bad_files(lines, write, tmp_path):
         "junk.pth": b"junk",
         "empty.pth": b"",
         "junk.txt": b"junk",
-        "bomb.csv.xz": lzma.compress(bytes(benchmark.MAX_BYTES + 1)),
+        "bomb.csv.xz": lzma.compress(bytes(sources.MAX_BYTES + 1)),
     }
     for name, data in bad.items():
         (tmp_path / name).write_bytes(data)
@@ -280,7 +280,7 @@ def test_bad_records(nats):
         (["a", "list"], "not a record of 200 epochs"),
         (b"\x80\x04N", "not a valid pickle"),
         (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo index"),
-        (bytes(benchmark.MAX_BYTES + 1), "unpacks to more than 64 MB"),
+        (bytes(sources.MAX_BYTES + 1), "unpacks to more than 64 MB"),
         (b"cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000\x89\x88tR.", "is no number's type"),
     ]
     for value, message in cases:
@@ -382,7 +382,7 @@ def test_real_records_equal_the_package(real, shared_data):
     api = nats_bench.create(str(shared_data(RECORDS)), "tss", fast_mode=True, verbose=False)
     names = {"valid": "valid-accuracy", "test": "test-accuracy"}
     for index in REAL:
-        for dataset, split in benchmark.METRICS:
+        for dataset, split in sources.METRICS:
             name = "cifar10-valid" if (dataset, split) == ("cifar10", "valid") else dataset
             info = api.get_more_info(index, name, hp="200", is_random=False)
             assert real.accuracy(index, dataset, split) == pytest.approx(info[names[split]], abs=1e-9)

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import data as root_data
-from nas201 import data
-from safeio import UserError
+from nas201 import data, imagenet16
+from support.files import UserError
 
 BATCH = 60  # images in a synthetic batch
 SIZES = {"train": 10 * BATCH // 2, "test": BATCH // 2}  # every second label is kept
@@ -47,19 +47,19 @@ def batch_content(seed):
 
 
 @pytest.fixture
-def imagenet16(tmp_path, monkeypatch):
+def folder16(tmp_path, monkeypatch):
     """A folder with eleven small files, their sizes and MD5 known to the loader; `put(name, content)` replaces one."""
-    monkeypatch.setattr(data, "SIZES", SIZES)
-    monkeypatch.setattr(data, "MD5", dict(data.MD5))
+    monkeypatch.setattr(imagenet16, "SIZES", SIZES)
+    monkeypatch.setattr(imagenet16, "MD5", dict(imagenet16.MD5))
     folder = tmp_path / "ImageNet16"
     folder.mkdir()
 
     def put(name, content, python2=True):
         with open(folder / name, "wb") as file:
             (Python2Pickler if python2 else pickle.Pickler)(file, 2).dump(content)
-        data.MD5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
+        imagenet16.MD5[name] = hashlib.md5((folder / name).read_bytes()).hexdigest()
 
-    for seed, name in enumerate(data.MD5):
+    for seed, name in enumerate(imagenet16.MD5):
         put(name, batch_content(seed))
     folder_and_put = Namespace(path=folder, put=put)
     return folder_and_put
@@ -80,8 +80,8 @@ def args(**other):
 # ImageNet16-120
 
 
-def test_imagenet16_keeps_the_first_120_classes_in_file_order(imagenet16):
-    splits = data.load_imagenet16(imagenet16.path, workers=2)
+def test_imagenet16_keeps_the_first_120_classes_in_file_order(folder16):
+    splits = imagenet16.load_imagenet16(folder16.path, workers=2)
     for split, seeds in (("train", range(10)), ("test", [10])):
         contents = [batch_content(seed) for seed in seeds]
         labels = np.concatenate([c["labels"] for c in contents])
@@ -93,43 +93,43 @@ def test_imagenet16_keeps_the_first_120_classes_in_file_order(imagenet16):
         assert images.classes == [str(i) for i in range(1, 121)]
 
 
-def test_the_cache_stands_for_the_files_until_one_changes(imagenet16, monkeypatch):
-    first = data.load_imagenet16(imagenet16.path)
-    assert (imagenet16.path / data.CACHE).exists()
-    read, real = [], data._read_batch
-    monkeypatch.setattr(data, "_read_batch", lambda root, name: read.append(name) or real(root, name))
-    again = data.load_imagenet16(imagenet16.path)
+def test_the_cache_stands_for_the_files_until_one_changes(folder16, monkeypatch):
+    first = imagenet16.load_imagenet16(folder16.path)
+    assert (folder16.path / imagenet16.CACHE).exists()
+    read, real = [], imagenet16._read_batch
+    monkeypatch.setattr(imagenet16, "_read_batch", lambda root, name: read.append(name) or real(root, name))
+    again = imagenet16.load_imagenet16(folder16.path)
     assert not read
     for split in SIZES:
         assert torch.equal(first[split].images, again[split].images)
         assert torch.equal(first[split].labels, again[split].labels)
-    imagenet16.put("val_data", batch_content(99))  # same size, another time
-    changed = data.load_imagenet16(imagenet16.path)
+    folder16.put("val_data", batch_content(99))  # same size, another time
+    changed = imagenet16.load_imagenet16(folder16.path)
     assert len(read) == 11 and not torch.equal(first["test"].images, changed["test"].images)
-    cache = imagenet16.path / data.CACHE
+    cache = folder16.path / imagenet16.CACHE
     whole = cache.read_bytes()
     for damaged in (b"", whole[:1000], whole[:2000] + bytes([whole[2000] ^ 1]) + whole[2001:]):
         read.clear()
         cache.write_bytes(damaged)
-        assert torch.equal(data.load_imagenet16(imagenet16.path)["test"].images, changed["test"].images)
+        assert torch.equal(imagenet16.load_imagenet16(folder16.path)["test"].images, changed["test"].images)
         assert len(read) == 11
 
 
-def test_no_cache_where_it_cannot_be_written(imagenet16):
-    (imagenet16.path / data.CACHE).mkdir()  # also root, whom a read-only folder does not stop, fails to write this
-    assert len(data.load_imagenet16(imagenet16.path)["train"]) == SIZES["train"]
-    assert len(data.load_imagenet16(imagenet16.path)["test"]) == SIZES["test"]
-    assert not list(imagenet16.path.glob("*.tmp*"))
+def test_no_cache_where_it_cannot_be_written(folder16):
+    (folder16.path / imagenet16.CACHE).mkdir()  # also root, whom a read-only folder does not stop, fails to write this
+    assert len(imagenet16.load_imagenet16(folder16.path)["train"]) == SIZES["train"]
+    assert len(imagenet16.load_imagenet16(folder16.path)["test"]) == SIZES["test"]
+    assert not list(folder16.path.glob("*.tmp*"))
 
 
 def test_published_sizes_and_checksums():
-    assert data.SIZES == {"train": 151_700, "test": 6_000} and len(data.MD5) == 11
-    assert all(len(md5) == 32 for md5 in data.MD5.values())
+    assert imagenet16.SIZES == {"train": 151_700, "test": 6_000} and len(imagenet16.MD5) == 11
+    assert all(len(md5) == 32 for md5 in imagenet16.MD5.values())
 
 
-def test_bad_imagenet16_files(imagenet16, tmp_path):
-    path, put = imagenet16.path, imagenet16.put
-    load = data.load_imagenet16
+def test_bad_imagenet16_files(folder16, tmp_path):
+    path, put = folder16.path, folder16.put
+    load = imagenet16.load_imagenet16
     good = batch_content(0)
     for label in (0, 1001, -5, True, "7", 10**30):
         put("train_data_batch_3", {**good, "labels": [label, *good["labels"][1:]]})
@@ -155,28 +155,28 @@ def test_bad_imagenet16_files(imagenet16, tmp_path):
     content = (path / "val_data").read_bytes()
     (path / "val_data").write_bytes(content[:-1])
     message = refused(load, path)
-    assert "val_data" in message and "MD5" in message and data.MD5["val_data"] in message
-    data.MD5["val_data"] = hashlib.md5(content[:-1]).hexdigest()
+    assert "val_data" in message and "MD5" in message and imagenet16.MD5["val_data"] in message
+    imagenet16.MD5["val_data"] = hashlib.md5(content[:-1]).hexdigest()
     assert "val_data" in refused(load, path)  # truncated
     (path / "val_data").unlink()
     assert "val_data" in refused(load, path)
     assert "nowhere" in refused(load, tmp_path / "nowhere")
-    assert not (path / data.CACHE).exists()
+    assert not (path / imagenet16.CACHE).exists()
 
 
-def test_an_array_cannot_claim_memory_it_does_not_bring(imagenet16):
+def test_an_array_cannot_claim_memory_it_does_not_bring(folder16):
     class Claim:
         def __reduce__(self):
             dtype = np.dtype("u1")
             return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 40, 768), dtype, False, b"xy")
 
-    imagenet16.put("train_data_batch_1", {**batch_content(0), "data": Claim()})
-    assert "train_data_batch_1" in refused(data.load_imagenet16, imagenet16.path)
+    folder16.put("train_data_batch_1", {**batch_content(0), "data": Claim()})
+    assert "train_data_batch_1" in refused(imagenet16.load_imagenet16, folder16.path)
 
 
-def test_imagenet16_splits(imagenet16, monkeypatch):
+def test_imagenet16_splits(folder16, monkeypatch):
     monkeypatch.setitem(data.VALIDATION, "ImageNet16-120", 12)
-    train, valid, augment = data.search_splits(args(dataset="ImageNet16-120", data=imagenet16.path))
+    train, valid, augment = data.search_splits(args(dataset="ImageNet16-120", data=folder16.path))
     assert (len(train), len(valid), augment.pad, augment.flip) == (300, 12, 2, True)
     assert augment.mean[0] == 122.68 / 255 and augment.std[2] == 65.09 / 255
 

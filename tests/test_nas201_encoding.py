@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from nas201.encoding import arch_indices, arch_string, decode, random_alphas
 from nas201.genotypes import from_arch_string, to_arch_string
-from safeio import UserError
+from support.files import UserError
 
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|skip_connect~0|nor_conv_3x3~1|skip_connect~2|"
 

@@ -12,13 +12,13 @@ import pytest
 import torch
 from scipy import stats
 
-import runs
 import train_search
 from nas201 import encoding, summary
-from nas201.benchmark import COLUMNS
 from nas201.genotypes import to_arch_string
+from nas201.sources import COLUMNS
 from nas201.train_search import main
-from visualize import load_architecture
+from reporting.cells import load_architecture
+from support import runs
 
 ROOT = Path(__file__).resolve().parents[1]
 ARCHS = [to_arch_string(ops) for ops in itertools.product(range(5), repeat=6)]

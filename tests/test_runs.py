@@ -9,11 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-import runs
-import safeio
-import utils
-from safeio import UserError, atomic_write, write_json
-from utils import Parser, number
+from support import cli, runs, weights
+from support.cli import Parser, number
+from support.files import UserError, atomic_write, write_json
 
 
 def make_run(folder, name="search-1", **args):
@@ -235,19 +233,19 @@ def test_weights_carry_a_checksum(run):
     network = nn.Linear(3, 2)
     run.save_weights(network, "weights.pt", {"layers": 4})
     path = run.path / "weights" / "weights.pt"
-    assert utils.side_file_of(path)["layers"] == 4
+    assert weights.side_file_of(path)["layers"] == 4
     copy = nn.Linear(3, 2)
-    utils.load_weights(copy, path)
+    weights.load_weights(copy, path)
     assert torch.equal(copy.weight, network.weight) and torch.equal(copy.bias, network.bias)
 
     content = path.read_bytes()
     for damaged in (content[:-1], content + b"x", content.replace(b"bias", b"bios", 1), b""):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"weights\.pt is damaged or was replaced.*weights\.json"):
-            utils.load_weights(copy, path)
-    utils.side_file(path).unlink()
+            weights.load_weights(copy, path)
+    weights.side_file(path).unlink()
     path.write_bytes(content)
-    utils.load_weights(copy, path)  # published files have no side file
+    weights.load_weights(copy, path)  # published files have no side file
 
 
 # ---- a full disk
@@ -300,7 +298,7 @@ def test_a_full_disk_while_appending_is_one_line(run, name):
 
 
 def test_any_other_failure_of_the_system_is_one_line(capsys):
-    @safeio.command
+    @cli.command
     def main(argv):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), "some/file")
 

@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 import encoding
 import evolution
 import genotypes
-import runs
 import train_search
 from engine import measure_fitness
 from model_search import Network
+from support import runs
 
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
 # 70 images in batches of 30: two and a smaller one, fewer than individuals; 45 in batches of 20 to validate.

@@ -16,11 +16,11 @@ import torch
 from test_runs import assert_same, make_run
 
 import data
-import interrupt
+import loaders
 import nas201.train_search
-import runs
 import train
 import train_search
+from support import runs, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = test_search.command_line(cutout_length=4, num_elites=1)
@@ -132,7 +132,7 @@ def test_workers_that_read_files_are_not_disturbed(make_images, tmp_path, number
 
 def signal_at(monkeypatch, call, numbers):
     """Sends this process signals when a loop asks for the `call`-th time whether to stop."""
-    requested, calls = interrupt.requested, []
+    requested, calls = signals.requested, []
 
     def asked(*args, **kwargs):
         calls.append(args)
@@ -141,7 +141,7 @@ def signal_at(monkeypatch, call, numbers):
                 os.kill(os.getpid(), number)
         return requested(*args, **kwargs)
 
-    monkeypatch.setattr(interrupt, "requested", asked)
+    monkeypatch.setattr(signals, "requested", asked)
 
 
 @pytest.mark.parametrize(
@@ -222,23 +222,23 @@ def test_a_second_signal_stops_at_once(searched, tmp_path, monkeypatch, capsys, 
 
 
 def test_torchrun_passes_a_sigterm_on_that_is_no_second_one(monkeypatch):
-    handlers = interrupt.catch()
+    handlers = signals.catch()
     try:
         monkeypatch.setenv("WORLD_SIZE", "2")
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not interrupt.requested("cpu", together=False)  # the others could not know
+        assert not signals.requested("cpu", together=False)  # the others could not know
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
-        interrupt.release(handlers)
-    assert interrupt.received is None
+        signals.release(handlers)
+    assert signals.received is None
 
 
 def test_signals_are_taken_over_while_a_run_is_open(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     run = make_run(tmp_path)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [interrupt._receive] * 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [signals._receive] * 2
     run.close()
     with pytest.raises(Exception, match="first checkpoint"):
         runs.Run.resume(run.path)
@@ -257,11 +257,11 @@ def test_batches_that_are_over_are_left_out(make_images, monkeypatch, kind, work
     side = 8 if kind == "memory" else 80
     split = data.load("folder", make_images("train", 5, [(side, side)]), "train")
     opened, open_image = [], data.open_image
-    monkeypatch.setattr(data, "open_image", lambda path: opened.append(path) or open_image(path))
+    monkeypatch.setattr(loaders, "open_image", lambda path: opened.append(path) or open_image(path))
 
     def make():
         settings = dict(generator=torch.Generator().manual_seed(5), augment=True, workers=workers)
-        return data.make_loader(split, 4, data.AUGMENTATION["cifar10"], torch.device("cpu"), **settings)
+        return loaders.make_loader(split, 4, data.AUGMENTATION["cifar10"], torch.device("cpu"), **settings)
 
     whole, part = make(), make()
     for first in (3, 0, 1, 4):  # of the 4 batches

@@ -14,12 +14,12 @@ import torch
 
 import data
 import genotypes
-import runs
+import loaders
 import test_cifar
 import test_imagenet
 import train
-import utils
 from model import NetworkCIFAR, NetworkImageNet
+from support import runs, weights
 
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
 SIZES = dict(dataset="digits", arch="EvNASB", train_samples=96, batch_size=16, init_channels=4, layers=3, epochs=3)
@@ -232,7 +232,7 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     images = data.draw(images, 24, torch.Generator().manual_seed(18))
     recipe = data.augmentation("folder", images)
     generator = torch.Generator().manual_seed(19)
-    (x, y), *_ = data.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
+    (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
     torch.manual_seed(18)
     network = NetworkCIFAR(4, 3, 3, True, genotypes.EvNASB).to(memory_format=torch.channels_last)
     logits, logits_aux = network(x)
@@ -245,7 +245,7 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     assert tested["top1"] == line["test_top1"]
     assert tested["parameters_M"] * 1e6 == sum(p.numel() for n, p in network.named_parameters() if "aux" not in n)
     # Weights with the head fit a network without it; means are then computed from the training images.
-    utils.side_file(run / "weights/weights.pt").unlink()
+    weights.side_file(run / "weights/weights.pt").unlink()
     argv = ["--model_path", run / "weights/weights.pt", "--arch", "EvNASB", "--init_channels", 4, "--layers", 3]
     assert test_cifar.main(["--dataset", "folder", "--data", str(root), *map(str, argv)])["top1"] == line["test_top1"]
 
@@ -300,7 +300,7 @@ def test_imagenet_end_to_end(photos, tmp_path, capsys):
     tested = test_imagenet.main(argv)
     assert f"on {images} images" in capsys.readouterr().out
     recipe = data.AUGMENTATION["imagenet"]
-    loader = data.make_loader(data.load("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
+    loader = loaders.make_loader(data.load("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
     network.eval()
     with torch.no_grad():
         hits = [(network(x)[0].argmax(1) == y).tolist() for x, y in loader]

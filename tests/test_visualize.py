@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 import genotypes
-import report
 import visualize
 from nas201.genotypes import PRIMITIVES
-from safeio import UserError, write_json
+from reporting import cells as drawing
+from reporting import report
+from support.files import UserError, write_json
 
 SVG = "{http://www.w3.org/2000/svg}"
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|none~0|nor_conv_3x3~1|skip_connect~2|"
@@ -54,7 +55,7 @@ ARCHITECTURES = {
 
 def drawn(cell):
     """The root, [(kind, text, left, top, right, bottom)] of nodes and operations, and [(x, y, x, y)] of the lines."""
-    root = ElementTree.fromstring(visualize.cell_svg(**cell))
+    root = ElementTree.fromstring(drawing.cell_svg(**cell))
     axes = next(group for group in root.iter(f"{SVG}g") if group.get("class") == "axes")
     boxes, lines = [], []
     for group, following in zip(axes, [*axes[1:], None], strict=True):
@@ -63,7 +64,7 @@ def drawn(cell):
         if kind in ("node", "op"):
             left, right, top, bottom = (end(numbers[i::2]) for i in (0, 1) for end in (min, max))
             text = following.find(f"{SVG}text")
-            x, y, half = float(text.get("x")), float(text.get("y")), len(text.text) * visualize.LETTER / 2
+            x, y, half = float(text.get("x")), float(text.get("y")), len(text.text) * drawing.LETTER / 2
             assert left <= x - half and x + half <= right
             assert top + 8 <= y <= bottom - 4  # cap height above, descenders below
             boxes.append((kind, text.text, left, top, right, bottom))
@@ -77,7 +78,7 @@ def drawn(cell):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_overlaps(name):
-    for cell in visualize.cells(ARCHITECTURES[name], name).values():
+    for cell in drawing.cells(ARCHITECTURES[name], name).values():
         root, boxes, lines = drawn(cell)
         width, height = (float(root.get(key).removesuffix("pt")) for key in ("width", "height"))
         labels = sorted(text for kind, text, *_ in boxes if kind == "op" and text != "concat")
@@ -87,7 +88,7 @@ def test_nothing_overlaps(name):
             nodes | ({"c_{k}"} if cell.get("concat") else set())
         )
         for i, (_, text, left, top, right, bottom) in enumerate(boxes):
-            assert 0 <= left and right <= width and visualize.TITLE <= top and bottom <= height
+            assert 0 <= left and right <= width and drawing.TITLE <= top and bottom <= height
             for _, other, *box in boxes[:i]:
                 apart = box[0] - right, left - box[2], box[1] - bottom, top - box[3]
                 assert max(apart) >= 8, (text, other)
@@ -104,7 +105,7 @@ def test_nothing_overlaps(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lines_connect_what_the_genotype_says(name):
-    for cell in visualize.cells(ARCHITECTURES[name]).values():
+    for cell in drawing.cells(ARCHITECTURES[name]).values():
         _, boxes, lines = drawn(cell)
         near = lambda a, b: abs(a - b) < 0.2  # noqa: E731
         found = []
@@ -115,7 +116,7 @@ def test_lines_connect_what_the_genotype_says(name):
             [target] = [
                 text
                 for kind, text, *box in boxes
-                if kind == "node" and box[1] < y < box[3] and near(arrows[0][2] + visualize.ARROW / 2, box[0])
+                if kind == "node" and box[1] < y < box[3] and near(arrows[0][2] + drawing.ARROW / 2, box[0])
             ]
             for x0, _, _, _ in (line for line in lines if near(line[2], left) and near(line[3], y)):
                 [source] = [box for box in boxes if box[0] == "node" and near((box[2] + box[4]) / 2, x0)]
@@ -129,10 +130,10 @@ def test_lines_connect_what_the_genotype_says(name):
 
 
 def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
-    strange = visualize.cells(ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
-    ElementTree.fromstring(visualize.cell_svg(**strange).encode())
-    visualize.cell_figure(**strange).savefig(io.BytesIO(), format="png")
-    svg = visualize.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
+    strange = drawing.cells(ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
+    ElementTree.fromstring(drawing.cell_svg(**strange).encode())
+    drawing.cell_figure(**strange).savefig(io.BytesIO(), format="png")
+    svg = drawing.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img" and root.get("aria-label") == 'A <b> & "c"'
     assert root.find(f"{SVG}desc").text == "c_{k-2} to 0: skip_connect. The output c_{k} concatenates 0."
@@ -140,9 +141,9 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
     paper = next(root.iter(f"{SVG}path"))  # an own background, whatever is behind
     width, height = root.get("viewBox").split()[2:]
     assert "fill: #ffffff" in paper.get("style") and paper.get("d").split()[:5] == ["M", "0", height, "L", width]
-    known = {light for light, _ in visualize.PALETTE.values()}  # what the dark style sheet replaces
+    known = {light for light, _ in drawing.PALETTE.values()}  # what the dark style sheet replaces
     assert set(re.findall(r"#[0-9a-f]{6}\b", svg.partition("<defs>")[2].replace("xlink:href", ""))) <= known
-    assert svg == visualize.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
+    assert svg == drawing.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
 
     def luminance(colour):
         parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
@@ -150,14 +151,14 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
         return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
 
     for theme in (0, 1):
-        paper = luminance(visualize.PALETTE["paper"][theme])
-        for name, colours in visualize.PALETTE.items():
+        paper = luminance(drawing.PALETTE["paper"][theme])
+        for name, colours in drawing.PALETTE.items():
             ratio = max(luminance(colours[theme]), paper) / min(luminance(colours[theme]), paper)
             least = {"ink": 7, "soft": 4.5, "paper": 1, "rule": 1, "node": 1}.get(name, 3)  # WCAG: text 4.5, shapes 3
             assert ratio >= least, (name, theme, ratio)
-        ink, node = (luminance(visualize.PALETTE[name][theme]) for name in ("ink", "node"))
+        ink, node = (luminance(drawing.PALETTE[name][theme]) for name in ("ink", "node"))
         assert max(ink, node) / min(ink, node) >= 7
-    assert set(genotypes.OPERATIONS) | set(PRIMITIVES) <= set(visualize.COLOUR)
+    assert set(genotypes.OPERATIONS) | set(PRIMITIVES) <= set(drawing.COLOUR)
 
 
 def test_largest_cells_are_drawn_quickly():
@@ -165,8 +166,8 @@ def test_largest_cells_are_drawn_quickly():
     pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(40)]
     largest = genotypes.validate(genotypes.Genotype(pairs, [2], pairs, list(range(2, 22))))
     start = time.monotonic()
-    for cell in visualize.cells(largest).values():
-        visualize.cell_svg(**cell)
+    for cell in drawing.cells(largest).values():
+        drawing.cell_svg(**cell)
     assert time.monotonic() - start < 20
 
 
@@ -229,7 +230,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, monkeypatch):
 
 
 def test_import_is_light():
-    code = "import sys, visualize, report; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
+    code = "import sys, visualize; print([m for m in ('torch', 'numpy', 'matplotlib') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

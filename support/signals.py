@@ -5,7 +5,7 @@ import threading
 
 import torch
 
-import utils
+from support import distributed
 
 received = None  # the signal that came while a run is open
 
@@ -29,14 +29,14 @@ def release(handlers):
     received = None
     for number, handler in handlers.items():
         # Under torchrun not SIGTERM: it comes when a process is lost, and must not cut short what this one says of it.
-        if number == signal.SIGINT or utils.world_size() == 1:
+        if number == signal.SIGINT or distributed.world_size() == 1:
             signal.signal(number, handler)
 
 
 def _receive(number, frame):
     global received
     # torchrun passes a SIGTERM on, also one that its processes have got already, and sends one when a process is lost.
-    if received and not (number == signal.SIGTERM and utils.world_size() > 1):
+    if received and not (number == signal.SIGTERM and distributed.world_size() > 1):
         raise KeyboardInterrupt
     received = received or number
 
@@ -45,6 +45,6 @@ def requested(device, together=True):
     """Whether to stop now. Several processes have to stop at the same step: they ask each other, where all are
     `together`, that is at steps where they wait for each other anyway; at other steps the answer is no.
     """
-    if utils.world_size() == 1:
+    if distributed.world_size() == 1:
         return received is not None
-    return together and utils.sum_over_ranks(torch.tensor(float(received is not None), device=device)).item() > 0
+    return together and distributed.sum_over_ranks(torch.tensor(float(received is not None), device=device)).item() > 0

@@ -9,9 +9,10 @@ import statistics
 from html import escape
 
 import genotypes
-import visualize
-from safeio import UserError, atomic_write, check_unpacked_size, read_bytes, read_json
-from visualize import COLOUR, light
+from reporting import cells
+from reporting.cells import COLOUR
+from reporting.charts import chart, column, known, pairs, show, step_of, table, wide
+from support.files import UserError, atomic_write, check_unpacked_size, read_bytes, read_json
 
 # True accuracy in percent on NAS-Bench-201 (200 epochs), {data set: [(valid, test) by NAS201_HEAD]}.
 NAS201_HEAD = ["EvNAS, published", "Best there is", "RSPS", "GDAS"]
@@ -60,17 +61,6 @@ PAGE = """<!doctype html>
 SPACES = {"s1": (2, 14, 8), "s2": (1, 6, 5)}  # (G, E, O) of the alphas
 CELLS = {"s1": ("normal cell", "reduction cell"), "s2": ("cell",)}
 TITLES = {"s1": "EvNAS search, DARTS space", "s2": "EvNAS search, NAS-Bench-201 space"}
-# Of a chart, for matplotlib; it is 4.2 inches wide, so that its text stays legible at 330 pixels.
-STYLE = {
-    "font.size": 9.5, "text.color": light("ink"), "axes.labelcolor": light("soft"), "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-6, 6), "axes.xmargin": 0, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "axes.edgecolor": light("rule"), "axes.spines.left": False, "axes.spines.right": False,
-    "axes.spines.top": False, "grid.color": light("rule"), "xtick.bottom": False, "xtick.labelcolor": light("soft"),
-    "ytick.left": False, "ytick.labelcolor": light("soft"), "legend.frameon": False, "legend.fontsize": 9,
-    "legend.handlelength": 1.2, "legend.columnspacing": 1.2, "legend.handletextpad": 0.5, "lines.markersize": 3,
-    "figure.facecolor": light("paper"), "axes.facecolor": "none",
-}  # fmt: skip
-
 
 # ---- reading a run
 
@@ -94,24 +84,6 @@ def read_history(path):
                 raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
         rows.append(row)
     return rows
-
-
-def step_of(rows):
-    return "generation" if "generation" in rows[0] else "epoch"
-
-
-def column(rows, key):
-    """The values of a key, such as "lr" or "true_accuracy/cifar10/test", None where there is no finite number."""
-    values = []
-    for value in rows:
-        for name in key.split("/"):
-            value = value.get(name) if isinstance(value, dict) else None
-        values.append(float(value) if type(value) in (int, float) and abs(value) < 1e15 else None)
-    return values
-
-
-def known(rows, key):
-    return [value for value in column(rows, key) if value is not None]
 
 
 def operation_shares(path, space):
@@ -141,81 +113,6 @@ def operation_shares(path, space):
 # ---- charts
 
 
-def show(value, digits=2):
-    """A number as people write it; a dash where there is none."""
-    if value is None:
-        return "–"
-    if abs(value) >= 1000 or value == int(value):
-        return f"{value:,.0f}"
-    return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.3g}"
-
-
-def wide(content, label):
-    """What scrolls by itself where the page is narrower."""
-    return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
-
-
-def pairs(values):
-    """A list of names and values."""
-    shown = ((escape(name), "–" if value in (None, "") else escape(str(value))) for name, value in values.items())
-    return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in shown)}</dl>"
-
-
-def table(caption, head, rows):
-    """An HTML table; the first column is the rows' header."""
-    caption, heads = escape(caption), "".join(f"<th scope=col>{name}</th>" for name in head)
-    body = ""
-    for first, *values in rows:
-        body += f"<tr><th scope=row>{first}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-    content = f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
-    return wide(f"<table>{content}</table>", caption)
-
-
-def chart(rows, title, note, lines, band=None, levels=(), zero=False):
-    """A chart of lines [(label, colour, key of the rows)] and its numbers, or nothing where no value is known.
-
-    band: the keys of a mean and its deviation. levels: [(label, colour, value)], dashed. zero: begin the axis at 0.
-    """
-    import numpy as np
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    step = step_of(rows)
-    steps = [row[step] for row in rows]
-    lines = [(label, colour, column(rows, name)) for label, colour, name in lines if known(rows, name)]
-    if not lines:
-        return ""
-    said = ""
-    with rc_context(STYLE):
-        figure = Figure(figsize=(4.2, 2.6 + 0.08 * len([*lines, *levels])), layout="constrained")
-        axes = figure.subplots()
-        axes.set_xlabel(step)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        for label, colour, values in lines:
-            found = [value for value in values if value is not None]
-            first, last, lowest, highest = map(show, (found[0], found[-1], min(found), max(found)))
-            said += f"{label}: {first} at first, {last} at last; lowest {lowest}, highest {highest}. "
-            style = "o-" if len(steps) <= 60 else "-"
-            axes.plot(steps, np.array(values, float), style, color=light(colour), label=f"{label} {last}")
-        if band:
-            mean, deviation = (np.array(column(rows, name), float) for name in band)
-            about = {"color": light("blue"), "alpha": 0.2, "lw": 0, "label": "mean ± one deviation"}
-            axes.fill_between(steps, mean - deviation, mean + deviation, **about)
-        for label, colour, value in levels:
-            axes.axhline(value, ls="--", color=light(colour), label=f"{label} {show(value)}")
-        if zero:
-            axes.set_ylim(bottom=0)
-        figure.legend(loc="outside lower left", ncols=2)
-        svg = visualize.svg_of(figure, title, said)
-    numbers = zip(steps, *([show(v, 3) for v in values] for _, _, values in lines), strict=True)
-    numbers = table(f"{title} by {step}", [step, *(label for label, *_ in lines)], numbers)
-    return (
-        f"<figure><figcaption>{title} <small>{note}</small></figcaption>{svg}"
-        f"<details><summary>Numbers</summary>{numbers}</details></figure>"
-    )
-
-
 # ---- sections: each returns HTML, or nothing, and adds to `missing` what it could not find
 
 
@@ -232,17 +129,17 @@ def winner_section(run_dir, rows, missing):
     last = rows[-1].get("best_genotype") if rows else None
     try:
         if os.path.exists(path):
-            architecture = visualize.load_architecture(path)
+            architecture = cells.load_architecture(path)
         elif not last:
             raise UserError("there is no genotype.json yet")
         else:
             architecture = last if isinstance(last, str) else genotypes.from_dict(last, "history.jsonl, last line")
             missing.append("genotype.json is missing; the cells are those of the last line of history.jsonl.")
-        cells = visualize.cells(architecture)
+        drawn = cells.cells(architecture)
     except UserError as error:
         missing.append(f"The cells cannot be drawn: {error}")
         return ""
-    card = "".join(wide(visualize.cell_svg(**cell), cell["title"]) for cell in cells.values())
+    card = "".join(wide(cells.cell_svg(**cell), cell["title"]) for cell in drawn.values())
     text = architecture if isinstance(architecture, str) else json.dumps(genotypes.to_dict(architecture))
     card += f"<details><summary>As text</summary><pre>{escape(text)}</pre></details>"
     return section("Winning architecture" if rows and "generation" in rows[0] else "Architecture", card=card)
@@ -389,3 +286,10 @@ def write_report(run_dir):
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))  # names of files need not be Unicode
     return path
+
+
+def finish(run, architecture):
+    """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with."""
+    if run.writes:
+        cells.write_cells(run.path, architecture)
+        run.log(f"finished; report: {write_report(run.path)}")

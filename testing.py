@@ -6,11 +6,13 @@ import torch
 
 import data
 import genotypes
+import loaders
 import utils
 from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
-from safeio import UserError
-from utils import Parser, number
+from support import devices, distributed, weights
+from support.cli import Parser, number
+from support.files import UserError
 
 
 def choose_genotype(args):
@@ -63,7 +65,7 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
     run.add_argument("--batch_size", type=number(int, 1), default=defaults["batch_size"], help="images at a time")
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
     run.add_argument("--report_freq", type=number(int, 1), default=defaults["report_freq"], help="batches a report")
-    utils.add_device_arguments(run)
+    devices.add_device_arguments(run)
     parser.set_defaults(amp=False, compile=False)
     args = parser.parse_args(argv)
 
@@ -71,7 +73,7 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
         args.model_path = args.model_path or Path(args.dir) / "weights" / "weights.pt"
     if args.model_path is None:
         raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
-    about = utils.side_file_of(args.model_path)
+    about = weights.side_file_of(args.model_path)
     for name in ("init_channels", "layers"):  # what was saved with the weights, then the paper's
         given, saved = getattr(args, name), about.get(name)
         if given is not None and saved is not None and given != saved:
@@ -79,28 +81,28 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
         setattr(args, name, given or saved or defaults[name])
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
-        genotype = genotypes.from_dict(about["genotype"], utils.side_file(args.model_path))
+        genotype = genotypes.from_dict(about["genotype"], weights.side_file(args.model_path))
     else:
         genotype = choose_genotype(args)
-    device = utils.choose_device(args)
+    device = devices.choose_device(args)
 
     images = data.load(args.dataset, args.data, "test")
     if about.get("classes") and about["classes"] != images.classes:
         raise UserError(f"{args.model_path} was trained on the classes {about['classes']}, {args.data} has other ones")
     needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
     train = data.load(args.dataset, args.data, "train") if needs_train else images
-    loader = data.make_loader(
+    loader = loaders.make_loader(
         images, args.batch_size, data.augmentation(args.dataset, train, about), device, workers=args.workers
     )
     network = make_network(genotype, images, args)
-    utils.load_weights(network, args.model_path)
+    weights.load_weights(network, args.model_path)
     network = network.to(device, memory_format=torch.channels_last)
 
-    utils.say(utils.describe_device(device))
+    distributed.say(devices.describe_device(device))
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
-    utils.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
-    result = evaluate(network, loader, args, log=utils.say)
+    distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
+    result = evaluate(network, loader, args, log=distributed.say)
     text = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images"
-    utils.say(text.format(**result, images=len(images)))
+    distributed.say(text.format(**result, images=len(images)))
     return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}

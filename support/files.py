@@ -1,36 +1,15 @@
 """Reading files that may be wrong or hostile, writing files that are never half-written, errors. No torch here."""
 
 import contextlib
-import functools
 import io
 import json
 import os
 import pickle
 import pickletools
-import sys
 
 
 class UserError(ValueError):
     """Something the user can mend. Its message is one line: what is wrong, where, what to do. Scripts exit with 2."""
-
-
-def command(main):
-    """Decorate `main(argv=None)`: a UserError or OSError ends in one line on stderr and exit code 2, Ctrl-C in 130."""
-
-    @functools.wraps(main)
-    def wrapper(argv=None):
-        try:
-            return main(argv)
-        except UserError as error:
-            text, code = f"error: {' '.join(str(error).split())}", 2
-        except OSError as error:
-            text, code = f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
-        except KeyboardInterrupt:
-            text, code = "interrupted; what was saved can be continued with --resume RUN_DIR", 130
-        print(text, file=sys.stderr)
-        raise SystemExit(code)
-
-    return wrapper
 
 
 @contextlib.contextmanager

@@ -8,21 +8,21 @@ import contextlib
 import datetime
 import fcntl
 import hashlib
+import importlib.metadata
 import io
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-import interrupt
-import report
-import utils
-import visualize
-from safeio import UserError, append_line, atomic_write, read_bytes, read_json, write_json
+from support import distributed, signals, weights
+from support.files import UserError, append_line, atomic_write, read_bytes, read_json, write_json
 
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
 # Arguments that cannot change the result: a resumed run may have other ones.
@@ -72,23 +72,23 @@ class Run:
 
     def __init__(self, path):
         self.path, self.state, self.completed = Path(path), {}, 0
-        self.writes = utils.rank() == 0
+        self.writes = distributed.rank() == 0
         self._board = None
         if self.writes:
             self._lock = lock(self.path)
-        self._signals = interrupt.catch()
+        self._signals = signals.catch()
 
     @classmethod
     def create(cls, parent, name, args, prog, **about):
         """Make PARENT/NAME (with -2, -3 .. behind it if that exists) and write args.json. Raises UserError."""
         path = Path(parent) / name
-        if utils.rank() == 0:
+        if distributed.rank() == 0:
             path = make_directory(path)
         run = cls(path)
         if run.writes:
             about |= {"prog": prog, "command": " ".join(sys.argv), "args": vars(args)}
-            about |= {"threads": torch.get_num_threads(), "processes": utils.world_size()}
-            about |= {"versions": utils.versions(), "git": utils.git_revision()}
+            about |= {"threads": torch.get_num_threads(), "processes": distributed.world_size()}
+            about |= {"versions": versions(), "git": git_revision()}
             about["started"] = datetime.datetime.now().isoformat(timespec="seconds")
             write_json(run.path / "args.json", about)
         return run
@@ -115,7 +115,7 @@ class Run:
         return run
 
     def close(self):
-        interrupt.release(self._signals)
+        signals.release(self._signals)
         if self._board:
             self._board.close()
         if self.writes:
@@ -124,14 +124,8 @@ class Run:
     def log(self, text, file=None):
         """Print a line, above any progress bar, and add it to log.txt."""
         if self.writes:
-            utils.say(text, file)
+            distributed.say(text, file)
             append_line(self.path / "log.txt", f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
-
-    def finish(self, cell):
-        """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with."""
-        if self.writes:
-            visualize.write_cells(self.path, cell)
-            self.log(f"finished; report: {report.write_report(self.path)}")
 
     def record(self, step, entry):
         """Add one line to history.jsonl, and its numbers to TensorBoard."""
@@ -149,7 +143,7 @@ class Run:
         """Write weights/NAME, a plain state dict, and what `about` says of it beside it."""
         if self.writes:
             (self.path / "weights").mkdir(exist_ok=True)
-            utils.save_weights(network, self.path / "weights" / name, about)
+            weights.save_weights(network, self.path / "weights" / name, about)
 
     def save_checkpoint(self, completed, state):
         """Write checkpoint.pt, keeping the one before as checkpoint.prev.pt. Call it last: it vouches for the rest."""
@@ -187,13 +181,13 @@ class Run:
         """When a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
         try:
             yield
-        except interrupt.Interrupted as place:
+        except signals.Interrupted as place:
             self.save_checkpoint(self.completed, state())
             if self.writes:
                 prog = read_json(self.path / "args.json")["prog"]
                 command = f"{prog if prog.startswith('python') else f'python {prog}'} --resume {self.path}"
                 self.log(f"interrupted in {place}; continue with: {command}", file=sys.stderr)
-            raise SystemExit(128 + (interrupt.received or signal.SIGTERM)) from None
+            raise SystemExit(128 + (signals.received or signal.SIGTERM)) from None
 
 
 def lock(path):
@@ -235,7 +229,7 @@ def load_checkpoint(path):
     if hashlib.sha256(content).hexdigest().encode() != header.removeprefix(MAGIC):
         raise UserError(f"{path} is damaged: its checksum does not match{hint}")
     try:
-        state = utils.unpickle_tensors(io.BytesIO(content))
+        state = weights.unpickle_tensors(io.BytesIO(content))
     except Exception as error:  # a checksum does not say who wrote it
         raise UserError(f"{path} does not hold tensors and numbers alone{hint}") from error
     if not isinstance(state, dict) or type(state.get("completed")) is not int:
@@ -261,6 +255,22 @@ def open_board(run, step):
         run.log("TensorBoard is not installed: no curves in runs/ (pip install tensorboard)")
         return False
     return SummaryWriter(run.path / "runs", purge_step=step)
+
+
+def versions():
+    """Of Python and the packages that figures depend on, and of the CUDA that torch was built for."""
+    packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
+    return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
+
+
+def git_revision():
+    """The project's commit, with a + where files differ from it, or None outside a checkout."""
+    command = "git describe --always --exclude=* --abbrev=12 --dirty=+".split()
+    settings = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL, timeout=10)
+    try:
+        return subprocess.check_output(command, **settings).strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def flatten(entry, prefix=""):

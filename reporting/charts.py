@@ -1,0 +1,110 @@
+"""Charts of a history, drawn by matplotlib as SVG, and the tables below them."""
+
+from html import escape
+
+from reporting import cells
+from reporting.cells import light
+
+# Of a chart, for matplotlib; it is 4.2 inches wide, so that its text stays legible at 330 pixels.
+STYLE = {
+    "font.size": 9.5, "text.color": light("ink"), "axes.labelcolor": light("soft"), "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-6, 6), "axes.xmargin": 0, "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "axes.edgecolor": light("rule"), "axes.spines.left": False, "axes.spines.right": False,
+    "axes.spines.top": False, "grid.color": light("rule"), "xtick.bottom": False, "xtick.labelcolor": light("soft"),
+    "ytick.left": False, "ytick.labelcolor": light("soft"), "legend.frameon": False, "legend.fontsize": 9,
+    "legend.handlelength": 1.2, "legend.columnspacing": 1.2, "legend.handletextpad": 0.5, "lines.markersize": 3,
+    "figure.facecolor": light("paper"), "axes.facecolor": "none",
+}  # fmt: skip
+
+
+def step_of(rows):
+    return "generation" if "generation" in rows[0] else "epoch"
+
+
+def column(rows, key):
+    """The values of a key, such as "lr" or "true_accuracy/cifar10/test", None where there is no finite number."""
+    values = []
+    for value in rows:
+        for name in key.split("/"):
+            value = value.get(name) if isinstance(value, dict) else None
+        values.append(float(value) if type(value) in (int, float) and abs(value) < 1e15 else None)
+    return values
+
+
+def known(rows, key):
+    return [value for value in column(rows, key) if value is not None]
+
+
+def show(value, digits=2):
+    """A number as people write it; a dash where there is none."""
+    if value is None:
+        return "–"
+    if abs(value) >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.3g}"
+
+
+def wide(content, label):
+    """What scrolls by itself where the page is narrower."""
+    return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
+
+
+def pairs(values):
+    """A list of names and values."""
+    shown = ((escape(name), "–" if value in (None, "") else escape(str(value))) for name, value in values.items())
+    return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in shown)}</dl>"
+
+
+def table(caption, head, rows):
+    """An HTML table; the first column is the rows' header."""
+    caption, heads = escape(caption), "".join(f"<th scope=col>{name}</th>" for name in head)
+    body = ""
+    for first, *values in rows:
+        body += f"<tr><th scope=row>{first}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+    content = f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
+    return wide(f"<table>{content}</table>", caption)
+
+
+def chart(rows, title, note, lines, band=None, levels=(), zero=False):
+    """A chart of lines [(label, colour, key of the rows)] and its numbers, or nothing where no value is known.
+
+    band: the keys of a mean and its deviation. levels: [(label, colour, value)], dashed. zero: begin the axis at 0.
+    """
+    import numpy as np
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    step = step_of(rows)
+    steps = [row[step] for row in rows]
+    lines = [(label, colour, column(rows, name)) for label, colour, name in lines if known(rows, name)]
+    if not lines:
+        return ""
+    said = ""
+    with rc_context(STYLE):
+        figure = Figure(figsize=(4.2, 2.6 + 0.08 * len([*lines, *levels])), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xlabel(step)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        for label, colour, values in lines:
+            found = [value for value in values if value is not None]
+            first, last, lowest, highest = map(show, (found[0], found[-1], min(found), max(found)))
+            said += f"{label}: {first} at first, {last} at last; lowest {lowest}, highest {highest}. "
+            style = "o-" if len(steps) <= 60 else "-"
+            axes.plot(steps, np.array(values, float), style, color=light(colour), label=f"{label} {last}")
+        if band:
+            mean, deviation = (np.array(column(rows, name), float) for name in band)
+            about = {"color": light("blue"), "alpha": 0.2, "lw": 0, "label": "mean ± one deviation"}
+            axes.fill_between(steps, mean - deviation, mean + deviation, **about)
+        for label, colour, value in levels:
+            axes.axhline(value, ls="--", color=light(colour), label=f"{label} {show(value)}")
+        if zero:
+            axes.set_ylim(bottom=0)
+        figure.legend(loc="outside lower left", ncols=2)
+        svg = cells.svg_of(figure, title, said)
+    numbers = zip(steps, *([show(v, 3) for v in values] for _, _, values in lines), strict=True)
+    numbers = table(f"{title} by {step}", [step, *(label for label, *_ in lines)], numbers)
+    return (
+        f"<figure><figcaption>{title} <small>{note}</small></figcaption>{svg}"
+        f"<details><summary>Numbers</summary>{numbers}</details></figure>"
+    )
