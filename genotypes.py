@@ -17,41 +17,102 @@ PRIMITIVES = "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_
 FILES = ("genotype.json", "genotype.pickle")  # in a run directory; the second is the published scripts'
 OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
 
-_SHORT = dict(zip("max avg skip sep3 sep5 dil3 dil5 sep7 7x1".split(), OPERATIONS[1:], strict=True))
-_CELLS = {  # name, kind and concat: (operation, input) of each pair
-    # Found by EvNAS (Sinha & Chen, GECCO 2021).
-    "EvNASA normal 2345": "sep3 0, sep3 1, sep5 2, sep3 1, skip 0, skip 2, dil5 3, sep3 1",
-    "EvNASA reduce 2345": "dil5 1, avg 0, sep3 0, avg 2, skip 1, skip 2, skip 1, sep5 0",
-    "EvNASB normal 2345": "sep5 0, sep3 1, sep5 2, max 0, sep3 0, sep3 1, skip 0, sep5 2",
-    "EvNASB reduce 2345": "skip 1, max 0, max 0, avg 1, skip 2, avg 3, sep5 2, sep5 0",
-    "EvNASC normal 2345": "skip 0, sep3 1, skip 2, sep5 1, max 1, sep3 0, sep3 0, sep5 3",
-    "EvNASC reduce 2345": "sep5 1, dil3 0, sep5 0, skip 1, max 0, max 1, max 0, max 2",
-    # Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
-    "DARTS_V1 normal 2345": "sep3 1, sep3 0, skip 0, sep3 1, skip 0, sep3 1, sep3 0, skip 2",
-    "DARTS_V1 reduce 2345": "max 0, max 1, skip 2, max 0, max 0, skip 2, skip 2, avg 0",
-    "DARTS_V2 normal 2345": "sep3 0, sep3 1, sep3 0, sep3 1, sep3 1, skip 0, skip 0, dil3 2",
-    "DARTS_V2 reduce 2345": "max 0, max 1, skip 2, max 1, max 0, skip 2, skip 2, max 1",
-    # Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
-    "NASNet normal 23456": "sep5 1, sep3 0, sep5 0, sep3 0, avg 1, skip 0, avg 0, avg 0, sep3 1, skip 1",
-    "NASNet reduce 456": "sep5 1, sep7 0, max 1, sep7 0, avg 1, sep5 0, skip 3, avg 2, sep3 2, max 1",
-    # Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
-    "AmoebaNet normal 456": "avg 0, max 1, sep3 0, sep5 2, sep3 0, avg 3, sep3 1, skip 1, skip 0, avg 1",
-    "AmoebaNet reduce 346": "avg 0, sep3 1, max 0, sep7 2, sep7 0, avg 1, max 0, max 1, 7x1 0, sep3 5",
-}
+# fmt: off
+# Found by EvNAS (Sinha & Chen, GECCO 2021).
+EvNASA = Genotype(
+    normal=[
+        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_5x5", 2), ("sep_conv_3x3", 1),
+        ("skip_connect", 0), ("skip_connect", 2), ("dil_conv_5x5", 3), ("sep_conv_3x3", 1),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("dil_conv_5x5", 1), ("avg_pool_3x3", 0), ("sep_conv_3x3", 0), ("avg_pool_3x3", 2),
+        ("skip_connect", 1), ("skip_connect", 2), ("skip_connect", 1), ("sep_conv_5x5", 0),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)
+EvNASB = Genotype(
+    normal=[
+        ("sep_conv_5x5", 0), ("sep_conv_3x3", 1), ("sep_conv_5x5", 2), ("max_pool_3x3", 0),
+        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("skip_connect", 0), ("sep_conv_5x5", 2),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("skip_connect", 1), ("max_pool_3x3", 0), ("max_pool_3x3", 0), ("avg_pool_3x3", 1),
+        ("skip_connect", 2), ("avg_pool_3x3", 3), ("sep_conv_5x5", 2), ("sep_conv_5x5", 0),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)
+EvNASC = Genotype(
+    normal=[
+        ("skip_connect", 0), ("sep_conv_3x3", 1), ("skip_connect", 2), ("sep_conv_5x5", 1),
+        ("max_pool_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 0), ("sep_conv_5x5", 3),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("sep_conv_5x5", 1), ("dil_conv_3x3", 0), ("sep_conv_5x5", 0), ("skip_connect", 1),
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1), ("max_pool_3x3", 0), ("max_pool_3x3", 2),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)
+# Liu et al., "DARTS: Differentiable Architecture Search" (ICLR 2019), first and second order.
+DARTS_V1 = Genotype(
+    normal=[
+        ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("skip_connect", 0), ("sep_conv_3x3", 1),
+        ("skip_connect", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("skip_connect", 2),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 0),
+        ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("avg_pool_3x3", 0),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)
+DARTS_V2 = Genotype(
+    normal=[
+        ("sep_conv_3x3", 0), ("sep_conv_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_3x3", 1),
+        ("sep_conv_3x3", 1), ("skip_connect", 0), ("skip_connect", 0), ("dil_conv_3x3", 2),
+    ],
+    normal_concat=[2, 3, 4, 5],
+    reduce=[
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1), ("skip_connect", 2), ("max_pool_3x3", 1),
+        ("max_pool_3x3", 0), ("skip_connect", 2), ("skip_connect", 2), ("max_pool_3x3", 1),
+    ],
+    reduce_concat=[2, 3, 4, 5],
+)
+DARTS = DARTS_V2
+# Zoph et al., "Learning Transferable Architectures for Scalable Image Recognition" (CVPR 2018).
+NASNet = Genotype(
+    normal=[
+        ("sep_conv_5x5", 1), ("sep_conv_3x3", 0), ("sep_conv_5x5", 0), ("sep_conv_3x3", 0),
+        ("avg_pool_3x3", 1), ("skip_connect", 0), ("avg_pool_3x3", 0), ("avg_pool_3x3", 0),
+        ("sep_conv_3x3", 1), ("skip_connect", 1),
+    ],
+    normal_concat=[2, 3, 4, 5, 6],
+    reduce=[
+        ("sep_conv_5x5", 1), ("sep_conv_7x7", 0), ("max_pool_3x3", 1), ("sep_conv_7x7", 0),
+        ("avg_pool_3x3", 1), ("sep_conv_5x5", 0), ("skip_connect", 3), ("avg_pool_3x3", 2),
+        ("sep_conv_3x3", 2), ("max_pool_3x3", 1),
+    ],
+    reduce_concat=[4, 5, 6],
+)
+# Real et al., "Regularized Evolution for Image Classifier Architecture Search" (AAAI 2019).
+AmoebaNet = Genotype(
+    normal=[
+        ("avg_pool_3x3", 0), ("max_pool_3x3", 1), ("sep_conv_3x3", 0), ("sep_conv_5x5", 2),
+        ("sep_conv_3x3", 0), ("avg_pool_3x3", 3), ("sep_conv_3x3", 1), ("skip_connect", 1),
+        ("skip_connect", 0), ("avg_pool_3x3", 1),
+    ],
+    normal_concat=[4, 5, 6],
+    reduce=[
+        ("avg_pool_3x3", 0), ("sep_conv_3x3", 1), ("max_pool_3x3", 0), ("sep_conv_7x7", 2),
+        ("sep_conv_7x7", 0), ("avg_pool_3x3", 1), ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("conv_7x1_1x7", 0), ("sep_conv_3x3", 5),
+    ],
+    reduce_concat=[3, 4, 6],
+)
+# fmt: on
 
-
-def _cell(name):
-    parts = {}
-    for head, text in _CELLS.items():
-        owner, kind, concat = head.split()
-        if owner == name:
-            pairs = (pair.split() for pair in text.split(", "))
-            parts |= {kind: [(_SHORT[op], int(node)) for op, node in pairs], f"{kind}_concat": list(map(int, concat))}
-    return Genotype(**parts)
-
-
-EvNASA, EvNASB, EvNASC, DARTS_V1, DARTS_V2 = map(_cell, ("EvNASA", "EvNASB", "EvNASC", "DARTS_V1", "DARTS_V2"))
-DARTS, NASNet, AmoebaNet = DARTS_V2, _cell("NASNet"), _cell("AmoebaNet")
 NAMED = {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 
