@@ -11,11 +11,11 @@ VARIANTS = ("evnas", "rand", "nd", "ndt", "ndf", "mut", "cross")
 def tournament(fitness, tsize, count, generator):
     """`count` winners, indices (count,): each the fittest of `tsize` distinct individuals drawn uniformly from all P.
 
-    On equal fitness the lower index wins: populations are sorted stably, so that one was ahead.
+    Among equally fit entrants the first drawn wins, so each is as likely to.
     """
-    # The tsize smallest of P uniform numbers mark a uniform subset without replacement.
+    # The order of P uniform numbers is a uniform order of drawing; the first tsize enter.
     entrants = torch.rand(count, len(fitness), generator=generator, dtype=torch.float64).argsort(dim=1)[:, :tsize]
-    entrants = entrants.sort(dim=1).values  # argmax then finds the lowest index among equals
+    # argmax promises the first of equals.
     return entrants.gather(1, fitness[entrants].argmax(dim=1, keepdim=True)).squeeze(1)
 
 

@@ -127,13 +127,12 @@ def test_fresh_values_are_uniform():
 
 
 def exact_distribution(fitness, tsize):
-    """Probability that each individual wins: it is drawn, and the others of the tsize rank behind it."""
-    P = len(fitness)
-    order = sorted(range(P), key=lambda i: (-fitness[i], i))  # among equals the earlier wins
-    win = [0.0] * P
-    for rank, i in enumerate(order):
-        win[i] = comb(P - 1 - rank, tsize - 1) / comb(P, tsize)
-    return np.array(win)
+    """Probability that each individual wins: nobody fitter is drawn, and not only less fit ones; equals share it."""
+    P, fitness = len(fitness), np.array(fitness)
+    no_fitter = [comb((fitness <= f).sum(), tsize) for f in fitness]
+    all_less_fit = [comb((fitness < f).sum(), tsize) for f in fitness]
+    equals = [(fitness == f).sum() for f in fitness]
+    return (np.array(no_fitter) - all_less_fit) / equals / comb(P, tsize)
 
 
 FITNESSES = {
@@ -157,6 +156,17 @@ def assert_wins(winners, fitness, tsize):
 def test_tournament_distribution(kind, tsize):
     fitness = FITNESSES[kind]
     assert_wins(tournament(torch.tensor(fitness), tsize, 20_000, generator()), fitness, tsize)
+
+
+@pytest.mark.parametrize("tsize", [2, 3, 7, 8])
+def test_first_drawn_of_equals_wins(tsize):
+    """A tournament of one tells who is drawn first; among the fittest, that one wins a tournament of any size."""
+    equal, ties = torch.zeros(8), torch.tensor(FITNESSES["ties"])
+    first = tournament(equal, 1, 1000, generator())
+    assert torch.equal(tournament(equal, tsize, 1000, generator()), first)
+    among_best = ties[first] == ties.max()
+    winners = tournament(ties, tsize, 1000, generator())
+    assert torch.equal(winners[among_best], first[among_best]) and 300 < among_best.sum() < 450
 
 
 @pytest.mark.parametrize("variant", ["evnas", "mut", "cross"])
@@ -191,7 +201,7 @@ def test_children_share_no_parent_by_construction():
 
 def test_only_the_best_breeds_when_all_compete():
     rows = sources(breed(labelled(7), torch.tensor([1.0, 2, 6, 3, 6, 0, 5]), tsize=7, mutate_rate=0.2))
-    assert set(rows.unique().tolist()) == {-1, 2}
+    assert set(rows.unique().tolist()) == {-1, 2, 4}  # the two that are equally fit
 
 
 def test_the_worst_never_wins():
