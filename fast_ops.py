@@ -12,7 +12,8 @@ PIXELS = 2**14  # whose statistics are computed at a time where there are no gra
 @functools.cache
 def compiled(cell):
     # Cells of several sizes, with and without gradients, and a last, smaller batch: more shapes than the default limit.
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    # Newer releases call the setting recompile_limit and keep this name, the only one of torch 2.6, for it.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return torch.compile(cell, dynamic=False)
 
 

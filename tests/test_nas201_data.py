@@ -167,8 +167,8 @@ def test_bad_imagenet16_files(folder16, tmp_path):
 def test_an_array_cannot_claim_memory_it_does_not_bring(folder16):
     class Claim:
         def __reduce__(self):
-            dtype = np.dtype("u1")
-            return np._core.multiarray._reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 40, 768), dtype, False, b"xy")
+            dtype, reconstruct = np.dtype("u1"), np.empty(0).__reduce__()[0]
+            return reconstruct, (np.ndarray, (0,), b"b"), (1, (1 << 40, 768), dtype, False, b"xy")
 
     folder16.put("train_data_batch_1", {**batch_content(0), "data": Claim()})
     assert "train_data_batch_1" in refused(imagenet16.load_imagenet16, folder16.path)
