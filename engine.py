@@ -25,9 +25,9 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     device, steps, stop = parameters[0].device, done.get("steps", 0), False
-    sums = torch.zeros(3, dtype=torch.float64, device=device)
+    sums = torch.zeros(3, dtype=torch.float64)  # on the CPU, since not every device computes with float64
     if done and distributed.rank() == 0:
-        sums += done["sums"].to(device)
+        sums += done["sums"]
     unread, loader.skip = [], steps
     bar = distributed.progress(loader, where, steps)
     for step, (x, y) in enumerate(bar, start=steps):
@@ -42,18 +42,19 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
         optimizer.step()
 
         loss = loss.detach()
-        unread.append(loss)
-        sums += torch.stack([loss * len(y), (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))])
+        unread.append(torch.stack([loss, (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))]))
         steps = step + 1
         due = steps % args.report_freq == 0 or steps == len(loader)
         stop = signals.requested(device, together=due)
         if due or stop:
-            for i, value in enumerate(torch.stack(unread).tolist(), start=steps - len(unread) + 1):
+            rows = torch.stack(unread).tolist()
+            for i, (value, right, images) in enumerate(rows, start=steps - len(rows) + 1):
                 if not math.isfinite(value):
                     raise UserError(
                         f"{where}, step {i}: the loss is {value}; the last checkpoint is kept "
                         "(try a smaller --learning_rate or --grad_clip)"
                     )
+                sums += torch.tensor([value * images, right, images], dtype=torch.float64)
             unread = []
             loss_so_far, correct, seen = sums.tolist()
             report = f"loss {loss_so_far / seen:.4f}, top-1 {100 * correct / seen:.2f} %"
@@ -64,7 +65,7 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
             break
     # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
     distributed.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    done |= {"steps": steps, "sums": distributed.sum_over_ranks(sums).cpu()}
+    done |= {"steps": steps, "sums": distributed.sum_over_ranks(sums)}
     if stop:
         raise signals.Interrupted(f"{where}, step {steps}/{len(loader)}")
     loss_sum, correct, seen = done["sums"].tolist()
@@ -80,7 +81,7 @@ def evaluate(network, loader, args, *, log, where="test"):
     """
     network.eval()
     device = next(network.parameters()).device
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = [torch.zeros(4, device=device)]  # of a batch: loss, right answers, those among the best five, images
     bar = distributed.progress(loader, where)
     for step, (x, y) in enumerate(bar):
         if signals.requested(device, together=step % args.report_freq == 0):
@@ -93,8 +94,9 @@ def evaluate(network, loader, args, *, log, where="test"):
             logits = network(x)[0].float()
         ranked = logits.topk(min(5, logits.shape[1])).indices == y.view(-1, 1)
         loss = F.cross_entropy(logits, y, reduction="sum")
-        sums += torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))])
-    loss, top1, top5, seen = distributed.sum_over_ranks(sums).tolist()
+        sums.append(torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))]))
+    total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
+    loss, top1, top5, seen = distributed.sum_over_ranks(total).tolist()
     return {"loss": loss / seen, "top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
 
 

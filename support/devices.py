@@ -57,7 +57,7 @@ def keep_freed_memory():
 
 def autocast(device, enabled):
     """bfloat16 where it is safe, if `enabled`. Its weight cache holds for one block, so a block is one step."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+    return torch.autocast(device.type, dtype=torch.bfloat16) if enabled else contextlib.nullcontext()
 
 
 def describe_device(device):

@@ -73,9 +73,11 @@ def together():
 
 
 def sum_over_ranks(tensor):
-    """The sum of every process's `tensor`, in place. Raises UserError if a process is gone."""
+    """The sum of every process's `tensor`. Raises UserError if a process is gone."""
     if world_size() > 1:
         with together():
+            if torch.distributed.get_backend() == "nccl":
+                tensor = tensor.cuda()  # NCCL sums on GPUs only
             torch.distributed.all_reduce(tensor)
     return tensor
 

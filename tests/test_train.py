@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import genotypes
@@ -18,6 +20,7 @@ import loaders
 import test_cifar
 import test_imagenet
 import train
+import train_search
 from model import NetworkCIFAR, NetworkImageNet
 from support import runs, weights
 
@@ -63,6 +66,24 @@ def test_saved_weights_test_as_reported(tmp_path, monkeypatch, capsys):
     about = json.loads((run / "weights/best_weights.json").read_text())
     assert about["epoch"] == 1 + top1.index(max(top1)) and about["test_top1"] == max(top1)
     assert json.loads((run / "weights/weights.json").read_text())["epoch"] == 3
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses to make float64 of float32, which the tensors of devices without float64 (MPS) could not become."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        before, after = ({getattr(x, "dtype", None) for x in tree_leaves(tree)} for tree in ((args, kwargs), out))
+        assert not (torch.float32 in before and torch.float64 in before | after), func
+        return out
+
+
+def test_no_device_needs_float64(tmp_path):
+    with NoFloat64():
+        retrain(tmp_path, epochs=1)
+        search = ["--dataset", "digits", "--device", "cpu", "--epochs", 2, "--pop_size", 2, "--tsize", 1, "--layers", 1]
+        sizes = ["--init_channels", 2, "--train_samples", 128, "--valid_samples", 20, "--dir", tmp_path]
+        train_search.main([str(word) for word in search + sizes])
 
 
 def test_reported_figures_are_those_of_a_plain_evaluation(finished):
