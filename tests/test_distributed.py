@@ -49,7 +49,8 @@ def measure():
 def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
     script = tmp_path / "measure.py"
     script.write_text(
-        "import sys, torch, utils\n"
+        "import sys, torch\n"
+        "from support import distributed\n"
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
         "from test_distributed import measure\n"
         "torch.set_num_threads(1)\n"
