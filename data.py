@@ -1,6 +1,8 @@
 """Data sets and splits: reading them, and which images train and which validate. `loaders` makes batches of them."""
 
-from dataclasses import dataclass
+import hashlib
+import os
+from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -17,32 +19,43 @@ SMALL = 64  # pixels; up to here a folder's images are kept in memory and get th
 
 @dataclass
 class Images:
-    """One split in memory: images uint8 (N, 3, H, W), labels int64 (N,), the class names by label."""
+    """One split in memory: images uint8 (N, 3, H, W), labels int64 (N,), class names by label, `source` see `Files`."""
 
     images: torch.Tensor
     labels: torch.Tensor
     classes: list
+    source: str = ""
 
     def __len__(self):
         return len(self.labels)
 
+    @property
+    def image_size(self):
+        return list(self.images.shape[2:])
+
     def subset(self, indices):
-        return Images(self.images[indices], self.labels[indices], self.classes)
+        return replace(self, images=self.images[indices], labels=self.labels[indices])
 
 
 @dataclass
 class Files:
-    """One split on disk: paths (N), labels int64 (N,), the class names by label."""
+    """One split on disk: paths (N), labels int64 (N,), class names by label.
+
+    `source` says where the split comes from: the name of a standard data set, or the SHA-256 of a folder's file names
+    and sizes. A subset keeps it. `image_size` (height, width) is what a network sees of each image.
+    """
 
     paths: list
     labels: torch.Tensor
     classes: list
+    source: str = ""
+    image_size = [224, 224]
 
     def __len__(self):
         return len(self.labels)
 
     def subset(self, indices):
-        return Files([self.paths[i] for i in indices.tolist()], self.labels[indices], self.classes)
+        return replace(self, paths=[self.paths[i] for i in indices.tolist()], labels=self.labels[indices])
 
 
 @dataclass(frozen=True)
@@ -63,6 +76,21 @@ AUGMENTATION = {
 }
 
 
+def describe(**splits):
+    """What the splits of a run (name=Images or Files) are, as JSON has it: two runs on the same data have the same.
+
+    {"classes": [names], "image_size": [height, width], "images": {split: count}, "source": {split: see `Files`}}. Where
+    the data lie does not count, nor what is in files whose names and sizes are the same.
+    """
+    one = next(iter(splits.values()))
+    return {
+        "classes": one.classes,
+        "image_size": one.image_size,
+        "images": {name: len(split) for name, split in splits.items()},
+        "source": {name: split.source for name, split in splits.items()},
+    }
+
+
 # ---- reading
 
 
@@ -81,7 +109,8 @@ def load(dataset, root, split, workers=None):
         return files
     with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
         arrays = pool.map(lambda path: np.asarray(open_image(path)), files.paths, chunksize=256)
-    return Images(torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), files.labels, files.classes)
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return Images(images, files.labels, files.classes, files.source)
 
 
 def load_cifar(dataset, root, split):
@@ -95,7 +124,7 @@ def load_cifar(dataset, root, split):
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded: {error}") from error
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
-    return Images(images, torch.tensor(source.targets), list(source.classes))
+    return Images(images, torch.tensor(source.targets), list(source.classes), dataset)
 
 
 def load_digits(split):
@@ -105,7 +134,8 @@ def load_digits(split):
     bunch = load_sklearn()
     grey = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))  # values 0..16
     images = grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
-    digits = Images(images, torch.from_numpy(bunch.target).long(), [str(name) for name in bunch.target_names])
+    classes = [str(name) for name in bunch.target_names]
+    digits = Images(images, torch.from_numpy(bunch.target).long(), classes, "digits")
     order = stratified_order(digits.labels, torch.Generator().manual_seed(0))
     return digits.subset(order[:1437] if split == "train" else order[1437:])
 
@@ -122,14 +152,23 @@ def scan_folder(root, split, imagenet=False):
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{folder} has no class folders")
-    paths, labels = [], []
+    paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
         found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
             raise UserError(f"class folder {folder / name} has no images")
+        for path in found:
+            digest.update(b"%s/%s %d\n" % (os.fsencode(name), os.fsencode(path.name), file_size(path)))
         paths += found
         labels += [label] * len(found)
-    return Files(paths, torch.tensor(labels), classes)
+    return Files(paths, torch.tensor(labels), classes, digest.hexdigest())
+
+
+def file_size(path):
+    try:
+        return path.stat().st_size
+    except OSError as error:  # a link to nothing
+        raise UserError(f"cannot read image {path}: {error.strerror}") from error
 
 
 def open_image(path, use=lambda image: image.convert("RGB")):

@@ -74,7 +74,10 @@ def load_imagenet16(root, workers=None):
             np.savez(file, **arrays)
     classes = [str(label) for label in range(1, CLASSES + 1)]
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return {split: Images(tensors[f"{split}_images"], tensors[f"{split}_labels"], classes) for split in SIZES}
+    return {
+        split: Images(tensors[f"{split}_images"], tensors[f"{split}_labels"], classes, "ImageNet16-120")
+        for split in SIZES
+    }
 
 
 def _read_batch(root, name):

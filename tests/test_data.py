@@ -1,5 +1,7 @@
 """Splits, augmentation and loaders: the laws they follow, torchvision as the judge of pixels."""
 
+import json
+import shutil
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -337,6 +339,40 @@ def test_imagenet_is_files_and_reads_val(make_images):
 def test_images_that_no_network_takes_are_refused(make_images):
     with pytest.raises(UserError, match="are 30x32; both sides must be multiples of 4"):
         data.check_in_memory(data.load("folder", make_images("train", 1, [(30, 32)]), "train"))
+
+
+def test_a_description_changes_with_the_data_alone(make_images, tmp_path):
+    root = make_images("train", 4, [(8, 8)])
+    make_images("test", 1, [(8, 8)])
+
+    def describe(root):
+        train, test = (data.load("folder", root, split) for split in ("train", "test"))
+        return data.describe(train=train.subset(torch.arange(5)), test=test)
+
+    before = describe(root)
+    assert (before["classes"], before["image_size"]) == (["ant", "bee", "cat"], [8, 8])
+    assert before["images"] == {"train": 5, "test": 3} and before == json.loads(json.dumps(before))
+    moved = shutil.copytree(root, tmp_path / "moved")
+    assert describe(moved) == before
+
+    image = moved / "train/bee/1.jpg"
+    content = image.read_bytes()
+    for change, undo in [
+        (lambda: image.write_bytes(content + b"0"), lambda: image.write_bytes(content)),
+        (lambda: image.rename(moved / "train/bee/5.jpg"), lambda: (moved / "train/bee/5.jpg").rename(image)),
+        (lambda: image.rename(moved / "train/cat/5.jpg"), lambda: (moved / "train/cat/5.jpg").rename(image)),
+        (image.unlink, lambda: image.write_bytes(content)),
+    ]:
+        change()
+        after = describe(moved)
+        assert after["source"]["train"] != before["source"]["train"], "unseen"
+        assert after["source"]["test"] == before["source"]["test"]
+        undo()
+        assert describe(moved) == before
+    (moved / "train/bee").rename(moved / "train/dog")
+    (moved / "test/bee").rename(moved / "test/dog")
+    assert describe(moved)["classes"] == ["ant", "cat", "dog"]
+    assert data.describe(train=data.load("digits", None, "train"))["source"] == {"train": "digits"}
 
 
 # ---- loaders of image files
