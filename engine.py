@@ -2,6 +2,8 @@
 
 import contextlib
 import math
+import time
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -12,22 +14,80 @@ from support import devices, distributed, signals
 from support.files import UserError
 
 
-def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, done):
+@dataclass
+class Progress:
+    """How far an epoch is: steps, seconds, and the sums, float64 (3,), of loss, right answers and images.
+
+    The sums are over all processes. A checkpoint within an epoch holds what `state_dict` returns.
+    """
+
+    steps: int = 0
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    seconds: float = 0.0
+
+    def __post_init__(self):
+        self.start = time.perf_counter() - self.seconds
+
+    def state_dict(self):
+        return {"steps": self.steps, "sums": self.sums, "seconds": time.perf_counter() - self.start}
+
+    def means(self):
+        loss, correct, images = self.sums.tolist()
+        return {"train_loss": loss / images, "train_top1": 100 * correct / images}
+
+
+class TrainingState:
+    """What changes from epoch to epoch, and so what a checkpoint holds; subclasses name more attributes in `saved`.
+
+    `progress` is that of the running epoch; `partial`, else None, that of one which a signal interrupted earlier.
+    """
+
+    saved = ()
+
+    def __init__(self, network, optimizer, **generators):
+        self.network, self.optimizer, self.generators = network, optimizer, generators
+        self.partial = None
+
+    def generator_states(self):
+        return {name: generator.get_state() for name, generator in self.generators.items()}
+
+    def begin_epoch(self):
+        self.progress, self.partial = self.partial or Progress(), None
+        self.generators_before = self.generator_states()
+
+    def state_dict(self):
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {name: getattr(self, name) for name in self.saved}
+        return state | {"generators": self.generator_states()}
+
+    def unfinished_state_dict(self):
+        """Return the state within an epoch: it will continue from its steps; what is measured begins anew."""
+        return self.state_dict() | {"generators": self.generators_before, "partial": self.progress.state_dict()}
+
+    def load_state_dict(self, state):
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for name in self.saved:
+            setattr(self, name, state[name])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        self.partial = Progress(**state["partial"]) if "partial" in state else None
+
+
+def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, where, log):
     """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits).
 
-    Of `args` count grad_clip, amp (bfloat16 autocast) and report_freq, the steps between calls of `log`.
-
-    `done` says what of the epoch is over, {} if nothing: "steps", and the "sums", float64 (3,), of loss, right answers
-    and images over all processes. It is brought up to date at the end, and before a signal's Interrupted is raised.
+    Uses grad_clip, amp (bfloat16 autocast) and report_freq, the steps between calls of `log`, of `args`. Leaves out the
+    steps that are over according to `progress`, and brings it up to date at the end and before it raises Interrupted.
 
     Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
     if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
-    device, steps, stop = parameters[0].device, done.get("steps", 0), False
+    device, steps, stop = parameters[0].device, progress.steps, False
     sums = torch.zeros(3, dtype=torch.float64)  # on the CPU, since not every device computes with float64
-    if done and distributed.rank() == 0:
-        sums += done["sums"]
+    if distributed.rank() == 0:
+        sums += progress.sums
     unread, loader.skip = [], steps
     bar = distributed.progress(loader, where, steps)
     for step, (x, y) in enumerate(bar, start=steps):
@@ -65,11 +125,10 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, *, where, log, do
             break
     # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
     distributed.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    done |= {"steps": steps, "sums": distributed.sum_over_ranks(sums)}
+    progress.steps, progress.sums = steps, distributed.sum_over_ranks(sums)
     if stop:
         raise signals.Interrupted(f"{where}, step {steps}/{len(loader)}")
-    loss_sum, correct, seen = done["sums"].tolist()
-    return {"train_loss": loss_sum / seen, "train_top1": 100 * correct / seen}
+    return progress.means()
 
 
 @torch.no_grad()

@@ -167,6 +167,11 @@ def to_dict(genotype):
     return {field: [list(v) if isinstance(v, tuple) else v for v in values] for field, values in parts}
 
 
+def to_json(cell):
+    """Return the JSON form of a Genotype, or the arch string (of another space) as it is."""
+    return cell if isinstance(cell, str) else to_dict(cell)
+
+
 def from_dict(value, source="genotype"):
     """Genotype from its JSON form. Raises UserError."""
     if not isinstance(value, dict) or set(value) != set(Genotype._fields):
@@ -205,9 +210,9 @@ def file_in(run_dir):
     return path
 
 
-def save(genotype, path):
-    """Write JSON, or to a path ending in .pickle what the published scripts read (protocol 3: Python 3.6 knows it)."""
+def save(cell, path):
+    """Write a Genotype or an arch string as JSON, or to a .pickle what the published scripts read (Python 3.6 too)."""
     if str(path).endswith(".json"):
-        return write_json(path, to_dict(genotype))
+        return write_json(path, {"arch": cell} if isinstance(cell, str) else to_dict(cell))
     with atomic_write(path) as file:
-        pickle.dump(genotype, file, protocol=3)
+        pickle.dump(cell, file, protocol=3)

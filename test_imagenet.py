@@ -3,9 +3,10 @@
 from functools import partial
 
 from support.cli import command
-from testing import IMAGENET, test
+from testing import test
+from utils import IMAGENET
 
-main = command(partial(test, "test_imagenet.py", ["imagenet"], defaults=IMAGENET))
+main = command(partial(test, "test_imagenet.py", ["imagenet"], recipe=IMAGENET, batch_size=128, report_freq=100))
 
 if __name__ == "__main__":
     main()

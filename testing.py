@@ -13,6 +13,7 @@ from model import NetworkCIFAR, NetworkImageNet
 from support import devices, distributed, weights
 from support.cli import Parser, number
 from support.files import UserError
+from utils import CIFAR
 
 
 def choose_genotype(args):
@@ -42,11 +43,7 @@ def make_network(genotype, images, args):
     return family(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
 
 
-CIFAR = dict(data="../data", batch_size=96, report_freq=50, init_channels=36, layers=20)
-IMAGENET = dict(data="../data/imagenet", batch_size=128, report_freq=100, init_channels=48, layers=14)
-
-
-def test(prog, datasets, argv=None, defaults=CIFAR):
+def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50):
     """The whole of a test script: evaluate weights on the test split of a data set, print the figures, return them."""
     dataset = datasets[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
@@ -56,15 +53,15 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
     cell.add_argument("--arch", help=f"a named cell: {', '.join(genotypes.NAMED)}")
     cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
     for name, low in (("init_channels", 2), ("layers", 1)):
-        text = f"(default: {defaults[name]}, or what DIR says)"
+        text = f"(default: {getattr(recipe, name)}, or what DIR says)"
         cell.add_argument(f"--{name}", type=number(int, low), help=text)
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
-    run.add_argument("--data", default=defaults["data"], help="where the data set lies")
+    run.add_argument("--data", default=recipe.data, help="where the data set lies")
     run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
-    run.add_argument("--batch_size", type=number(int, 1), default=defaults["batch_size"], help="images at a time")
+    run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
-    run.add_argument("--report_freq", type=number(int, 1), default=defaults["report_freq"], help="batches a report")
+    run.add_argument("--report_freq", type=number(int, 1), default=report_freq, help="batches a report")
     devices.add_device_arguments(run)
     parser.set_defaults(amp=False, compile=False)
     args = parser.parse_args(argv)
@@ -78,7 +75,7 @@ def test(prog, datasets, argv=None, defaults=CIFAR):
         given, saved = getattr(args, name), about.get(name)
         if given is not None and saved is not None and given != saved:
             raise UserError(f"--{name} {given} differs from {saved}, with which {args.model_path} was trained")
-        setattr(args, name, given or saved or defaults[name])
+        setattr(args, name, given or saved or getattr(recipe, name))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         genotype = genotypes.from_dict(about["genotype"], weights.side_file(args.model_path))

@@ -16,32 +16,18 @@ import data
 import genotypes
 import loaders
 import utils
-from engine import evaluate, train_one_epoch
+from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
 from support import devices, distributed, runs
 from support.cli import Parser, command, number
 from support.files import UserError
 from testing import choose_genotype, make_network
-
-# Defaults that depend on the recipe (EvNAS, section 4): for small images in memory, and ImageNet's.
-RECIPES = {
-    "data": ("../data", "../data/imagenet"),
-    "batch_size": (96, 256),
-    "learning_rate": (0.025, 0.1),
-    "weight_decay": (3e-4, 3e-5),
-    "epochs": (600, 250),
-    "init_channels": (36, 48),
-    "layers": (20, 14),
-    "drop_path_prob": (0.2, 0.0),
-    "seed": (18, 0),
-    "label_smooth": (0.0, 0.1),
-    "lr_scheduler": ("cosine", "linear"),
-}
+from utils import CIFAR, IMAGENET
 
 
 def make_parser():
     def default(name):
-        return "(default: {}; imagenet: {})".format(*RECIPES[name])
+        return "(default: {}; imagenet: {})".format(*(getattr(recipe, name) for recipe in (CIFAR, IMAGENET)))
 
     parser = Parser(prog="train.py", description=__doc__)
     group = parser.add_argument_group("cell: one of")
@@ -95,14 +81,14 @@ def learning_rate(args, epoch, warmup):
 def load_splits(args):
     """(train, test, Augmentation); also fills in the defaults that depend on the data. Raises UserError."""
     if args.data is None:
-        args.data = RECIPES["data"][args.dataset == "imagenet"]
+        args.data = (IMAGENET if args.dataset == "imagenet" else CIFAR).data
     train, test = (data.load(args.dataset, args.data, split) for split in ("train", "test"))
     if train.classes != test.classes or type(train) is not type(test):
         raise UserError(f"the training and test images in {args.data} differ in their classes or sizes")
     large = isinstance(train, data.Files)
-    for name, values in RECIPES.items():
+    for name, value in vars(IMAGENET if large else CIFAR).items():
         if getattr(args, name) is None:
-            setattr(args, name, values[large])
+            setattr(args, name, value)
     augmentation = data.augmentation(args.dataset, train)
     train = data.draw(train, args.train_samples, torch.Generator().manual_seed(args.seed))
     data.check_batch(args.batch_size, train)
@@ -112,6 +98,65 @@ def load_splits(args):
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
     return train, test, augmentation
+
+
+class RetrainingState(TrainingState):
+    saved = ("best_top1",)
+    best_top1 = 0.0  # percent, on the test images
+
+
+def retrain(args, network, train_loader, test_loader, warmup, about, run):
+    """Train `network` for args.epochs epochs, testing after each; `about` is saved beside the weights."""
+    device = next(network.parameters()).device
+    optimizer = utils.make_sgd(network.parameters(), args, device)
+    state = RetrainingState(network, optimizer, train=train_loader.generator)
+    run.restore(state)
+    trained = network
+    if args.compile:
+        for cell in network.cells:
+            cell.compile()
+    if distributed.world_size() > 1:
+        trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+    for epoch in range(run.completed, args.epochs):
+        state.begin_epoch()
+        where = f"epoch {epoch + 1}/{args.epochs}"
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch, warmup)
+        network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
+        entry = {"epoch": epoch + 1, "lr": lr}
+        with run.saving_when_interrupted(state.unfinished_state_dict):
+            entry |= train_epoch(args, trained, epoch, train_loader, state, where=where, log=run.log)
+            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
+        is_best = tested["top1"] > state.best_top1 or epoch == 0
+        state.best_top1 = max(state.best_top1, tested["top1"])
+        entry |= {f"test_{name}": value for name, value in tested.items()}
+        entry |= {"best_top1": state.best_top1}
+        entry |= utils.cost(train_loader.size + test_loader.size, state.progress.start, device)
+        about |= {"epoch": epoch + 1, "test_top1": tested["top1"]}
+        for name in ("weights.pt", *(["best_weights.pt"] if is_best else [])):
+            run.save_weights(network, name, about)
+        run.record(epoch + 1, entry)
+        run.save_checkpoint(epoch + 1, state.state_dict())
+        run.log(
+            f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
+            f"test top-1 {tested['top1']:.2f} % (best {state.best_top1:.2f} %), {entry['seconds']:.1f} s"
+        )
+
+
+def train_epoch(args, network, epoch, loader, state, *, where, log):
+    """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
+
+    def loss_of(step, x, y):
+        # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
+        seed = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
+        torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
+        logits, logits_aux = network(x)
+        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
+        if logits_aux is not None:
+            loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
+        return loss, logits
+
+    network.train()
+    return train_one_epoch(loss_of, network, loader, state.optimizer, args, state.progress, where=where, log=log)
 
 
 @command
@@ -129,7 +174,6 @@ def main(argv=None):
 
     torch.manual_seed(args.seed)
     network = make_network(genotype, train, args).to(device, memory_format=torch.channels_last)
-    optimizer = utils.make_sgd(network.parameters(), args, device)
     generator = torch.Generator().manual_seed(args.seed + 1)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
@@ -149,81 +193,12 @@ def main(argv=None):
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = runs.Run.create(args.dir or ".", name, args, "train.py", kind="eval")
     with contextlib.closing(run):
-        best = 0.0
-
-        def state():
-            return {
-                "network": network.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-                "best_top1": best,
-            }
-
-        if run.state:
-            with run.restoring():
-                network.load_state_dict(run.state["network"])
-                optimizer.load_state_dict(run.state["optimizer"])
-                generator.set_state(run.state["generator"])
-                best = run.state["best_top1"]
-        else:
-            if run.writes:
-                genotypes.save(genotype, run.path / "genotype.json")
-            run.save_checkpoint(0, state())
+        if run.writes and not run.state:
+            genotypes.save(genotype, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
-        trained = network
-        if args.compile:
-            for cell in network.cells:
-                cell.compile()
-        if distributed.world_size() > 1:
-            trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
-
-        for epoch in range(run.completed, args.epochs):
-            done = run.state.pop("partial", {})  # of an epoch that a signal interrupted
-            start = time.perf_counter() - done.get("seconds", 0)
-            where = f"epoch {epoch + 1}/{args.epochs}"
-            lr = learning_rate(args, epoch, warmup)
-            optimizer.param_groups[0]["lr"] = lr
-            begun = generator.get_state()
-
-            def partial():
-                """The state within this epoch. It continues from its steps; testing begins anew."""
-                return {**state(), "generator": begun, "partial": {**done, "seconds": time.perf_counter() - start}}
-
-            def loss_of(step, x, y):
-                # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
-                seed = (epoch * len(train_loader) + step) * distributed.world_size() + distributed.rank()
-                torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
-                logits, logits_aux = trained(x)
-                loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
-                if logits_aux is not None:
-                    aux_loss = F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
-                    loss = loss + args.auxiliary_weight * aux_loss
-                return loss, logits
-
-            network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
-            trained.train()
-            entry = {"epoch": epoch + 1, "lr": lr}
-            with run.saving_when_interrupted(partial):
-                entry |= train_one_epoch(
-                    loss_of, trained, train_loader, optimizer, args, where=where, log=run.log, done=done
-                )
-                tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
-            is_best = tested["top1"] > best or epoch == 0
-            best = max(best, tested["top1"])
-            entry |= {f"test_{name}": value for name, value in tested.items()}
-            entry |= {"best_top1": best, **utils.cost(len(train) + len(test), start, device)}
-            about |= {"epoch": epoch + 1, "test_top1": tested["top1"]}
-            run.save_weights(network, "weights.pt", about)
-            if is_best:
-                run.save_weights(network, "best_weights.pt", about)
-            run.record(epoch + 1, entry)
-            run.save_checkpoint(epoch + 1, state())
-            run.log(
-                f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
-                f"test top-1 {tested['top1']:.2f} % (best {best:.2f} %), {entry['seconds']:.1f} s"
-            )
+        retrain(args, network, train_loader, test_loader, warmup, about, run)
         report.finish(run, genotype)
 
 

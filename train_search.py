@@ -4,8 +4,6 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -17,7 +15,7 @@ import fast_search
 import genotypes
 import loaders
 import utils
-from engine import measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
+from engine import TrainingState, measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, next_generation
 from model_search import Network
 from reporting import report
@@ -26,131 +24,127 @@ from support.cli import Parser, command, number
 from support.files import UserError, atomic_write
 
 
-@dataclass
 class SearchSpace:
-    """What the loop needs to know of a search space; nas201 has its own."""
+    """What the loop needs to know of a search space."""
 
     name: str
     encoding: object  # module with random_alphas(P, generator) and decode(alphas)
     fast: object  # module with forward(network, x, alphas) and fitness(network, bn), see fast_search
-    cell: Callable  # raw (G, E, O) -> the discrete cell, as visualize draws it
-    genotype: Callable  # raw (G, E, O) -> the same, as JSON has it
-    save_genotype: Callable  # (raw (G, E, O), run directory)
-    report: Callable = lambda alphas, fitness: ({}, "")  # (sorted population, fitness) -> history fields, log text
-    nesterov: bool = False
+    genotype_files: tuple
+    nesterov = False
+
+    def cell(self, alphas):
+        """Return the discrete cell of one raw individual (G, E, O): a Genotype or an arch string."""
+        raise NotImplementedError
+
+    def report(self, alphas, fitness):
+        """Return history fields, and a text for the log, on a population (P, G, E, O), best first, and its fitness."""
+        return {}, ""
 
 
-def save_genotype(alphas, folder):
-    for name in ("genotype.json", "genotype.pickle"):
-        genotypes.save(encoding.genotype(alphas), folder / name)
+class S1(SearchSpace):
+    """The DARTS space."""
+
+    name, encoding, fast, genotype_files = "s1", encoding, fast_search, genotypes.FILES
+
+    def cell(self, alphas):
+        return encoding.genotype(alphas)
 
 
-S1 = SearchSpace(
-    name="s1",
-    encoding=encoding,
-    fast=fast_search,
-    cell=encoding.genotype,
-    genotype=lambda alphas: genotypes.to_dict(encoding.genotype(alphas)),
-    save_genotype=save_genotype,
-)
+class SearchState(TrainingState):
+    """Shared weights and population: alphas (P, G, E, O), raw, and fitness (P,), percent, NaN until measured."""
+
+    saved = ("alphas", "fitness")
+
+    def __init__(self, args, space, network, train_loader, valid_loader):
+        device = next(network.parameters()).device
+        optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
+        self.breeding = torch.Generator().manual_seed(args.seed)
+        generators = dict(breeding=self.breeding, train=train_loader.generator, valid=valid_loader.generator)
+        super().__init__(network, optimizer, **generators)
+        self.alphas = space.encoding.random_alphas(args.pop_size, generator=self.breeding)
+        self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
+
+    def set_fitness(self, fitness):
+        """Sort the population by `fitness` (P,), best first; among equals the earlier individual stays ahead."""
+        order = torch.sort(fitness, descending=True, stable=True).indices
+        self.alphas, self.fitness = self.alphas[order], fitness[order]
 
 
 def search(args, space, network, train_loader, valid_loader, run):
-    """The search loop of EvNAS (section 3), for any space. Returns the best raw alphas (G, E, O) and their fitness."""
-    device = next(network.parameters()).device
-    if args.plain:
-        forward, fitness_of = plain_forward, plain_fitness
-    else:
-        forward = functools.partial(space.fast.forward, compile=args.compile)
-        fitness_of = functools.partial(space.fast.fitness, compile=args.compile)
-    optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
-    settings = {name: getattr(args, name) for name in ("num_elites", "tsize", "mutate_rate", "variant")}
-    breeding = torch.Generator().manual_seed(args.seed)
-    generators = {"breeding": breeding, "train": train_loader.generator, "valid": valid_loader.generator}
-    alphas = space.encoding.random_alphas(args.pop_size, generator=breeding)  # (P, G, E, O) raw
-    fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)  # (P,) percent
-
-    def drawn():
-        return {name: generator.get_state() for name, generator in generators.items()}
-
-    def state():
-        return {
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "alphas": alphas,
-            "fitness": fitness,
-            "generators": drawn(),
-        }
-
-    if run.state:
-        with run.restoring():
-            network.load_state_dict(run.state["network"])
-            optimizer.load_state_dict(run.state["optimizer"])
-            alphas, fitness = run.state["alphas"], run.state["fitness"]
-            for name, generator in generators.items():
-                generator.set_state(run.state["generators"][name])
-    else:
-        run.save_checkpoint(0, state())
-
+    """Run the search loop of EvNAS (section 3); return the best raw alphas (G, E, O) and their fitness in percent."""
+    state = SearchState(args, space, network, train_loader, valid_loader)
+    run.restore(state)
+    breeding = {name: getattr(args, name) for name in ("num_elites", "tsize", "mutate_rate", "variant")}
     for generation in range(run.completed + 1, args.epochs + 1):
-        done = run.state.pop("partial", {})  # of a generation that a signal interrupted
-        start = time.perf_counter() - done.get("seconds", 0)
+        if generation > 1 and state.partial is None:
+            state.alphas = next_generation(state.alphas, state.fitness, generator=state.breeding, **breeding)
+        state.begin_epoch()
         where = f"generation {generation}/{args.epochs}"
-        if generation > 1 and not done:
-            alphas = next_generation(alphas, fitness, generator=breeding, **settings)
-        begun = drawn()
-        decoded = space.encoding.decode(alphas)
-        trained = (alphas if args.variant in ("nd", "ndt") else decoded).to(device)
-        measured = alphas if args.variant in ("nd", "ndf") else decoded
-
-        def loss_of(step, x, y, trained=trained):
-            logits = forward(network, x, trained[step % len(trained)])
-            return F.cross_entropy(logits, y), logits
-
-        def partial():
-            """The state within this generation. It continues from its steps; fitness is measured anew."""
-            return {**state(), "generators": begun, "partial": {**done, "seconds": time.perf_counter() - start}}
-
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
-        optimizer.param_groups[0]["lr"] = lr
-        network.train()
+        decoded = space.encoding.decode(state.alphas)
+        trained = state.alphas if args.variant in ("nd", "ndt") else decoded
+        measured = state.alphas if args.variant in ("nd", "ndf") else decoded
         entry = {"generation": generation, "lr": lr}
-        with run.saving_when_interrupted(partial):
-            entry |= train_one_epoch(
-                loss_of, network, train_loader, optimizer, args, where=where, log=run.log, done=done
-            )
-        images = train_loader.size
-        entry["distinct"], found, said = len(unique(decoded)[0]), "", ""
-        if args.variant != "rand" or generation == args.epochs:
-            with run.saving_when_interrupted(partial):
-                fitness = measure_fitness(
-                    network, measured, valid_loader, args.bn, fitness_of, amp=args.amp, where=f"{where}, fitness"
-                )
-            order = torch.sort(fitness, descending=True, stable=True).indices
-            alphas, fitness = alphas[order], fitness[order]
-            images += len(unique(measured)[0]) * valid_loader.size
-            entry |= {
-                "fitness_best": fitness[0].item(),
-                "fitness_mean": fitness.mean().item(),
-                "fitness_std": fitness.std(correction=0).item(),
-                "best_genotype": space.genotype(alphas[0]),
-            }
-            found = f", fitness best {entry['fitness_best']:.2f} mean {entry['fitness_mean']:.2f}"
-            fields, said = space.report(alphas, fitness)
-            entry |= fields
-        entry |= utils.cost(images, start, device)
-        if run.writes:
-            (run.path / "population").mkdir(exist_ok=True)
-            with atomic_write(run.path / "population" / f"{generation:03d}.npz") as file:
-                np.savez(file, alphas=alphas.numpy(), fitness=fitness.numpy())
-            if "best_genotype" in entry:
-                space.save_genotype(alphas[0], run.path)
-        run.save_weights(network, "weights.pt", {"space": space.name})
-        run.record(generation, entry)
-        run.save_checkpoint(generation, state())
-        learnt = f"loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
-        run.log(f"{where}: {learnt}{found}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{said}")
-    return alphas[0], fitness[0].item()
+        images, remarks = train_loader.size, ""
+        with run.saving_when_interrupted(state.unfinished_state_dict):
+            entry |= train_generation(args, space, state, trained, lr, train_loader, where=where, log=run.log)
+            entry["distinct"] = len(unique(decoded)[0])
+            if args.variant != "rand" or generation == args.epochs:
+                state.set_fitness(measure(args, space, network, measured, valid_loader, where=f"{where}, fitness"))
+                images += len(unique(measured)[0]) * valid_loader.size
+                fields, remarks = describe_population(space, state)
+                entry |= fields
+        entry |= utils.cost(images, state.progress.start, next(network.parameters()).device)
+        save_generation(run, space, state, entry, where, remarks)
+    return state.alphas[0], state.fitness[0].item()
+
+
+def train_generation(args, space, state, alphas, lr, loader, *, where, log):
+    """Train the shared weights for one epoch: batch t belongs to individual t mod P of `alphas` (P, G, E, O)."""
+    forward = plain_forward if args.plain else functools.partial(space.fast.forward, compile=args.compile)
+    network, optimizer = state.network, state.optimizer
+    alphas = alphas.to(next(network.parameters()).device)
+
+    def loss_of(step, x, y):
+        logits = forward(network, x, alphas[step % len(alphas)])
+        return F.cross_entropy(logits, y), logits
+
+    optimizer.param_groups[0]["lr"] = lr
+    network.train()
+    return train_one_epoch(loss_of, network, loader, optimizer, args, state.progress, where=where, log=log)
+
+
+def measure(args, space, network, alphas, loader, *, where):
+    """Return the fitness (P,) of `alphas` (P, G, E, O), as the arguments say."""
+    fitness_of = plain_fitness if args.plain else functools.partial(space.fast.fitness, compile=args.compile)
+    return measure_fitness(network, alphas, loader, args.bn, fitness_of, amp=args.amp, where=where)
+
+
+def describe_population(space, state):
+    """Return history fields on the sorted population, and a text for the log."""
+    fields, text = space.report(state.alphas, state.fitness)
+    best, mean = state.fitness[0].item(), state.fitness.mean().item()
+    own = {"fitness_best": best, "fitness_mean": mean, "fitness_std": state.fitness.std(correction=0).item()}
+    own["best_genotype"] = genotypes.to_json(space.cell(state.alphas[0]))
+    return own | fields, f", fitness best {best:.2f} mean {mean:.2f}{text}"
+
+
+def save_generation(run, space, state, entry, where, remarks):
+    """Save population, best cell, weights and a line of the history, and at last the checkpoint."""
+    generation = entry["generation"]
+    if run.writes:
+        (run.path / "population").mkdir(exist_ok=True)
+        with atomic_write(run.path / "population" / f"{generation:03d}.npz") as file:
+            np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
+        if "best_genotype" in entry:
+            for name in space.genotype_files:
+                genotypes.save(space.cell(state.alphas[0]), run.path / name)
+    run.save_weights(state.network, "weights.pt", {"space": space.name})
+    run.record(generation, entry)
+    run.save_checkpoint(generation, state.state_dict())
+    trained = f"loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
+    run.log(f"{where}: {trained}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{remarks}")
 
 
 def cosine(high, low, progress):
@@ -236,7 +230,7 @@ def run_search(args, space, network, loaders, device, prog):
     with contextlib.closing(run):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         best, fitness = search(args, space, network, *loaders, run)
-        run.log(f"best fitness {fitness:.2f} %: {space.genotype(best)}")
+        run.log(f"best fitness {fitness:.2f} %: {space.cell(best)}")
         report.finish(run, space.cell(best))
 
 
@@ -254,7 +248,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=torch.channels_last)
-    run_search(args, S1, network, loaders, device, parser.prog)
+    run_search(args, S1(), network, loaders, device, parser.prog)
 
 
 if __name__ == "__main__":

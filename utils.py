@@ -1,14 +1,38 @@
-"""The optimiser of the recipes, and what a network and a generation or epoch cost."""
+"""The recipes and their optimiser, and what a network and a generation or epoch cost."""
 
 import time
+from dataclasses import dataclass
 
 import torch
 
 from support import devices
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """The paper's settings for retraining and testing a family of networks (EvNAS, section 4)."""
+
+    data: str
+    batch_size: int
+    learning_rate: float
+    lr_scheduler: str
+    weight_decay: float
+    epochs: int
+    init_channels: int
+    layers: int
+    drop_path_prob: float
+    label_smooth: float
+    seed: int
+
+
+CIFAR = Recipe("../data", 96, 0.025, "cosine", 3e-4, 600, 36, 20, 0.2, label_smooth=0.0, seed=18)
+IMAGENET = Recipe(
+    "../data/imagenet", 256, 0.1, "linear", 3e-5, 250, 48, 14, drop_path_prob=0.0, label_smooth=0.1, seed=0
+)
+
+
 def cost(images, start, device):
-    """What a generation or epoch with so many images has taken since `start`: images/s, seconds, peak memory."""
+    """Return what a generation or epoch with so many images has taken since `start`: images/s, seconds, peak memory."""
     seconds = time.perf_counter() - start
     return {"images_per_second": images / seconds, "seconds": seconds, "peak_memory_mb": devices.peak_memory_mb(device)}
 

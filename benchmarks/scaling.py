@@ -24,7 +24,7 @@ import fast_search
 import utils
 from benchmarks.common import describe, finish
 from encoding import decode, random_alphas
-from engine import measure_fitness, train_one_epoch
+from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
 
 
@@ -76,8 +76,8 @@ def generation(rank, world, address, args, results):
 
     start = time.perf_counter()
     settings = argparse.Namespace(grad_clip=5.0, amp=False, report_freq=10**9)
-    reports = dict(where="training", log=lambda text: None, done={})
-    train_one_epoch(loss_of, network, train_loader, optimizer, settings, **reports)
+    reports = dict(where="training", log=lambda text: None)
+    train_one_epoch(loss_of, network, train_loader, optimizer, settings, Progress(), **reports)
     done["training seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", fitness)

@@ -1,7 +1,6 @@
 """Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
 
 import argparse
-from functools import partial
 
 import numpy as np
 import torch
@@ -12,12 +11,8 @@ from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
 from support import devices, distributed, runs
 from support.cli import command, number
-from support.files import UserError, write_json
+from support.files import UserError
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
-
-
-def save_genotype(alphas, folder):
-    write_json(folder / "genotype.json", {"arch": encoding.arch_string(alphas)})
 
 
 def correlations(fitness, truth):
@@ -30,40 +25,42 @@ def correlations(fitness, truth):
     return float(stats.kendalltau(*pairs.T).statistic), float(stats.spearmanr(*pairs.T).statistic)
 
 
-def report(table, truth, alphas, fitness):
-    """What the benchmark says of a sorted population (P, 1, 6, 5) with fitness (P,): history fields and a log text."""
-    indices = [table.index(encoding.arch_string(individual)) for individual in alphas]
-    best = {name: {split: table.accuracy(indices[0], name, split) for split in SPLITS} for name in DATASETS}
-    values = [truth and table.accuracy(index, *truth) for index in indices]
-    tau, rho = correlations(fitness.tolist(), values)
-    name = truth and " ".join(truth)
-    fields = {"true_accuracy": best, "truth": name, "kendall_tau": tau, "spearman_rho": rho}
-    shown = ["-" if value is None else f"{value:.{digits}f}" for value, digits in ((values[0], 2), (tau, 3), (rho, 3))]
-    return fields, f"; {name or 'true'} accuracy of the best {shown[0]}, tau {shown[1]}, rho {shown[2]}"
+class S2(SearchSpace):
+    """NAS-Bench-201; --api_path names the benchmark, which then tells what each generation's best is worth.
 
+    `truth` is the (data set, split) of the benchmark with which fitness is compared, None where it has none.
+    """
 
-def search_space(args):
-    """The SearchSpace, which consults the benchmark where --api_path names one. Raises UserError."""
-    space = SearchSpace(
-        name="s2",
-        encoding=encoding,
-        fast=fast_search,
-        cell=encoding.arch_string,
-        genotype=encoding.arch_string,
-        save_genotype=save_genotype,
-        nesterov=args.momentum > 0,  # without momentum it is plain SGD, and torch refuses the word
-    )
-    if args.api_path:
-        table = benchmark.load(args.api_path)
-        dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
-        keys = zip(METRICS, COLUMNS, strict=True)  # of each data set validation first, then test
-        present = [key for key, column in keys if key[0] == dataset and column not in table.absent]
-        truth = present[0] if present else None  # with which fitness is compared
-        space.report = partial(report, table, truth)
-        known = f"{' '.join(truth)} accuracy after 200 epochs" if truth else "it has none for this data set"
-        absent = f"; absent are {', '.join(table.absent)}" if table.absent else ""
-        distributed.say(f"truth from {args.api_path}: {known}{absent}")
-    return space
+    name, encoding, fast, genotype_files = "s2", encoding, fast_search, ("genotype.json",)
+
+    def __init__(self, args):
+        self.nesterov = args.momentum > 0  # without momentum it is plain SGD, and torch refuses the word
+        self.table = args.api_path and benchmark.load(args.api_path)
+        if self.table:
+            dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
+            keys = zip(METRICS, COLUMNS, strict=True)  # of each data set validation first, then test
+            present = (key for key, column in keys if key[0] == dataset and column not in self.table.absent)
+            self.truth = next(present, None)
+            known = f"{' '.join(self.truth)} accuracy after 200 epochs" if self.truth else "none for this data set"
+            absent = f"; absent are {', '.join(self.table.absent)}" if self.table.absent else ""
+            distributed.say(f"truth from {args.api_path}: {known}{absent}")
+
+    def cell(self, alphas):
+        return encoding.arch_string(alphas)
+
+    def report(self, alphas, fitness):
+        if not self.table:
+            return {}, ""
+        indices = [self.table.index(self.cell(individual)) for individual in alphas]
+        best = {name: {split: self.table.accuracy(indices[0], name, split) for split in SPLITS} for name in DATASETS}
+        values = [self.truth and self.table.accuracy(index, *self.truth) for index in indices]
+        tau, rho = correlations(fitness.tolist(), values)
+        name = self.truth and " ".join(self.truth)
+        fields = {"true_accuracy": best, "truth": name, "kendall_tau": tau, "spearman_rho": rho}
+        value, tau, rho = (
+            "-" if value is None else f"{value:.{digits}f}" for value, digits in ((values[0], 2), (tau, 3), (rho, 3))
+        )
+        return fields, f"; {name or 'true'} accuracy of the best {value}, tau {tau}, rho {rho}"
 
 
 @command
@@ -87,7 +84,7 @@ def main(argv=None):
         distributed.say(f"{args.resume} is finished")
         return
     device = devices.choose_device(args)
-    space = search_space(args)
+    space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     torch.manual_seed(args.seed)

@@ -165,11 +165,15 @@ class Run:
             file.write(MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n")
             file.write(content)
 
-    @contextlib.contextmanager
-    def restoring(self):
-        """For taking over `state`. Raises UserError where it does not fit: another run's, or changed arguments."""
+    def restore(self, state):
+        """Load the last checkpoint into `state` (state_dict, load_state_dict); a new run saves it as its first one.
+
+        Raises UserError where the checkpoint does not fit: another run's, or changed arguments.
+        """
+        if not self.state:
+            return self.save_checkpoint(0, state.state_dict())
         try:
-            yield
+            state.load_state_dict(self.state)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}/checkpoint.pt does not fit the arguments in args.json or this version of the program: "

@@ -68,7 +68,7 @@ def assert_same_retraining(run, expected):
     assert all(torch.equal(saved["network"][name], value) for name, value in reference["network"].items())
     for i, momentum in reference["optimizer"]["state"].items():
         assert torch.equal(saved["optimizer"]["state"][i]["momentum_buffer"], momentum["momentum_buffer"])
-    assert torch.equal(saved["generator"], reference["generator"])
+    assert torch.equal(saved["generators"]["train"], reference["generators"]["train"])
     for name in ("weights.pt", "best_weights.pt"):
         weights = [torch.load(folder / "weights" / name, weights_only=True) for folder in (run, expected)]
         assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
