@@ -1,5 +1,7 @@
-"""README's commands: those without a mark (*) are run, as they stand, in a folder that looks like this project."""
+"""README.md and docs/: blocks marked `bash run` are run as they stand; flags, links and names of files exist."""
 
+import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -9,33 +11,52 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+LISTS = ("tests", "benchmarks")  # folders that are named as a whole
+FENCED = re.compile(r"^```(.*)\n((?s:.*?))^```$", flags=re.MULTILINE)
 
 
-def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(*kinds):
+    """The text of every fenced block whose first line names one of these kinds."""
+    return [block for text in PAGES.values() for kind, block in FENCED.findall(text) if kind in kinds]
 
 
 def commands():
-    """One string a command, comments left out. `make` and the installation are what runs this test."""
-    lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
-    unmarked = [line.split(" #")[0].strip() for line in lines if not line.rstrip().endswith("*")]
-    return [line for line in unmarked if line and not re.match(r"make |python3 -m venv|pip install", line)]
+    """(module, its arguments) for each line that starts a script of this project."""
+    lines = "".join(blocks("bash", "bash run")).replace("\\\n", " ").splitlines()
+    scripts = [re.search(r"python -m (?P<module>nas201\.\w+)|(?P<script>\w+)\.(?:py|sh)\b", line) for line in lines]
+    modules = [(script["module"] or script["script"], script.string[script.end() :]) for script in scripts if script]
+    return [(module.replace("searchNAS201", "nas201.train_search"), arguments) for module, arguments in modules]
 
 
-def test_there_are_commands_to_run():
-    assert len(commands()) >= 3
-    assert {"train_search.py", "searchNAS201.sh", "visualize.py"} <= set(re.findall(r"\w+\.(?:py|sh)", str(commands())))
+def anchors(page):
+    """What a link can name in a page: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)", FENCED.sub("", PAGES[page]), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", commands())
-def test_command(command, tmp_path):
+@pytest.mark.parametrize("block", blocks("bash run"))
+def test_block_runs(block, tmp_path):
     for path in ROOT.glob("[!.]*"):
         (tmp_path / path.name).symlink_to(path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_kind_of_work_is_run():
+    run = " ".join(blocks("bash run"))
+    scripts = {"train_search.py", "train.py", "test_cifar.py", "searchNAS201.sh", "visualize.py"}
+    assert scripts <= set(re.findall(r"\w+\.(?:py|sh)", run))
+
+
+@pytest.mark.parametrize(("module", "arguments"), commands())
+def test_flags_exist(module, arguments, capsys):
+    with contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    known = set(re.findall(r"--\w+", capsys.readouterr().out))
+    assert set(re.findall(r"(?<= )--\w+", arguments)) <= known
 
 
 @pytest.mark.parametrize("snippet", blocks("python"))
@@ -43,7 +64,19 @@ def test_python(snippet):
     exec(snippet, {})
 
 
-def test_every_file_is_named():
-    named = set(re.findall(r"[\w/]+\.(?:py|sh)\b", README))
-    files = [path.name for path in ROOT.glob("*.py")] + [f"nas201/{path.name}" for path in ROOT.glob("nas201/[!_]*.py")]
-    assert set(files) <= named
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    for link in re.findall(r"\]\(([^)]+)\)|src=\"([^\"]+)\"", FENCED.sub("", PAGES[page])):
+        path, _, anchor = "".join(link).partition("#")
+        if not re.match(r"\w+://", path):
+            target = (page.parent / path).resolve() if path else page
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_readme_is_short_and_leads_everywhere():
+    readme = PAGES[ROOT / "README.md"]
+    assert len(readme.splitlines()) <= 180
+    files = [ROOT.glob(pattern) for pattern in ("*.py", "*.sh", "*/[!_]*.py", "docs/*")]
+    names = {str(path.relative_to(ROOT)) for paths in files for path in paths if path.parent.name not in LISTS}
+    assert names <= set(re.findall(r"[\w/]+\.\w+", readme))
