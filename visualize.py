@@ -4,6 +4,7 @@ import argparse
 import os
 
 import genotypes
+import nas201.report  # noqa: F401  registers its space
 from reporting import cells, report
 from support.cli import command
 from support.files import UserError

@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from nas201.benchmark import load
+from nas201.report import PUBLISHED, SPREAD
 from nas201.sources import COLUMNS, METRICS, SPLITS
 from reporting.charts import column, known
-from reporting.report import NAS201_PUBLISHED, NAS201_SPREAD, read_history
+from reporting.report import read_history
 from support.cli import Parser, command
 from support.files import UserError, read_json, write_json
 
@@ -70,8 +71,8 @@ def summarise(folder, dataset):
         at = SPLITS.index(split)
         row = {
             "searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")),
-            "published": {"mean": NAS201_PUBLISHED[name][0][at], "std": NAS201_SPREAD[name][at]},
-            "optimum": NAS201_PUBLISHED[name][1][at],
+            "published": {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]},
+            "optimum": PUBLISHED[name][1][at],
         }
         if table is not None and not np.isnan(table[:, k]).any():
             true = table[:, k]

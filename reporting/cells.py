@@ -1,12 +1,14 @@
 """Draw cells as SVG or PNG, and rebuild the report of a run. matplotlib draws, without a display."""
 
+import contextlib
+import functools
 import io
 import os
 import re
+import sys
 from html import escape
 
 import genotypes
-from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
 from support.files import UserError, atomic_write, read_json
 
 # Colours on light and on dark. Drawings have the light ones, which every viewer knows; `DARK_CSS` replaces them.
@@ -20,7 +22,7 @@ PALETTE = {
 COLOUR = {
     "none": "grey", "skip_connect": "green", "max_pool_3x3": "orange", "avg_pool_3x3": "yellow",
     "sep_conv_3x3": "blue", "sep_conv_5x5": "sky", "dil_conv_3x3": "red", "dil_conv_5x5": "pink",
-    "sep_conv_7x7": "purple", "conv_7x1_1x7": "purple", "nor_conv_1x1": "sky", "nor_conv_3x3": "blue",
+    "sep_conv_7x7": "purple", "conv_7x1_1x7": "purple",
 }  # fmt: skip
 
 TEXT = 9  # points, as all sizes here
@@ -39,6 +41,20 @@ def light(name):
     return PALETTE[name][0]
 
 
+@contextlib.contextmanager
+def default_settings(style=()):
+    """Draw with matplotlib's defaults and `style`: a user's settings can ask for TeX, a notebook's for its screen."""
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"  # importing it fails where this names what is not there
+    import matplotlib
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(style)
+        yield
+
+
+@default_settings()
 def cell_figure(edges, title, concat=(), inputs=()):
     """The cell as a matplotlib figure.
 
@@ -105,6 +121,7 @@ def cell_figure(edges, title, concat=(), inputs=()):
     return figure
 
 
+@default_settings()
 def svg_of(figure, title, description):
     """A figure as an <svg> element in which text stays text; equal figures give equal bytes.
 
@@ -132,29 +149,31 @@ def cell_svg(edges, title, concat=(), inputs=()):
 # ---- architectures
 
 
+@functools.singledispatch
 def cells(architecture, name=""):
-    """{"cell", or "cell_normal" and "cell_reduce": keyword arguments of `cell_figure`} of an arch string or Genotype.
+    """Return {file name: keyword arguments of `cell_figure`} of an architecture; titles begin with `name`.
 
-    The titles begin with `name`. Raises UserError.
+    A Genotype has "cell_normal" and "cell_reduce". Other search spaces register what they call an architecture.
     """
-    name = "".join(c if c.isprintable() else "?" for c in name)  # XML is choosy, names of files are not
+    raise UserError(f"{str(architecture)[:80]} is no architecture that can be drawn")
 
-    def title(kind):
-        return f"{name}: {kind}" if name else kind.capitalize()
 
-    if isinstance(architecture, str):
-        nodes = ("0 (input)", "1", "2", "3 (output)")
-        operations = zip(EDGES, from_arch_string(architecture), strict=True)
-        edges = [(nodes[source], nodes[target], PRIMITIVES[op]) for (target, source), op in operations]
-        return {"cell": {"title": title("cell"), "edges": edges}}
+@cells.register
+def _(architecture: genotypes.Genotype, name=""):
     drawn = {}
     for kind, words in (("normal", "normal cell"), ("reduce", "reduction cell")):
         pairs = getattr(architecture, kind)
         nodes = ["c_{k-2}", "c_{k-1}", *(str(i) for i in range(len(pairs) // 2))]
         edges = [(nodes[source], nodes[2 + i // 2], op) for i, (op, source) in enumerate(pairs)]
         concat = [nodes[i] for i in getattr(architecture, f"{kind}_concat")]
-        drawn[f"cell_{kind}"] = {"title": title(words), "edges": edges, "concat": concat, "inputs": nodes[:2]}
+        drawn[f"cell_{kind}"] = {"title": title(name, words), "edges": edges, "concat": concat, "inputs": nodes[:2]}
     return drawn
+
+
+def title(name, words):
+    """Return the title of a drawing. XML is choosy about characters, names of files are not."""
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return f"{name}: {words}" if name else words.capitalize()
 
 
 def load_architecture(path):
@@ -169,6 +188,7 @@ def load_architecture(path):
     return value["arch"]
 
 
+@default_settings()
 def write_cells(folder, architecture, format="svg", name=""):
     """Write cell_normal and cell_reduce (Genotype) or cell (arch string) into `folder`. Returns the paths.
 

@@ -71,7 +71,6 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
     band: the keys of a mean and its deviation. levels: [(label, colour, value)], dashed. zero: begin the axis at 0.
     """
     import numpy as np
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -81,7 +80,7 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
     if not lines:
         return ""
     said = ""
-    with rc_context(STYLE):
+    with cells.default_settings(STYLE):
         figure = Figure(figsize=(4.2, 2.6 + 0.08 * len([*lines, *levels])), layout="constrained")
         axes = figure.subplots()
         axes.set_xlabel(step)

@@ -11,21 +11,8 @@ from html import escape
 import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
-from reporting.charts import chart, column, known, pairs, show, step_of, table, wide
+from reporting.charts import chart, column, known, pairs, show, step_of, wide
 from support.files import UserError, atomic_write, check_unpacked_size, read_bytes, read_json
-
-# True accuracy in percent on NAS-Bench-201 (200 epochs), {data set: [(valid, test) by NAS201_HEAD]}.
-NAS201_HEAD = ["EvNAS, published", "Best there is", "RSPS", "GDAS"]
-NAS201_PUBLISHED = {
-    "cifar10": [(88.98, 92.18), (91.61, 94.37), (84.16, 87.66), (90.00, 93.51)],
-    "cifar100": [(66.35, 66.74), (73.49, 73.51), (59.00, 58.33), (71.14, 70.61)],
-    "ImageNet16-120": [(39.61, 39.00), (46.77, 47.31), (31.56, 31.14), (41.70, 41.84)],
-}
-NAS201_SPREAD = {"cifar10": (1.40, 1.11), "cifar100": (2.59, 3.08), "ImageNet16-120": (0.72, 0.44)}
-NAS201_NOTE = (
-    "Accuracy in percent after 200 epochs of training, mean over the benchmark's seeds. EvNAS, published: mean and "
-    "standard deviation of three searches. RSPS: random search with shared weights."
-)
 
 CSS = """
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b1f27;--soft:#5a6270;--rule:#dde1e7}
@@ -58,9 +45,27 @@ PAGE = """<!doctype html>
 </body></html>
 """
 
-SPACES = {"s1": (2, 14, 8), "s2": (1, 6, 5)}  # (G, E, O) of the alphas
-CELLS = {"s1": ("normal cell", "reduction cell"), "s2": ("cell",)}
-TITLES = {"s1": "EvNAS search, DARTS space", "s2": "EvNAS search, NAS-Bench-201 space"}
+
+class Space:
+    """What a report has to know of a search space: here of the DARTS space; others register themselves in SPACES."""
+
+    title = "EvNAS search, DARTS space"
+    cells = ("normal cell", "reduction cell")  # in the order of the alphas' first axis
+    cell_type = dict  # of the best cell in the history
+
+    def encoding(self):
+        """Return `decode` and the operations by name. Imported when needed, since that takes torch seconds."""
+        import encoding
+
+        return encoding.decode, genotypes.PRIMITIVES
+
+    def section(self, rows):
+        """Return a section of its own."""
+        return ""
+
+
+SPACES = {"s1": Space()}  # by the name in args.json
+
 
 # ---- reading a run
 
@@ -91,22 +96,18 @@ def operation_shares(path, space):
     import numpy as np
     import torch
 
-    if space == "s1":
-        from encoding import decode
-        from genotypes import PRIMITIVES
-    else:
-        from nas201.encoding import PRIMITIVES, decode
+    decode, operations = space.encoding()
     try:
         with np.load(path, allow_pickle=False) as file:
             check_unpacked_size(file.zip, 64 << 20)  # 50 individuals are 45 KB
             alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
-        if alphas.shape[1:] != SPACES[space]:
+        counts = decode(alphas).sum((0, 2))  # (G, O)
+        if counts.shape != (len(space.cells), len(operations)):
             raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
     except Exception as error:  # zipfile and numpy raise nearly any exception on damaged files
         raise UserError(f"{path} is not a saved population: {type(error).__name__}: {error}") from error
-    counts = decode(alphas).sum((0, 2))  # (G, O)
     shares = 100 * counts / counts.sum(1, keepdims=True)
-    names = [f"{cell} {operation}" for cell in CELLS[space] for operation in PRIMITIVES]
+    names = [f"{cell} {operation}" for cell in space.cells for operation in operations]
     return dict(zip(names, shares.flatten().tolist(), strict=True))
 
 
@@ -145,26 +146,6 @@ def winner_section(run_dir, rows, missing):
     return section("Winning architecture" if rows and "generation" in rows[0] else "Architecture", card=card)
 
 
-def benchmark_section(rows):
-    """S2: the true accuracy of each generation's best, beside the published figures and the optimum."""
-    charts, lines = [], []
-    for data_set, published in NAS201_PUBLISHED.items():
-        name = data_set.replace("cifar", "CIFAR-")
-        keys = [f"true_accuracy/{data_set}/{split}" for split in ("valid", "test")]
-        for i, key in enumerate(keys):
-            evnas, *others = (f"{row[i]:.2f}" for row in published)
-            own = f"<b>{show(column(rows, key)[-1])}</b>"
-            spread = f"{evnas} ± {NAS201_SPREAD[data_set][i]:.2f}"
-            lines.append([f"{name} {'test' if i else 'valid'}", own, spread, *others])
-        levels = [("best there is, test", "grey", published[1][1]), ("EvNAS, test", "orange", published[0][1])]
-        curves = [("validation", "sky", keys[0]), ("test", "blue", keys[1])]
-        charts.append(chart(rows, f"True accuracy, {name}", "generation's best, %", curves, levels=levels))
-    card = f"<p>{NAS201_NOTE}</p>" + table("True accuracy", ["Data set", "This run", *NAS201_HEAD], lines)
-    curves = [("Kendall's tau", "purple", "kendall_tau"), ("Spearman's rho", "green", "spearman_rho")]
-    charts.append(chart(rows, "Rank correlation", "fitness and true accuracy", curves))
-    return section("NAS-Bench-201", *charts, card=card if any(charts) else "")
-
-
 def population_section(run_dir, space, rows, missing):
     counted, errors = [], {}
     for row in rows:
@@ -177,7 +158,7 @@ def population_section(run_dir, space, rows, missing):
     if errors:
         missing.append(f"Operation counts of generation {', '.join(errors)}: {'; '.join(list(errors.values())[:8])}")
     charts = []
-    for cell in CELLS[space]:
+    for cell in space.cells:
         lines = [(operation, colour, f"{cell} {operation}") for operation, colour in COLOUR.items()]
         lines = [line for line in lines if any(column(counted, line[2]))]  # those that occur
         charts.append(chart(counted, f"Operations, {cell}", "% of the edges", lines, zero=True))
@@ -256,12 +237,14 @@ def write_report(run_dir):
     except UserError as error:
         missing.append(f"Settings are left out: {error}.")
         args = {}
-    flags, space = args.get("args", {}), str(args.get("space"))
+    flags, space = args.get("args", {}), SPACES.get(str(args.get("space")))
     rows = read_history(os.path.join(run_dir, "history.jsonl")) if "history.jsonl" in here else []
     step = step_of(rows) if rows else "epoch" if args.get("kind") == "eval" else "generation"
     rows = sorted({row[step]: row for row in rows}.values(), key=lambda row: row[step])
-    if space not in SPACES and rows:
-        space = "s2" if isinstance(rows[-1].get("best_genotype"), str) else "s1"
+
+    if space is None:
+        best = rows[-1].get("best_genotype") if rows else None
+        space = next((space for space in SPACES.values() if isinstance(best, space.cell_type)), SPACES["s1"])
 
     parts = [winner_section(run_dir, rows, missing)]
     if not rows:
@@ -271,14 +254,14 @@ def write_report(run_dir):
     else:
         if not known(rows, "fitness_best"):
             missing.append("Fitness was not measured in any generation.")
-        parts += [training_section(rows), benchmark_section(rows) if space == "s2" else ""]
+        parts += [training_section(rows), space.section(rows)]
         parts += [population_section(run_dir, space, rows, missing), time_section(rows)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     notes = notes and f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>"
     parts = [summary_section(rows, flags.get("epochs", "?")) if rows else "", notes, *parts]
     parts.append(settings_section(args) if args else "")
 
-    title = TITLES.get(space, "EvNAS search") if step == "generation" else "EvNAS retraining"
+    title = space.title if step == "generation" else "EvNAS retraining"
     about = [flags.get("dataset"), args.get("started"), os.path.basename(os.path.abspath(run_dir))]
     about = escape(" · ".join(str(part) for part in about if part))
     page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))
@@ -289,7 +272,15 @@ def write_report(run_dir):
 
 
 def finish(run, architecture):
-    """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with."""
-    if run.writes:
+    """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with.
+
+    A drawing that fails is a line in the log: the results are there all the same.
+    """
+    if not run.writes:
+        return
+    try:
         cells.write_cells(run.path, architecture)
         run.log(f"finished; report: {write_report(run.path)}")
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        run.log(f"finished, without a report ({reason}); for another try: python visualize.py --report {run.path}")

@@ -493,7 +493,7 @@ READERS = {
     "table.pth": benchmark.load,
     "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),
     "000001.pickle.pbz2": lambda path: benchmark.load(path.parent).accuracy(1, "cifar10", "test"),
-    "001.npz": lambda path: report.operation_shares(path, "s1"),
+    "001.npz": lambda path: report.operation_shares(path, report.SPACES["s1"]),
     "val_data": lambda path: imagenet16._read_batch(path.parent, path.name),
 }
 

@@ -24,6 +24,7 @@ from reporting import report
 from support.files import UserError, write_json
 
 SVG = "{http://www.w3.org/2000/svg}"
+SHAPES = {"s1": (2, 14, 8), "s2": (1, 6, 5)}
 ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|none~0|nor_conv_3x3~1|skip_connect~2|"
 
 
@@ -256,7 +257,7 @@ def make_run(folder, kind="search", space="s1", steps=4, **changes):
             else:
                 row |= {"generation": step, "fitness_best": 60.0 + step, "fitness_mean": 50.0, "fitness_std": 2.5,
                         "distinct": 17, "best_genotype": best}  # fmt: skip
-                alphas = rng.random((6, *report.SPACES[space]), dtype=np.float32)
+                alphas = rng.random((6, *SHAPES[space]), dtype=np.float32)
                 np.savez(folder / "population" / f"{step:03d}.npz", alphas=alphas, fitness=np.full(6, np.nan))
             if space == "s2":
                 true = {"cifar10": {"valid": None, "test": 91.23}, "cifar100": {"valid": 66.5, "test": 67.25}}
@@ -322,10 +323,10 @@ def test_operation_shares_are_those_of_the_decoded_population(tmp_path):
     for kind, name in (("normal", "normal cell"), ("reduce", "reduction cell")):
         chosen = [op for one in found for op, _ in getattr(one, kind)]
         expected |= {f"{name} {op}": 100 * chosen.count(op) / 40 for op in genotypes.PRIMITIVES}
-    assert report.operation_shares(tmp_path / "001.npz", "s1") == pytest.approx(expected)
+    assert report.operation_shares(tmp_path / "001.npz", report.SPACES["s1"]) == pytest.approx(expected)
     np.savez(tmp_path / "002.npz", alphas=np.eye(5, dtype=np.float32)[[[[0, 3, 3, 3, 1, 0]]]], fitness=np.zeros(1))
     expected = {f"cell {op}": share for op, share in zip(PRIMITIVES, (100 / 3, 50 / 3, 0, 50, 0), strict=True)}
-    assert report.operation_shares(tmp_path / "002.npz", "s2") == pytest.approx(expected)
+    assert report.operation_shares(tmp_path / "002.npz", report.SPACES["s2"]) == pytest.approx(expected)
 
 
 def test_report_says_what_is_missing(tmp_path):
