@@ -38,3 +38,7 @@ def main(argv=None):
         architecture, name, folder = find(args.target)
         paths = cells.write_cells(args.output or folder, architecture, args.format, name)
     print("\n".join(paths))
+
+
+if __name__ == "__main__":
+    main()

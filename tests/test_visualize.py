@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -501,3 +502,25 @@ def test_report_in_a_browser(chromium, tmp_path, kind, space):
             .map(([box, text]) => text.textContent)"""
         assert chromium.value("document.querySelectorAll('g.node, g.op').length") >= 10
         assert chromium.value(spilt) == []
+
+
+# ---- whatever the user's matplotlib is set to
+
+
+@pytest.mark.parametrize("backend", ["module://missing.notebook", "tkagg"])
+def test_settings_of_matplotlib_do_not_matter(tmp_path, backend):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
+    environment = {**os.environ, "MPLBACKEND": backend, "MATPLOTLIBRC": str(tmp_path), "PATH": str(tmp_path)}
+    command = [sys.executable, visualize.__file__, "EvNASA", "--output", tmp_path / "theirs"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    visualize.main(["EvNASA", "--output", str(tmp_path / "ours")])
+    for path in (tmp_path / "ours").iterdir():
+        assert path.read_bytes() == (tmp_path / "theirs" / path.name).read_bytes()
+
+
+def test_a_drawing_that_fails_does_not_end_a_run(tmp_path, monkeypatch):
+    lines = []
+    run = SimpleNamespace(writes=True, path=tmp_path, log=lines.append)
+    monkeypatch.setattr(drawing, "cell_svg", lambda **cell: 1 / 0)
+    report.finish(run, genotypes.EvNASA)
+    assert len(lines) == 1 and "ZeroDivisionError" in lines[0] and f"--report {tmp_path}" in lines[0]

@@ -1,0 +1,42 @@
+"""Imports point one way: scripts -> the method -> support; reporting is for scripts and nas201.report alone."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize"}
+METHOD = {"model_search", "model", "operations", "genotypes", "encoding", "evolution", "fast_search", "fast_ops"}
+S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
+PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
+IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
+for path in PATHS:
+    file = path.relative_to(ROOT)
+    module = ".".join(file.with_suffix("").parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            names = [name for name in inside if (ROOT / f"{name.replace('.', '/')}.py").exists()] or [node.module]
+        IMPORTS.setdefault(module, set()).update(n for n in names if (ROOT / f"{n.replace('.', '/')}.py").exists())
+
+
+def test_imports_point_one_way():
+    for module, imports in IMPORTS.items():
+        packages = {name.split(".")[0] for name in imports}
+        if module.startswith("support."):
+            assert packages <= {"support"}, module
+        elif module in METHOD:
+            assert packages <= METHOD | {"support"}, module
+        elif module.startswith("reporting."):
+            assert packages <= METHOD | {"support", "reporting"}, module
+        if "reporting" in packages and not module.startswith("reporting."):
+            assert module in SCRIPTS | S2_SCRIPTS, module
+        if "nas201" in packages and not module.startswith("nas201."):
+            assert module in SCRIPTS, module
+
+
+def test_there_is_no_circle():
+    done = set()
+    while ready := {module for module, imports in IMPORTS.items() if imports <= done} - done:
+        done |= ready
+    assert done == set(IMPORTS)
