@@ -42,7 +42,7 @@ def test_block_runs(block, tmp_path):
         (tmp_path / path.name).symlink_to(path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and done.stdout, done.stderr
 
 
 def test_every_kind_of_work_is_run():
