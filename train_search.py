@@ -122,12 +122,12 @@ def measure(args, space, network, alphas, loader, *, where):
 
 
 def describe_population(space, state):
-    """Return history fields on the sorted population, and a text for the log."""
-    fields, text = space.report(state.alphas, state.fitness)
+    """Return history fields on the sorted population, and what the space has to say of it."""
+    fields, remarks = space.report(state.alphas, state.fitness)
     best, mean = state.fitness[0].item(), state.fitness.mean().item()
     own = {"fitness_best": best, "fitness_mean": mean, "fitness_std": state.fitness.std(correction=0).item()}
     own["best_genotype"] = genotypes.to_json(space.cell(state.alphas[0]))
-    return own | fields, f", fitness best {best:.2f} mean {mean:.2f}{text}"
+    return own | fields, remarks
 
 
 def save_generation(run, space, state, entry, where, remarks):
@@ -143,8 +143,10 @@ def save_generation(run, space, state, entry, where, remarks):
     run.save_weights(state.network, "weights.pt", {"space": space.name})
     run.record(generation, entry)
     run.save_checkpoint(generation, state.state_dict())
-    trained = f"loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
-    run.log(f"{where}: {trained}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{remarks}")
+    text = f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
+    if "fitness_best" in entry:
+        text += f", fitness best {entry['fitness_best']:.2f} mean {entry['fitness_mean']:.2f}"
+    run.log(f"{text}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{remarks}")
 
 
 def cosine(high, low, progress):
