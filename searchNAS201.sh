@@ -38,21 +38,23 @@ for flag in "$@"; do
   esac
 done
 
-# Modules are found from anywhere, so that paths on the command line mean what they say.
-PYTHONPATH=$(cd "$(dirname "$0")" && pwd)${PYTHONPATH:+:$PYTHONPATH}
-export PYTHONPATH
+# Runs a module of this project from any folder, also through a link, and whatever modules lie in that folder.
+root=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
+run_module() {
+  "$python" -c 'import runpy, sys
+sys.path[0], module = sys.argv[1:3]
+del sys.argv[1:3]
+runpy.run_module(module, run_name="__main__", alter_sys=True)' "$root" "$@"
+}
 
 for seed in 18 19 20; do
   run=$output/search-$dataset-seed$seed
   if [ -e "$run/checkpoint.pt" ]; then
     place=(--resume "$run")
-  else
-    if [ -e "$run" ]; then # it ended before its first checkpoint
-      mv -- "$run" "$run.broken-$(date +%Y%m%d-%H%M%S)"
-    fi
+  else # a new run, or one that ended before its first checkpoint
     place=(--dir "$output" --run_name "${run##*/}")
   fi
-  "$python" -m nas201.train_search "${place[@]}" --dataset "$dataset" --data "${DATA:-$data}" "${device[@]}" \
+  run_module nas201.train_search "${place[@]}" --dataset "$dataset" --data "${DATA:-$data}" "${device[@]}" \
     --seed "$seed" "$@"
 done
-"$python" -m nas201.summary "$output" "$dataset"
+run_module nas201.summary "$output" "$dataset"

@@ -228,7 +228,8 @@ def run_search(args, space, network, loaders, device, prog):
         run = runs.Run.resume(args.resume)
     else:
         name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir, name, args, prog, kind="search", space=space.name)
+        new_name = not args.run_name
+        run = runs.Run.create(args.dir, name, args, prog, new_name=new_name, kind="search", space=space.name)
     with contextlib.closing(run):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         best, fitness = search(args, space, network, *loaders, run)

@@ -2,6 +2,7 @@
 
 import bz2
 import collections
+import contextlib
 import csv
 import lzma
 import math
@@ -10,7 +11,7 @@ import statistics
 
 import numpy as np
 
-from support.files import UserError
+from support.files import UserError, open_regular
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
@@ -127,9 +128,9 @@ def figures_of(record, key, arch, where):
 
 def unpacked(path):
     """The bytes of a file, unpacked where it is an .xz or a .pbz2."""
-    opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], open)
+    opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], contextlib.nullcontext)
     try:
-        with opener(path, "rb") as file:
+        with open_regular(path) as packed, opener(packed) as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{path} cannot be read or is damaged: {error}") from error

@@ -1,15 +1,37 @@
 """Reading files that may be wrong or hostile, writing files that are never half-written, errors. No torch here."""
 
 import contextlib
+import errno
 import io
 import json
 import os
 import pickle
 import pickletools
+import stat
 
 
 class UserError(ValueError):
     """Something the user can mend. Its message is one line: what is wrong, where, what to do. Scripts exit with 2."""
+
+
+def open_regular(path, mode="rb", **kwargs):
+    """Open a file as `open` does, but neither a pipe, which can wait for ever, nor a device, which can have no end.
+
+    Writing does not follow a symbolic link either. Raises OSError.
+    """
+
+    def opener(path, flags):
+        writes = flags & (os.O_WRONLY | os.O_RDWR)
+        if writes and os.path.islink(path):
+            raise OSError(errno.ELOOP, "it is a symbolic link, through which nothing is written", path)
+        file = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
+        kind = os.fstat(file).st_mode
+        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # for a directory Python has its own words
+            os.close(file)
+            raise OSError(errno.EINVAL, "it is not a regular file", path)
+        return file
+
+    return open(path, mode, opener=opener, **kwargs)
 
 
 @contextlib.contextmanager
@@ -20,7 +42,7 @@ def atomic_write(path, mode="wb"):
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open_regular(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -42,7 +64,7 @@ def write_json(path, value):
 def append_line(path, line):
     """Add a line to a text file. Raises UserError when that fails; the file may then end in a part of the line."""
     try:
-        with open(path, "a", encoding="utf-8") as file:
+        with open_regular(path, "a", encoding="utf-8") as file:
             file.write(f"{line}\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
@@ -51,7 +73,7 @@ def append_line(path, line):
 def read_bytes(path):
     """The file's bytes. Raises UserError naming the file when it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return file.read()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from support import distributed, signals, weights
-from support.files import UserError, append_line, atomic_write, read_bytes, read_json, write_json
+from support.files import UserError, append_line, atomic_write, open_regular, read_bytes, read_json, write_json
 
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
 # Arguments that cannot change the result: a resumed run may have other ones.
@@ -79,13 +79,22 @@ class Run:
         self._signals = signals.catch()
 
     @classmethod
-    def create(cls, parent, name, args, prog, **about):
-        """Make PARENT/NAME (with -2, -3 .. behind it if that exists) and write args.json. Raises UserError."""
+    def create(cls, parent, name, args, prog, *, new_name=True, **about):
+        """Make PARENT/NAME and write args.json. Raises UserError.
+
+        Where it exists, with `new_name` -2, -3 .. is put behind the name; else only a run without a checkpoint may be
+        there, which begins anew.
+        """
         path = Path(parent) / name
         if distributed.rank() == 0:
-            path = make_directory(path)
+            path = make_directory(path, new_name)
         run = cls(path)
         if run.writes:
+            here = set(os.listdir(path)) - {".lock"}
+            if here and ("args.json" not in here or "checkpoint.pt" in here):
+                run.close()
+                what = "a run; continue it with --resume" if "checkpoint.pt" in here else "other files"
+                raise UserError(f"{path} holds {what}, or choose another name")
             about |= {"prog": prog, "command": " ".join(sys.argv), "args": vars(args)}
             about |= {"threads": torch.get_num_threads(), "processes": distributed.world_size()}
             about |= {"versions": versions(), "git": git_revision()}
@@ -197,7 +206,7 @@ class Run:
 def lock(path):
     """Keep a second process out of a run directory, for as long as this one lives. Raises UserError."""
     try:
-        file = open(path / ".lock", "w")
+        file = open_regular(path / ".lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{path} is in use by another process") from None
@@ -206,10 +215,13 @@ def lock(path):
     return file
 
 
-def make_directory(path):
-    """Make `path`, or path-2, path-3 .. where it exists: two runs of the same second get one each."""
+def make_directory(path, new_name=True):
+    """Make `path`, or with `new_name` path-2, path-3 .. where it exists: two runs of the same second get one each."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not new_name:
+            path.mkdir(exist_ok=True)
+            return path
         for name in (path.name, *(f"{path.name}-{i}" for i in range(2, 1000))):
             with contextlib.suppress(FileExistsError):
                 path.with_name(name).mkdir()

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import torch
 
-from support.files import UserError, atomic_write, check_unpacked_size, read_bytes, read_json, write_json
+from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json, write_json
 
 
 def load_torch(path, what="weights file"):
     """What torch.save wrote to `path`, on the CPU, nothing in it executed. Raises UserError naming the file."""
-    if not os.path.isfile(path):
-        raise UserError(f"cannot read {path}: no such file")
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return unpickle_tensors(file)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+\w)", str(error))  # what the pickle asked for
         reason = f"it refers to {found[1]}, which a {what} never holds" if found else "not a pickle of tensors"
@@ -51,17 +51,31 @@ def load_weights(model, path):
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict (names and tensors)")
     expected = model.state_dict()
-    state = {str(name).removeprefix("module."): value for name, value in state.items()}
-    differing = [f"{name} is missing" for name in expected if name not in state]
-    for name, value in state.items():
-        if name in expected and value.shape != expected[name].shape:
-            differing.append(f"{name} is {tuple(value.shape)}, not {tuple(expected[name].shape)}")
-        elif name not in expected and not name.startswith("auxiliary_head."):
+    names = [str(name).removeprefix("module.") for name in state]
+    differing = [f"{name} is missing" for name in expected if name not in names]
+    differing += [f"{name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    for name, value in zip(names, state.values(), strict=True):
+        if name in expected:
+            differing += [f"{name} {problem}" for problem in problems(value, expected[name])]
+        elif not name.startswith("auxiliary_head."):
             differing.append(f"{name} is not in the network")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise UserError(f"{path} holds the weights of another network: {'; '.join(differing[:3])}{more}")
+        raise UserError(f"{path} holds no weights of this network: {'; '.join(differing[:3])}{more}")
+    state = dict(zip(names, state.values(), strict=True))
     model.load_state_dict({name: state[name] for name in expected})
+
+
+def problems(value, expected):
+    """Yield what keeps the tensor `value` of a file from standing for `expected`, of the same name in the network."""
+    if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
+        yield "is sparse, nested, quantised or without values"
+    elif value.shape != expected.shape:
+        yield f"is {tuple(value.shape)}, not {tuple(expected.shape)}"
+    elif value.is_complex() or value.dtype is torch.bool or value.is_floating_point() != expected.is_floating_point():
+        yield f"is {value.dtype}, not {expected.dtype}"
+    elif not value.float().isfinite().all():
+        yield "has values that are not finite"
 
 
 def side_file(path):
@@ -78,7 +92,10 @@ def save_weights(model, path, about):
 
 
 def side_file_of(path):
-    """What was saved about the weights at `path`, {} where nothing was. Raises UserError if they are not those."""
+    """Return what was saved about the weights at `path`, {} where nothing was.
+
+    Raises UserError if they are not those, and for a value that no network or normalisation can have.
+    """
     if not side_file(path).is_file():
         return {}
     about = read_json(side_file(path))
@@ -87,4 +104,26 @@ def side_file_of(path):
             f"{path} is damaged or was replaced: its checksum is not the one in {side_file(path)} "
             "(delete that file to use the weights all the same)"
         )
+    for name, value in about.items():
+        if name in POSSIBLE and not POSSIBLE[name](value):
+            raise UserError(f'{side_file(path)}: "{name}" cannot be {str(value)[:80]!r}')
     return about
+
+
+def is_count(value):
+    return type(value) is int and 0 < value < 10**6
+
+
+def are_channels(values):
+    """Whether a mean or a standard deviation of three channels."""
+    return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
+
+
+POSSIBLE = {  # what is saved about weights
+    "init_channels": is_count,
+    "layers": is_count,
+    "auxiliary": lambda value: isinstance(value, bool),
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "mean": are_channels,
+    "std": lambda value: are_channels(value) and min(value) > 0,
+}

@@ -1,5 +1,6 @@
 """Bad input ends in one line on stderr, exit code 2, and nothing half-written."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -104,7 +105,50 @@ def test_no_cell_or_two(fails, tmp_path):
 def test_weights_of_another_network(fails, tmp_path, changed, message):
     save_weights(tmp_path / "w.pt", **changed)
     line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.pt holds the weights of another network: " in line and message in line
+    assert "w.pt holds no weights of this network: " in line and message in line
+
+
+def strange(value, kind):
+    """A tensor of the shape of `value` that stands for no weights, or {a name: value} beside it."""
+    if kind == "nested":
+        return torch.nested.nested_tensor([value[0], value[0]])
+    makers = {
+        "sparse": lambda: value.to_sparse(),
+        "quantised": lambda: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8),
+        "without values": lambda: value.to("meta"),
+        "complex": lambda: value.to(torch.complex64),
+        "int8": lambda: value.to(torch.int8),
+        "bool": lambda: value > 0,
+        "not finite": lambda: value / 0,
+    }
+    return makers[kind]()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "kind", ["sparse", "nested", "quantised", "without values", "complex", "int8", "bool", "not finite"]
+)
+def test_tensors_that_are_no_weights(fails, tmp_path, kind):
+    path, name = save_weights(tmp_path / "w.pt"), "classifier.weight"
+    state = torch.load(path)
+    torch.save({**state, name: strange(state[name], kind)}, path)
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    assert "w.pt" in line and (name in line or kind == "nested")
+    torch.save({**state, f"module.{name}": state[name] + 1}, path)
+    assert f"{name} is there twice" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"init_channels": "2"}, {"layers": -1}, {"layers": True}, {"mean": [0.5]}, {"std": [0.1, 0.1, 0.0]}]
+    + [{"mean": [0.5, "0.5", 0.5]}, {"classes": "ten"}, {"auxiliary": 1}, {"init_channels": 10**9}],
+)
+def test_impossible_values_in_the_side_file(fails, tmp_path, changed):
+    path = save_weights(tmp_path / "w.pt")
+    about = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **changed}
+    path.with_suffix(".json").write_text(json.dumps(about))
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    assert "w.json" in line and next(iter(changed)) in line
 
 
 @pytest.mark.parametrize("length", [0, 100, -100])

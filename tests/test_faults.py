@@ -666,7 +666,7 @@ def test_two_runs_started_at_once(whole, process, tmp_path):
     script, expected, _, _ = whole
     for i in range(few(3, 1)):
         parent = tmp_path / f"{i}"
-        argv = [*ARGUMENTS[script], "--dir", parent, *(["--run_name", "run"] if script == "train_search" else [])]
+        argv = [*ARGUMENTS[script], "--dir", parent]
         both = [process(script, argv, tmp_path / "output") for _ in range(2)]
         for running in both:
             running.join(120)

@@ -1,6 +1,7 @@
 """A run's directory: checkpoints that do not lie, locks, arguments of a resumed run, and full disks."""
 
 import argparse
+import contextlib
 import errno
 import json
 import os
@@ -9,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from support import cli, runs, weights
+from nas201 import sources
+from support import cli, files, runs, weights
 from support.cli import Parser, number
 from support.files import UserError, atomic_write, write_json
 
@@ -107,6 +109,50 @@ def test_lock_keeps_a_second_process_out(run):
         runs.Run.resume(run.path)
     run.close()
     runs.Run.resume(run.path).close()
+
+
+def test_a_name_that_was_given_is_kept(tmp_path):
+    args = argparse.Namespace()
+
+    def create():
+        return runs.Run.create(tmp_path, "mine", args, "test", new_name=False)
+
+    first = create()
+    with pytest.raises(UserError, match="in use"):
+        create()
+    first.close()
+    again = create()  # it had no checkpoint
+    again.save_checkpoint(0, state(0))
+    again.close()
+    with pytest.raises(UserError, match="--resume"):
+        create()
+    (tmp_path / "mine" / "args.json").unlink()
+    (tmp_path / "mine" / "checkpoint.pt").rename(tmp_path / "mine" / "thesis.txt")
+    with pytest.raises(UserError, match="other files"):
+        create()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("name", [".lock", "log.txt", "history.jsonl"])
+def test_nothing_is_written_through_a_link(run, tmp_path, name):
+    run.save_checkpoint(0, state(0))
+    run.close()
+    (tmp_path / "precious").write_text("mine")
+    (run.path / name).unlink(missing_ok=True)
+    (run.path / name).symlink_to(tmp_path / "precious")
+    with contextlib.suppress(UserError), contextlib.closing(runs.Run.resume(run.path)) as resumed:
+        resumed.log("line")
+        resumed.record(1, {"generation": 1})
+    assert (tmp_path / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_what_is_no_file_is_not_read(tmp_path, kind):
+    path = tmp_path / "table.csv"
+    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
+    for read in (files.read_bytes, files.read_json, weights.load_torch, sources.unpacked):
+        with pytest.raises(UserError, match="table.csv.*not a regular file"):
+            read(path)
 
 
 def test_a_failed_resume_leaves_no_lock(run):
@@ -291,8 +337,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["log.txt", "history.jsonl"])
-def test_a_full_disk_while_appending_is_one_line(run, name):
-    (run.path / name).symlink_to("/dev/full")
+def test_a_full_disk_while_appending_is_one_line(run, name, monkeypatch):
+    monkeypatch.setattr(files, "open_regular", lambda path, *args, **kwargs: open("/dev/full", *args, **kwargs))
     with pytest.raises(UserError, match=f"cannot write .*{name}: No space left on device"):
         run.log("text") if name == "log.txt" else run.record(1, {"a": 1})
 
