@@ -12,7 +12,7 @@ import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
 from reporting.charts import chart, column, known, pairs, show, step_of, wide
-from support.files import UserError, atomic_write, check_unpacked_size, read_bytes, read_json
+from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json
 
 CSS = """
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b1f27;--soft:#5a6270;--rule:#dde1e7}
@@ -98,7 +98,7 @@ def operation_shares(path, space):
 
     decode, operations = space.encoding()
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open_regular(path) as packed, np.load(packed, allow_pickle=False) as file:
             check_unpacked_size(file.zip, 64 << 20)  # 50 individuals are 45 KB
             alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
         counts = decode(alphas).sum((0, 2))  # (G, O)
