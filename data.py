@@ -1,20 +1,26 @@
 """Data sets and splits: reading them, and which images train and which validate. `loaders` makes batches of them."""
 
+import collections
+import contextlib
 import hashlib
 import os
+import stat
 from dataclasses import dataclass, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from support import distributed
 from support.files import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"}
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+# What they stand for. Pillow may try no other: its EPS starts Ghostscript, its rare formats raise any exception.
+IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
+SHARE = 0.9  # of a folder's images; where so many have one small size, an image of another is a mistake
 
 
 @dataclass
@@ -105,12 +111,7 @@ def load(dataset, root, split, workers=None):
     if dataset == "digits":
         return load_digits(split)
     files = scan_folder(root, split, imagenet=dataset == "imagenet")
-    if dataset == "imagenet" or not all_small(files):
-        return files
-    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
-        arrays = pool.map(lambda path: np.asarray(open_image(path)), files.paths, chunksize=256)
-    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
-    return Images(images, files.labels, files.classes, files.source)
+    return files if dataset == "imagenet" else read_small(files, workers)
 
 
 def load_cifar(dataset, root, split):
@@ -149,42 +150,120 @@ def scan_folder(root, split, imagenet=False):
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"data directory {root} has no folder {' or '.join(names)}")
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes, left_out = visible(folder, lambda path: stat.S_ISDIR(status(path).st_mode))
     if not classes:
         raise UserError(f"{folder} has no class folders")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        found = sorted(p for p in (folder / name).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        found, others = visible(folder / name, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
         if not found:
-            raise UserError(f"class folder {folder / name} has no images")
-        for path in found:
-            digest.update(b"%s/%s %d\n" % (os.fsencode(name), os.fsencode(path.name), file_size(path)))
-        paths += found
+            raise UserError(f"class folder {folder / name} has no images ({', '.join(IMAGE_SUFFIXES)})")
+        for path in (folder / name / file for file in found):
+            digest.update(os.fsencode(f"{name}/{path.name} {status(path).st_size}\n"))
+            paths.append(path)
         labels += [label] * len(found)
-    return Files(paths, torch.tensor(labels), classes, digest.hexdigest())
+        left_out += [f"{name}/{file}" for file in others]
+    files = Files(paths, torch.tensor(labels), classes, digest.hexdigest())
+    if left_out:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        distributed.say(f"note: {len(left_out)} files in {folder} are not {suffixes} and left out, as {left_out[0]}")
+    if len(classes) == 1:
+        distributed.say(f"note: {folder} has one class alone, {classes[0]}: every answer will be right")
+    single = [name for name, count in zip(classes, torch.bincount(files.labels), strict=True) if count == 1]
+    if single:
+        distributed.say(f"note: {len(single)} classes in {folder} have a single image, as {single[0]}")
+    return files
 
 
-def file_size(path):
+def visible(folder, wanted):
+    """The names in `folder`, sorted, of which `wanted(path)` is true, and the others; none that begins with a dot."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # ._x.jpg: what macOS adds to x.jpg
+    chosen = [wanted(folder / name) for name in names]
+    return [
+        [name for name, is_wanted in zip(names, chosen, strict=True) if is_wanted == which] for which in (True, False)
+    ]
+
+
+def status(path):
+    """The os.stat_result of a file or folder. Raises UserError, as for a link to nothing."""
     try:
-        return path.stat().st_size
-    except OSError as error:  # a link to nothing
-        raise UserError(f"cannot read image {path}: {error.strerror}") from error
+        return path.stat()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it") from error
 
 
-def open_image(path, use=lambda image: image.convert("RGB")):
-    """`use` of the opened image: by default its RGB form, grey repeated over the channels. Raises UserError."""
+# EXIF's orientation -> how to turn the stored pixels (https://exiftool.org/TagNames/EXIF.html)
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
+
+
+def to_rgb(image):
+    """An opened image in RGB of 8 bits, upright: grey is repeated, alpha dropped, 16 bits divided by 257.
+
+    Raises ValueError for 32 bits and floating point, where nothing says which values are black and white.
+    """
+    image.load()
+    orientation = None
+    if image.format != "TIFF":  # Pillow turns those itself
+        with contextlib.suppress(Exception):  # a damaged EXIF block raises nearly any; the pixels do not need it
+            orientation = image.getexif().get(0x0112)
+    # Pillow's mode I is of 32 bits, but for the 16 of a PGM and, in Pillow 10, of a PNG.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # convert("RGB") would clip
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
+    image = image.convert("RGB")
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def open_image(path, use=to_rgb):
+    """`use` of the opened image: by default the upright RGB form. Raises UserError."""
     try:
-        with Image.open(path) as image:
+        # Of a file that Pillow opens itself it maps a plain TIFF into memory, and then ignores its orientation.
+        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             return use(image)
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read image {path}: it is not {', '.join(IMAGE_FORMATS)}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 
 
-def all_small(files):
-    """Whether all images have one size of at most SMALL pixels a side. Ends at the first that does not."""
-    sizes = (open_image(path, lambda image: image.size) for path in files.paths)  # reads the headers alone
-    first = next(sizes)
-    return max(first) <= SMALL and all(size == first for size in sizes)
+def size_text(path):
+    return "{}x{}".format(*open_image(path).size)
+
+
+def read_small(files, workers=None):
+    """The Files in memory, as Images, if all have one size of at most SMALL pixels a side; else as they are.
+
+    Raises UserError for the first image of another size, if at least SHARE of them have one such size.
+    """
+
+    def is_small(image):
+        return max(image.size) <= SMALL  # known from the header
+
+    # Of photographs a few headers are read, not a million.
+    sample = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:100].tolist()
+    if sum(open_image(files.paths[i], is_small) for i in sample) < len(sample) / 2:
+        return files
+
+    def read(image):
+        return np.asarray(to_rgb(image)) if is_small(image) else np.empty(0)
+
+    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
+        arrays = pool.map(lambda path: open_image(path, read), files.paths, chunksize=256)
+    (shape, count), *_ = collections.Counter(array.shape for array in arrays).most_common()
+    if len(shape) == 1 or count < SHARE * len(files):
+        return files
+    for path, array in zip(files.paths, arrays, strict=True):
+        if array.shape != shape:
+            raise UserError(
+                f"{path} is {size_text(path)} pixels, but {count} of {len(files)} images in {path.parents[1]} are "
+                f"{shape[1]}x{shape[0]}: resize or remove it"
+            )
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+    return Images(images, files.labels, files.classes, files.source)
 
 
 def augmentation(dataset, train=None, about=None):
@@ -253,10 +332,29 @@ def search_splits(args):
 def check_in_memory(images):
     """Raises UserError for images that a network of the CIFAR family cannot take."""
     if isinstance(images, Files):
-        raise UserError(f"the images must all have one size of at most {SMALL} pixels a side")
+        first = images.paths[0]
+        sizes = ((path, open_image(path).size) for path in images.paths)
+        odd = next((path for path, size in sizes if max(size) > SMALL or size != open_image(first).size), first)
+        shown = " and ".join(f"{path} {size_text(path)}" for path in dict.fromkeys((first, odd)))
+        raise UserError(f"the images must all have one size of at most {SMALL} pixels a side; here are {shown}")
     height, width = images.images.shape[2:]
     if height % 4 or width % 4:
         raise UserError(f"the images are {width}x{height}; both sides must be multiples of 4")
+
+
+def check_alike(name, one, other_name, other):
+    """Raises UserError where two descriptions, see `describe`, differ in their classes or the size of their images."""
+    both = ((name, one, other), (other_name, other, one))
+    if one["classes"] != other["classes"]:
+        found = [(where, [c for c in it["classes"] if c not in its["classes"]]) for where, it, its in both]
+        said = [
+            f"only in {where}: {', '.join(names[:3])}{', ..' * (len(names) > 3)}" for where, names in found if names
+        ]
+        raise UserError(f"the classes of {name} and {other_name} differ: {'; '.join(said) or 'in their order'}")
+    if one["image_size"] != other["image_size"]:
+        sizes = [(where, "{1}x{0}".format(*it["image_size"])) for where, it, _ in both]
+        said = [f"in {where} {size}{' (larger or uneven ones, cut)' * (size == '224x224')}" for where, size in sizes]
+        raise UserError(f"the sizes of the images differ: {', '.join(said)} pixels")
 
 
 def check_batch(batch_size, train):

@@ -84,8 +84,8 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     device = devices.choose_device(args)
 
     images = data.load(args.dataset, args.data, "test")
-    if about.get("classes") and about["classes"] != images.classes:
-        raise UserError(f"{args.model_path} was trained on the classes {about['classes']}, {args.data} has other ones")
+    found = data.describe(test=images)
+    data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
     needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
     train = data.load(args.dataset, args.data, "train") if needs_train else images
     loader = loaders.make_loader(

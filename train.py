@@ -83,8 +83,8 @@ def load_splits(args):
     if args.data is None:
         args.data = (IMAGENET if args.dataset == "imagenet" else CIFAR).data
     train, test = (data.load(args.dataset, args.data, split) for split in ("train", "test"))
-    if train.classes != test.classes or type(train) is not type(test):
-        raise UserError(f"the training and test images in {args.data} differ in their classes or sizes")
+    both = data.describe(train=train), data.describe(test=test)
+    data.check_alike("the training images", both[0], f"the test images of {args.data}", both[1])
     large = isinstance(train, data.Files)
     for name, value in vars(IMAGENET if large else CIFAR).items():
         if getattr(args, name) is None:
@@ -183,6 +183,7 @@ def main(argv=None):
         "genotype": genotypes.to_dict(genotype),
         "dataset": args.dataset,
         "classes": train.classes,
+        "image_size": train.image_size,
         "mean": augmentation.mean,
         "std": augmentation.std,
         **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},

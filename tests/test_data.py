@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -318,12 +319,103 @@ def test_small_images_of_one_size_are_kept_in_memory(make_images):
     assert len(data.load("folder", root, "test")) == 3
 
 
+def array_of(path):
+    return np.asarray(data.open_image(path)).tolist()
+
+
+@pytest.mark.parametrize("suffix, kind", [(".png", "<u2"), (".tif", "<u2"), (".tif", ">u2"), (".pgm", "i4")])
+def test_sixteen_bits_are_scaled(tmp_path, suffix, kind):
+    values = np.array([[0, 128, 129, 257], [385, 386, 32896, 65535]], np.uint16)
+    Image.fromarray(values.astype(kind)).save(tmp_path / f"x{suffix}")
+    grey = [[0, 0, 1, 1], [1, 2, 128, 255]]
+    assert array_of(tmp_path / f"x{suffix}") == [[[value] * 3 for value in row] for row in grey]
+
+
+@pytest.mark.parametrize("kind", ["f4", "i4"])
+def test_pixels_of_unknown_range_are_refused(tmp_path, kind):
+    path = tmp_path / "x.tif"
+    Image.fromarray(np.ones((4, 4), kind)).save(path)
+    with pytest.raises(UserError, match=f"cannot read image {path}: .*32 bits.*8 or 16 bits"):
+        data.open_image(path)
+
+
+def test_alpha_is_dropped(tmp_path):
+    image = Image.new("RGBA", (4, 4), (200, 100, 50, 0))
+    image.save(tmp_path / "x.png")
+    assert array_of(tmp_path / "x.png")[0][0] == [200, 100, 50]
+    image = image.convert("RGB").convert("P")
+    image.save(tmp_path / "y.png", transparency=image.getpixel((0, 0)))
+    assert array_of(tmp_path / "y.png") == np.asarray(image.convert("RGB")).tolist()
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16"])
+def test_images_are_turned_upright(tmp_path, suffix, mode):
+    """A corner that is bright where the EXIF orientation says that top and left are."""
+    if mode == "I;16" and suffix in (".jpg", ".webp"):
+        return
+    pixels = np.zeros((16, 24), np.uint16 if mode == "I;16" else np.uint8)
+    pixels[:8, :8] = 65535 if mode == "I;16" else 255
+    stored = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.T}
+    stored |= {6: np.rot90, 7: lambda a: np.rot90(a, 2).T, 8: lambda a: np.rot90(a, 3)}
+    for orientation, turn in stored.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = Image.fromarray(np.ascontiguousarray(turn(pixels)))
+        (image.convert("RGB") if mode == "RGB" else image).save(tmp_path / f"x{suffix}", exif=exif)
+        upright = np.asarray(data.open_image(tmp_path / f"x{suffix}"))
+        assert upright.shape == (16, 24, 3) and upright[:7, :7].min() > 200 and upright[9:, 9:].max() < 50, orientation
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.parametrize(
+    "block", [b"", b"XX\0*", b"MM\0*\0\0\0\10\0\11\1\22\0\3", b"II*\0\10\0\0\0\1\0\22\1\2" + b"\xff" * 9]
+)
+def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path, block):
+    Image.new("RGB", (8, 8), "white").save(tmp_path / "x.jpg", exif=b"Exif\0\0" + block)
+    assert array_of(tmp_path / "x.jpg")[0][0] == [255, 255, 255]
+
+
+@pytest.mark.parametrize("format", ["EPS", "PSD", "TGA", "PCX", "SGI", "DDS", "ICNS", "MSP", "IM"])
+def test_other_formats_are_not_tried(tmp_path, monkeypatch, format):
+    for name in ("x.jpg", "x.png"):
+        Image.new("1" if format == "MSP" else "RGB", (16, 16)).save(
+            tmp_path / "x", "GIF" if format == "PSD" else format
+        )
+        monkeypatch.setattr(subprocess, "check_call", lambda *a, **k: pytest.fail("a program was started"))
+        if format == "PSD":
+            (tmp_path / "x").write_bytes(b"8BPS\0\1" + bytes(6) + b"\0\3" + b"\0\0\0\4" * 2 + b"\0\10\0\3" + bytes(80))
+        (tmp_path / "x").rename(tmp_path / name)
+        with pytest.raises(UserError, match=f"cannot read image .*{name}"):
+            data.open_image(tmp_path / name)
+
+
+def test_what_is_left_out_is_said(make_images, capsys):
+    root = make_images("train", 2, [(8, 8)], suffixes=[".png"])
+    for name in ("._0.png", ".DS_Store"):  # macOS
+        (root / "train/ant" / name).write_bytes(b"\0\5\x16\7")
+    (root / "train/._ant").mkdir()
+    assert len(data.load("folder", root, "train")) == 6 and not capsys.readouterr().out
+    for i in range(5):
+        (root / f"train/bee/{i}.heic").write_bytes(b"")
+    (root / "train/list.txt").write_text("")
+    (root / "train/cat/1.png").unlink()
+    assert data.load("folder", root, "train").labels.tolist() == [0, 0, 1, 1, 2]
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"6 files in {root}/train" in first and first.endswith("left out, as list.txt")
+    assert f"1 classes in {root}/train have a single image, as cat" in second
+    for name in ("bee", "cat"):
+        shutil.rmtree(root / "train" / name)
+    data.load("folder", root, "train")
+    assert "has one class alone, ant" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("sizes", [[(32, 32), (32, 28)], [(65, 65)], [(32, 80)]])
 def test_large_or_uneven_images_stay_files(make_images, sizes):
     files = data.load("folder", make_images("train", 3, sizes), "train")
     assert isinstance(files, data.Files) and len(files) == 9
     assert data.augmentation("folder", files).mean == (0.485, 0.456, 0.406)
-    with pytest.raises(UserError, match="must all have one size of at most 64 pixels"):
+    with pytest.raises(UserError, match=r"must all have one size of at most 64 pixels .*ant/0.jpg \d+x\d+"):
         data.check_in_memory(files)
     half, _ = data.halves(files, 0.5, False, seeded())
     assert [files.classes[label] for label in half.labels] == [path.parent.name for path in half.paths]

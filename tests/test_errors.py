@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -12,7 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
+import data
 import genotypes
 import test_cifar
 import test_cifar100
@@ -177,7 +180,15 @@ def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_
     assert "--layers 4 differs from 3" in line
     root = make_images("test", 1, [(8, 8)])
     line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
-    assert "was trained on the classes" in line
+    assert (
+        "only in the training of" in line
+        and "images: ant, bee, cat; only in" in line
+        and "weights.pt: 0, 1, 2, .." in line
+    )
+    make_images("val", 1, [(16, 16)], classes=[str(i) for i in range(10)])
+    shutil.rmtree(root / "test")
+    line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
+    assert f"in {root} 16x16, in the training of {weights} 8x8 pixels" in line
 
 
 # ---- data
@@ -237,7 +248,12 @@ def test_splits_of_different_classes(fails, make_images):
     root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(8, 8)], classes=("ant", "bee", "cow"))
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root]
-    assert "differ in their classes or sizes" in fails(train.main, argv)
+    line = fails(train.main, argv)
+    assert "only in the training images: cat; only in the test images" in line and line.endswith("images: cow\n")
+    shutil.rmtree(root / "test")
+    make_images("test", 2, [(16, 12)])
+    line = fails(train.main, argv)
+    assert "in the training images 8x8, in the test images" in line and "16x12 pixels" in line
 
 
 def test_cifar_that_cannot_be_downloaded(fails, monkeypatch):
@@ -292,7 +308,41 @@ def test_cutout_of_large_images(fails, make_images):
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root, "--train_samples", "6", "--batch_size", "6"]
     assert "--cutout is for small images" in fails(train.main, [*argv, "--cutout"])
     argv = [*SEARCH, "--dataset", "folder", "--data", root]
-    assert "must all have one size of at most 64 pixels" in fails(train_search.main, argv)
+    line = fails(train_search.main, argv)
+    assert "must all have one size of at most 64 pixels" in line and f"{root}/train/ant/0.jpg 80x70" in line
+
+
+@pytest.mark.parametrize("main, argv", MAINS[:3])
+def test_an_image_of_another_size(fails, make_images, main, argv):
+    """One text, whatever reads the images: which image it is, and both sizes."""
+    split = "test" if main is test_cifar.main else "train"
+    root = make_images("train", 4, [(8, 12)])
+    make_images("test", 4, [(8, 12)])
+    odd = root / split / "bee/2.jpg"
+    for size in ((8, 8), (12, 8), (80, 120)):
+        Image.new("RGB", size).save(odd)
+        line = fails(main, [*argv, "--dataset", "folder", "--data", root])
+        expected = (
+            f"{odd} is {size[0]}x{size[1]} pixels, but 11 of 12 images in {root / split} are 8x12: resize or remove it"
+        )
+        assert line == f"error: {expected}\n"
+    (root / split / "ant/0.jpg").unlink()
+    (root / split / "bee/2.jpg").unlink()  # and of the rest one in ten is odd: still a mistake; two are a choice
+    Image.new("RGB", (16, 16)).save(root / split / "cat/3.jpg")
+    assert "cat/3.jpg is 16x16 pixels, but 9 of 10 images" in fails(
+        main, [*argv, "--dataset", "folder", "--data", root]
+    )
+    Image.new("RGB", (16, 16)).save(root / split / "cat/2.jpg")
+    assert isinstance(data.load("folder", root, split), data.Files)
+
+
+def test_a_link_to_nothing(fails, make_images):
+    root = make_images("train", 3, [(8, 8)])
+    argv = [*SEARCH, "--dataset", "folder", "--data", root]
+    for link in ("train/dog", "train/ant/5.png"):
+        (root / link).symlink_to("nowhere")
+        assert f"cannot read {root / link}: No such file or directory" in fails(train_search.main, argv)
+        (root / link).unlink()
 
 
 @pytest.mark.parametrize(

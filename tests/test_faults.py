@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -34,10 +35,12 @@ import test_train
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_genotypes import Call, bomb
 from test_runs import assert_same
 from test_visualize import make_run
 
+import data
 import genotypes
 import nas201.data
 import visualize
@@ -617,6 +620,95 @@ def test_hostile_files(process, tmp_path):
     assert not bad and len(outcomes) == count, bad
     assert not list(tmp_path.rglob("executed")) and not list(tmp_path.parent.glob("archive"))
     COUNTS["hostile file"]["refused, nothing executed, less than 250 MiB"] += count
+
+
+# ---- images
+
+
+def image_files():
+    """The bytes of a small image in each allowed format, in its modes, compressions and with metadata."""
+    pixels = np.random.RandomState(0).randint(0, 256, (16, 24, 3)).astype(np.uint8)
+    color = Image.fromarray(pixels)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "camera"
+    deep, grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), color.convert("L")
+    alpha, palette = color.convert("RGBA"), color.convert("P")
+    yield from [("JPEG", color, dict(exif=exif)), ("JPEG", grey, dict(progressive=True))]
+    yield from [("JPEG", color.convert("CMYK"), {}), ("MPO", color, dict(save_all=True, append_images=[color]))]
+    yield from [("PNG", color, dict(exif=exif)), ("PNG", deep, {}), ("PNG", alpha, {}), ("PNG", grey.convert("LA"), {})]
+    yield from [
+        ("PNG", palette, dict(transparency=b"\0\1\2")),
+        ("PNG", color, dict(save_all=True, append_images=[grey])),
+    ]
+    yield from [("BMP", color, {}), ("BMP", palette, {}), ("BMP", grey.convert("1"), {}), ("BMP", alpha, {})]
+    yield from [("WEBP", color, dict(exif=exif)), ("WEBP", alpha, dict(lossless=True))]
+    yield from [("WEBP", color, dict(save_all=True, append_images=[grey])), ("PPM", grey, {}), ("PPM", color, {})]
+    yield from [("PPM", deep.convert("I"), {}), ("PPM", grey.convert("1"), {}), ("PPM", grey.convert("F"), {})]
+    yield from [("TIFF", color, dict(compression=name)) for name in (None, "tiff_lzw", "jpeg", "packbits", "zlib")]
+    yield from [("TIFF", color, dict(exif=exif)), ("TIFF", deep, {}), ("TIFF", grey.convert("F"), {})]
+    yield from [("TIFF", grey.convert("1"), dict(compression="group4")), ("TIFF", palette, {}), ("TIFF", alpha, {})]
+    yield from [("GIF", palette, dict(transparency=3)), ("GIF", color, dict(save_all=True, append_images=[grey] * 2))]
+
+
+def mutated(content, other, luck):
+    """Bytes as a broken disk, a lost connection or an enemy leaves them."""
+    content = bytearray(content)
+    for _ in range(luck.choice([1, 1, 2, 5])):
+        early = luck.random() < 0.5  # headers say the most
+        at = luck.randrange(min(len(content), 64) if early else len(content)) if content else 0
+        how = luck.randrange(6)
+        if how == 0:
+            content[at : at + 1] = bytes([luck.randrange(256)])
+        elif how == 1:
+            size = luck.choice([1, 2, 4])
+            content[at : at + size] = luck.choice([b"\0", b"\xff", b"\x7f\xff", b"\0\1", b"\1\0", b"\x80\0"])[:1] * size
+        elif how == 2:
+            del content[at : at + luck.choice([1, 2, 4, 100, 10_000])]
+        elif how == 3:
+            content[at:at] = luck.randbytes(luck.choice([1, 2, 4, 30]))
+        elif how == 4:
+            length, start = luck.choice([4, 20, 200]), luck.randrange(len(other))
+            content[at : at + length] = other[start : start + length]
+        else:
+            content[at : at + 4] = struct.pack(
+                luck.choice("<>") + "I", luck.choice([0, 1, 16, 65535, 65536, 2**31 - 1])
+            )
+    return bytes(content)
+
+
+def with_checksums(png):
+    """The chunks of a PNG file with right checksums, so that a reader goes on to what they hold."""
+    content, at = bytearray(png), 8
+    while at + 12 <= len(content):
+        end = at + 8 + int.from_bytes(content[at : at + 4], "big")
+        content[end : end + 4] = zlib.crc32(content[at + 4 : end]).to_bytes(4, "big")
+        at = end + 4
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::Warning")
+def test_mutated_images(tmp_path, capfd):
+    """An image, or a UserError that names the file; any other exception of Pillow fails."""
+    luck, contents = random.Random(12), []
+    for format, image, how in image_files():
+        content = io.BytesIO()
+        image.save(content, format, **how)
+        contents.append((format, content.getvalue()))
+    path, count = tmp_path / "x.jpg", few(20_000, 300)
+    for i in range(count):
+        format, content = contents[i % len(contents)]
+        content = mutated(content, luck.choice(contents)[1], luck)
+        path.write_bytes(with_checksums(content) if format == "PNG" and i % 2 else content)
+        try:
+            image = data.open_image(path)
+            assert image.mode == "RGB"
+            COUNTS[f"mutated image, {format}"]["read"] += 1
+        except UserError as error:
+            assert str(path) in str(error)
+            COUNTS[f"mutated image, {format}"]["refused by name"] += 1
+    capfd.readouterr()  # libtiff's own messages
+    for suffix in data.IMAGE_FORMATS:
+        assert len(COUNTS[f"mutated image, {suffix}"]) == 2
 
 
 # ---- 6. other versions and missing files
