@@ -10,8 +10,8 @@ from support.cli import command
 from support.files import UserError
 
 
-def find(target):
-    """(architecture, name, folder for its drawings) of what the command line names. Raises UserError."""
+def resolve(target):
+    """Return (architecture, name, folder for its drawings) of what the command line names. Raises UserError."""
     if target.lstrip().startswith("|"):
         return target.strip(), "", "."
     if os.path.isdir(target):
@@ -35,7 +35,7 @@ def main(argv=None):
     if args.report is not None:
         paths = [report.write_report(args.report)]
     else:
-        architecture, name, folder = find(args.target)
+        architecture, name, folder = resolve(args.target)
         paths = cells.write_cells(args.output or folder, architecture, args.format, name)
     print("\n".join(paths))
 

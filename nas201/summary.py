@@ -11,7 +11,7 @@ import numpy as np
 from nas201.benchmark import load
 from nas201.report import PUBLISHED, SPREAD
 from nas201.sources import COLUMNS, METRICS, SPLITS
-from reporting.charts import column, known
+from reporting.charts import column, finite_values
 from reporting.report import read_history
 from support.cli import Parser, command
 from support.files import UserError, read_json, write_json
@@ -49,7 +49,7 @@ def read_run(run):
     keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
     figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
     taus = [entry.get("kendall_tau") for entry in history]
-    seconds = sum(known(history, "seconds"))
+    seconds = sum(finite_values(history, "seconds"))
     return figures | {"kendall_tau_by_generation": taus, "generations": len(history), "seconds": seconds}
 
 

@@ -1,4 +1,4 @@
-"""Draw cells as SVG or PNG, and rebuild the report of a run. matplotlib draws, without a display."""
+"""Drawings of cells as SVG or PNG. matplotlib draws, without a display."""
 
 import contextlib
 import functools
@@ -11,13 +11,10 @@ from html import escape
 import genotypes
 from support.files import UserError, atomic_write, read_json
 
-# Colours on light and on dark. Drawings have the light ones, which every viewer knows; `DARK_CSS` replaces them.
 PALETTE = {
-    "paper": ("#ffffff", "#171a20"), "ink": ("#1b1f27", "#eceff4"), "soft": ("#5a6270", "#a9b1bf"),
-    "line": ("#6b7482", "#939dac"), "rule": ("#dde1e7", "#343a45"), "node": ("#e8ecf2", "#2b313c"),
-    "blue": ("#0069b4", "#57aef2"), "sky": ("#1f9bcf", "#9ad9f7"), "green": ("#00855f", "#37c69b"),
-    "orange": ("#c96a00", "#f7a440"), "yellow": ("#8a8a00", "#f0d84a"), "red": ("#c9371f", "#ff8068"),
-    "pink": ("#b8478c", "#f09acb"), "purple": ("#6a4fb5", "#b7a0ff"), "grey": ("#7d8590", "#98a1ae"),
+    "paper": "#ffffff", "ink": "#1b1f27", "soft": "#5a6270", "line": "#6b7482", "rule": "#dde1e7", "node": "#e8ecf2",
+    "blue": "#0069b4", "sky": "#1f9bcf", "green": "#00855f", "orange": "#c96a00", "yellow": "#8a8a00", "red": "#c9371f",
+    "pink": "#b8478c", "purple": "#6a4fb5", "grey": "#7d8590",
 }  # fmt: skip
 COLOUR = {
     "none": "grey", "skip_connect": "green", "max_pool_3x3": "orange", "avg_pool_3x3": "yellow",
@@ -29,16 +26,8 @@ TEXT = 9  # points, as all sizes here
 LETTER = 5.8  # generous, since the viewer's font is not known here
 BOX, GAP, MARGIN, TITLE = 19, 9, 12, 24  # heights of a box and of the title, and the space around boxes
 HOP, ARROW = 18, 6  # from an operation to its node, and the size of the arrow there
-DARK_CSS = "".join(
-    f'[style*="{role}: {light}"]{{{role}:{dark}!important}}'
-    for role in ("fill", "stroke")
-    for light, dark in PALETTE.values()
-)
-DARK_CSS = f"@media(prefers-color-scheme:dark){{{DARK_CSS}}}"
-
-
-def light(name):
-    return PALETTE[name][0]
+# Lightness is turned over and the hue kept where the viewer prefers dark pages.
+DARK_CSS = "@media(prefers-color-scheme:dark){svg{filter:invert(.93) hue-rotate(180deg)}}"
 
 
 @contextlib.contextmanager
@@ -56,7 +45,7 @@ def default_settings(style=()):
 
 @default_settings()
 def cell_figure(edges, title, concat=(), inputs=()):
-    """The cell as a matplotlib figure.
+    """Draw the cell as a matplotlib figure.
 
     edges: (source, target, operation) by names of nodes, listed target by target in topological order.
     concat: the nodes whose concatenation is the output c_{k}. inputs: nodes to show even where no edge uses them.
@@ -68,22 +57,21 @@ def cell_figure(edges, title, concat=(), inputs=()):
     from matplotlib.figure import Figure
     from matplotlib.patches import FancyBboxPatch
 
-    figure = Figure(facecolor=light("paper"))
+    figure = Figure(facecolor=PALETTE["paper"])
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
-    ink = {"color": light("ink"), "parse_math": False, "zorder": 3}
+    ink = {"color": PALETTE["ink"], "parse_math": False, "zorder": 3}
     axes.text(MARGIN, MARGIN, title, fontsize=TEXT + 2, fontweight="bold", va="center", **ink)
 
     def draw_box(kind, text, x, y, width, height=BOX):  # x: left, y: middle
         colour, fill, radius = ("ink", "node", 9) if kind == "node" else (COLOUR.get(text, "line"), "paper", 3)
-        style = {"fc": light(fill), "ec": light(colour), "ls": "--" if text == "none" else "-", "lw": 1.2, "zorder": 3}
-        shape = f"round,pad=0,rounding_size={radius}"
-        corner = (x, y - height / 2)
-        axes.add_patch(FancyBboxPatch(corner, width, height, boxstyle=shape, gid=f"{kind}_0", **style))
+        style = {"fc": PALETTE[fill], "ec": PALETTE[colour], "ls": "--" if text == "none" else "-"}
+        style |= {"boxstyle": f"round,pad=0,rounding_size={radius}", "gid": f"{kind}_0", "lw": 1.2, "zorder": 3}
+        axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, **style))
         axes.text(x + width / 2, y, text, fontsize=TEXT, ha="center", va="center_baseline", **ink)
 
     def draw_line(xs, ys, style="-", **marker):
-        axes.plot(xs, ys, style, color=light("line"), lw=1.1, **marker)
+        axes.plot(xs, ys, style, color=PALETTE["line"], lw=1.1, **marker)
 
     routes = [([source], operation, target) for source, target, operation in edges]
     routes += [(concat, "concat", "c_{k}")] if concat else []
@@ -123,7 +111,7 @@ def cell_figure(edges, title, concat=(), inputs=()):
 
 @default_settings()
 def svg_of(figure, title, description):
-    """A figure as an <svg> element in which text stays text; equal figures give equal bytes.
+    """Return a figure as an <svg> element in which text stays text; equal figures give equal bytes.
 
     What matplotlib numbers becomes a class; only marks keep an id, made of their shape and the title.
     """
@@ -140,10 +128,10 @@ def svg_of(figure, title, description):
 
 
 def cell_svg(edges, title, concat=(), inputs=()):
-    """The cell as SVG text; `cell_figure` describes the arguments."""
-    said = "; ".join(f"{source} to {target}: {operation}" for source, target, operation in edges)
-    said += f". The output c_{{k}} concatenates {', '.join(concat)}." if concat else "."
-    return svg_of(cell_figure(edges, title, concat, inputs), title, said)
+    """Return the cell as SVG text; `cell_figure` describes the arguments."""
+    description = "; ".join(f"{source} to {target}: {operation}" for source, target, operation in edges)
+    description += f". The output c_{{k}} concatenates {', '.join(concat)}." if concat else "."
+    return svg_of(cell_figure(edges, title, concat, inputs), title, description)
 
 
 # ---- architectures
@@ -177,7 +165,7 @@ def title(name, words):
 
 
 def load_architecture(path):
-    """The Genotype or arch string in a genotype file. Raises UserError naming the file."""
+    """Return the Genotype or arch string in a genotype file. Raises UserError naming the file."""
     value = read_json(path) if str(path).endswith(".json") else None
     if not isinstance(value, dict) or not isinstance(value.get("arch"), str):
         return genotypes.load(path)

@@ -3,26 +3,27 @@
 from html import escape
 
 from reporting import cells
-from reporting.cells import light
+from reporting.cells import PALETTE
 
 # Of a chart, for matplotlib; it is 4.2 inches wide, so that its text stays legible at 330 pixels.
 STYLE = {
-    "font.size": 9.5, "text.color": light("ink"), "axes.labelcolor": light("soft"), "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-6, 6), "axes.xmargin": 0, "axes.grid": True, "axes.grid.axis": "y",
-    "axes.axisbelow": True, "axes.edgecolor": light("rule"), "axes.spines.left": False, "axes.spines.right": False,
-    "axes.spines.top": False, "grid.color": light("rule"), "xtick.bottom": False, "xtick.labelcolor": light("soft"),
-    "ytick.left": False, "ytick.labelcolor": light("soft"), "legend.frameon": False, "legend.fontsize": 9,
-    "legend.handlelength": 1.2, "legend.columnspacing": 1.2, "legend.handletextpad": 0.5, "lines.markersize": 3,
-    "figure.facecolor": light("paper"), "axes.facecolor": "none",
+    "font.size": 9.5, "text.color": PALETTE["ink"], "axes.labelcolor": PALETTE["soft"], "axes.xmargin": 0,
+    "axes.formatter.useoffset": False, "axes.formatter.limits": (-6, 6), "axes.grid": True, "axes.grid.axis": "y",
+    "axes.axisbelow": True, "axes.edgecolor": PALETTE["rule"], "axes.spines.left": False, "axes.spines.right": False,
+    "axes.spines.top": False, "grid.color": PALETTE["rule"], "xtick.bottom": False, "ytick.left": False,
+    "xtick.labelcolor": PALETTE["soft"], "ytick.labelcolor": PALETTE["soft"], "legend.frameon": False,
+    "legend.fontsize": 9, "legend.handlelength": 1.2, "legend.columnspacing": 1.2, "legend.handletextpad": 0.5,
+    "lines.markersize": 3, "figure.facecolor": PALETTE["paper"], "axes.facecolor": "none",
 }  # fmt: skip
 
 
 def step_of(rows):
+    """Return what the rows of a history count."""
     return "generation" if "generation" in rows[0] else "epoch"
 
 
 def column(rows, key):
-    """The values of a key, such as "lr" or "true_accuracy/cifar10/test", None where there is no finite number."""
+    """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test", None where none is a finite number."""
     values = []
     for value in rows:
         for name in key.split("/"):
@@ -31,12 +32,13 @@ def column(rows, key):
     return values
 
 
-def known(rows, key):
+def finite_values(rows, key):
+    """Return those values of a key that are finite numbers."""
     return [value for value in column(rows, key) if value is not None]
 
 
 def show(value, digits=2):
-    """A number as people write it; a dash where there is none."""
+    """Write a number as people do, and a dash where there is none."""
     if value is None:
         return "–"
     if abs(value) >= 1000 or value == int(value):
@@ -45,18 +47,18 @@ def show(value, digits=2):
 
 
 def wide(content, label):
-    """What scrolls by itself where the page is narrower."""
+    """Return HTML that scrolls by itself where the page is narrower than `content`."""
     return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
 
 
 def pairs(values):
-    """A list of names and values."""
+    """Return an HTML list of names and values."""
     shown = ((escape(name), "–" if value in (None, "") else escape(str(value))) for name, value in values.items())
     return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in shown)}</dl>"
 
 
 def table(caption, head, rows):
-    """An HTML table; the first column is the rows' header."""
+    """Return an HTML table; the first column is the rows' header."""
     caption, heads = escape(caption), "".join(f"<th scope=col>{name}</th>" for name in head)
     body = ""
     for first, *values in rows:
@@ -66,7 +68,7 @@ def table(caption, head, rows):
 
 
 def chart(rows, title, note, lines, band=None, levels=(), zero=False):
-    """A chart of lines [(label, colour, key of the rows)] and its numbers, or nothing where no value is known.
+    """Return a chart of lines [(label, colour, key of the rows)] and its numbers; "" where there is no value.
 
     band: the keys of a mean and its deviation. levels: [(label, colour, value)], dashed. zero: begin the axis at 0.
     """
@@ -76,31 +78,31 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
 
     step = step_of(rows)
     steps = [row[step] for row in rows]
-    lines = [(label, colour, column(rows, name)) for label, colour, name in lines if known(rows, name)]
+    lines = [(label, colour, column(rows, name)) for label, colour, name in lines if finite_values(rows, name)]
     if not lines:
         return ""
-    said = ""
+    description = ""
     with cells.default_settings(STYLE):
         figure = Figure(figsize=(4.2, 2.6 + 0.08 * len([*lines, *levels])), layout="constrained")
         axes = figure.subplots()
         axes.set_xlabel(step)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         for label, colour, values in lines:
-            found = [value for value in values if value is not None]
-            first, last, lowest, highest = map(show, (found[0], found[-1], min(found), max(found)))
-            said += f"{label}: {first} at first, {last} at last; lowest {lowest}, highest {highest}. "
+            finite = [value for value in values if value is not None]
+            first, last, lowest, highest = map(show, (finite[0], finite[-1], min(finite), max(finite)))
+            description += f"{label}: {first} at first, {last} at last; lowest {lowest}, highest {highest}. "
             style = "o-" if len(steps) <= 60 else "-"
-            axes.plot(steps, np.array(values, float), style, color=light(colour), label=f"{label} {last}")
+            axes.plot(steps, np.array(values, float), style, color=PALETTE[colour], label=f"{label} {last}")
         if band:
             mean, deviation = (np.array(column(rows, name), float) for name in band)
-            about = {"color": light("blue"), "alpha": 0.2, "lw": 0, "label": "mean ± one deviation"}
+            about = {"color": PALETTE["blue"], "alpha": 0.2, "lw": 0, "label": "mean ± one deviation"}
             axes.fill_between(steps, mean - deviation, mean + deviation, **about)
         for label, colour, value in levels:
-            axes.axhline(value, ls="--", color=light(colour), label=f"{label} {show(value)}")
+            axes.axhline(value, ls="--", color=PALETTE[colour], label=f"{label} {show(value)}")
         if zero:
             axes.set_ylim(bottom=0)
         figure.legend(loc="outside lower left", ncols=2)
-        svg = cells.svg_of(figure, title, said)
+        svg = cells.svg_of(figure, title, description)
     numbers = zip(steps, *([show(v, 3) for v in values] for _, _, values in lines), strict=True)
     numbers = table(f"{title} by {step}", [step, *(label for label, *_ in lines)], numbers)
     return (

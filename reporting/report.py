@@ -11,12 +11,12 @@ from html import escape
 import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
-from reporting.charts import chart, column, known, pairs, show, step_of, wide
+from reporting.charts import chart, column, finite_values, pairs, show, step_of, wide
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json
 
 CSS = """
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b1f27;--soft:#5a6270;--rule:#dde1e7}
-@media(prefers-color-scheme:dark){:root{--page:#0e1015;--card:#171a20;--ink:#eceff4;--soft:#a9b1bf;--rule:#343a45}}
+@media(prefers-color-scheme:dark){:root{--page:#0e1015;--card:#121212;--ink:#eceff4;--soft:#a9b1bf;--rule:#343a45}}
 *{box-sizing:border-box}
 body{max-width:1240px;margin:0 auto;padding:24px 16px 48px;background:var(--page);color:var(--ink);
 font:15px/1.5 system-ui,sans-serif}
@@ -71,7 +71,7 @@ SPACES = {"s1": Space()}  # by the name in args.json
 
 
 def read_history(path):
-    """The lines of history.jsonl. Raises UserError naming file and line of one that is malformed."""
+    """Return the lines of history.jsonl. Raises UserError naming file and line of one that is malformed."""
     rows = []
     for number, line in enumerate(read_bytes(path).splitlines(), start=1):
         if not line.strip():
@@ -92,7 +92,7 @@ def read_history(path):
 
 
 def operation_shares(path, space):
-    """{"normal cell max_pool_3x3": percent of the edges of such cells, ..} of a saved population. Raises UserError."""
+    """Return {"normal cell max_pool_3x3": percent of such cells' edges, ..} of a saved population. Raises UserError."""
     import numpy as np
     import torch
 
@@ -111,21 +111,18 @@ def operation_shares(path, space):
     return dict(zip(names, shares.flatten().tolist(), strict=True))
 
 
-# ---- charts
-
-
 # ---- sections: each returns HTML, or nothing, and adds to `missing` what it could not find
 
 
 def section(title, *charts, card=""):
-    """A heading, a card of other content, and charts side by side; nothing where there is nothing."""
+    """Return a heading, a card of other content, and charts side by side; "" where there is nothing to show."""
     card = f"<div class=card>{card}</div>" if card else ""
     charts = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
     return f"<section><h2>{title}</h2>{card}{charts}</section>" if card or charts else ""
 
 
 def winner_section(run_dir, rows, missing):
-    """The cells of genotype.json, else of the last line of the history."""
+    """Return the cells of genotype.json, else of the last line of the history."""
     path = os.path.join(run_dir, "genotype.json")
     last = rows[-1].get("best_genotype") if rows else None
     try:
@@ -147,6 +144,7 @@ def winner_section(run_dir, rows, missing):
 
 
 def population_section(run_dir, space, rows, missing):
+    """Return charts of the operations in each generation, read from the saved populations."""
     counted, errors = [], {}
     for row in rows:
         path = os.path.join(run_dir, "population", f"{row['generation']:03d}.npz")
@@ -168,6 +166,7 @@ def population_section(run_dir, space, rows, missing):
 
 
 def training_section(rows):
+    """Return the curves of a search (fitness, shared weights) or of a retraining (loss, accuracy)."""
     if step_of(rows) == "generation":
         fitness = [("best", "red", "fitness_best"), ("mean", "blue", "fitness_mean")]
         return section(
@@ -186,6 +185,7 @@ def training_section(rows):
 
 
 def time_section(rows):
+    """Return charts of seconds, images/s and learning rate."""
     rate, lr = [("images/s", "green", "images_per_second")], [("learning rate", "purple", "lr")]
     return section(
         "Time",
@@ -196,6 +196,7 @@ def time_section(rows):
 
 
 def settings_section(args):
+    """Return command, arguments and versions."""
     about = {key: args[key] for key in ("git", "threads", "started") if key in args}
     card = f"<pre>{escape(str(args.get('command', '')))}</pre>"
     card += pairs(args["args"]) + "<h3>Versions</h3>" + pairs(args["versions"] | about)
@@ -203,18 +204,18 @@ def settings_section(args):
 
 
 def summary_section(rows, total):
-    """The figures to see first."""
+    """Return the figures to see first."""
     step, last = step_of(rows), rows[-1:]
-    minutes, seconds = divmod(int(sum(known(rows, "seconds"))), 60)
+    minutes, seconds = divmod(int(sum(finite_values(rows, "seconds"))), 60)
     shown = {f"{step.capitalize()}s": f"{last[0][step]} of {total}", "Time": f"{minutes} min {seconds} s"}
     named = {"Best fitness, %": "fitness_best", "Mean fitness, %": "fitness_mean", "Distinct architectures": "distinct"}
     named |= {"Test top-1, %": "test_top1", "Best test top-1, %": "best_top1"}
-    shown |= {name: show(value) for name, key in named.items() for value in known(last, key)}
-    for value in known(last, "test_top1"):
+    shown |= {name: show(value) for name, key in named.items() for value in finite_values(last, key)}
+    for value in finite_values(last, "test_top1"):
         shown["Test error, %"] = show(100 - value)
-    if speeds := known(rows, "images_per_second"):
+    if speeds := finite_values(rows, "images_per_second"):
         shown["Images/s, median"] = show(statistics.median(speeds), 0)
-    if memory := known(rows, "peak_memory_mb"):
+    if memory := finite_values(rows, "peak_memory_mb"):
         shown["Peak memory"] = f"{show(max(memory), 0)} MB"
     return section("Summary", card=pairs(shown))
 
@@ -241,7 +242,6 @@ def write_report(run_dir):
     rows = read_history(os.path.join(run_dir, "history.jsonl")) if "history.jsonl" in here else []
     step = step_of(rows) if rows else "epoch" if args.get("kind") == "eval" else "generation"
     rows = sorted({row[step]: row for row in rows}.values(), key=lambda row: row[step])
-
     if space is None:
         best = rows[-1].get("best_genotype") if rows else None
         space = next((space for space in SPACES.values() if isinstance(best, space.cell_type)), SPACES["s1"])
@@ -252,7 +252,7 @@ def write_report(run_dir):
     elif step == "epoch":
         parts = [training_section(rows), *parts, time_section(rows)]
     else:
-        if not known(rows, "fitness_best"):
+        if not finite_values(rows, "fitness_best"):
             missing.append("Fitness was not measured in any generation.")
         parts += [training_section(rows), space.section(rows)]
         parts += [population_section(run_dir, space, rows, missing), time_section(rows)]

@@ -131,6 +131,18 @@ def test_lines_connect_what_the_genotype_says(name):
         assert sorted(found) == sorted(cell["edges"] + concat)
 
 
+def luminance_of(colour, dark):
+    """WCAG's relative luminance + 0.05 of "#rrggbb", after the filters of DARK_CSS if `dark`."""
+    rgb = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    if dark:
+        amount = float(re.search(r"invert\(([.\d]+)\) hue-rotate\(180deg\)", drawing.DARK_CSS)[1])
+        rgb = amount + rgb * (1 - 2 * amount)
+        grey = np.tile([0.213, 0.715, 0.072], (3, 1))
+        rgb = ((2 * grey - np.eye(3)) @ rgb).clip(0, 1)  # hue-rotate's matrix, at 180 degrees
+    linear = np.where(rgb <= 0.03928, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    return linear @ [0.2126, 0.7152, 0.0722] + 0.05
+
+
 def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
     strange = drawing.cells(ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
     ElementTree.fromstring(drawing.cell_svg(**strange).encode())
@@ -143,22 +155,17 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
     paper = next(root.iter(f"{SVG}path"))  # an own background, whatever is behind
     width, height = root.get("viewBox").split()[2:]
     assert "fill: #ffffff" in paper.get("style") and paper.get("d").split()[:5] == ["M", "0", height, "L", width]
-    known = {light for light, _ in drawing.PALETTE.values()}  # what the dark style sheet replaces
-    assert set(re.findall(r"#[0-9a-f]{6}\b", svg.partition("<defs>")[2].replace("xlink:href", ""))) <= known
+    used = set(re.findall(r"#[0-9a-f]{6}\b", svg.partition("<defs>")[2].replace("xlink:href", "")))
+    assert used <= set(drawing.PALETTE.values())
     assert svg == drawing.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
 
-    def luminance(colour):
-        parts = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
-        r, g, b = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
-        return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05
-
-    for theme in (0, 1):
-        paper = luminance(drawing.PALETTE["paper"][theme])
-        for name, colours in drawing.PALETTE.items():
-            ratio = max(luminance(colours[theme]), paper) / min(luminance(colours[theme]), paper)
+    for theme in ("light", "dark"):
+        luminance = {name: luminance_of(colour, theme == "dark") for name, colour in drawing.PALETTE.items()}
+        for name, own in luminance.items():
+            ratio = max(own, luminance["paper"]) / min(own, luminance["paper"])
             least = {"ink": 7, "soft": 4.5, "paper": 1, "rule": 1, "node": 1}.get(name, 3)  # WCAG: text 4.5, shapes 3
             assert ratio >= least, (name, theme, ratio)
-        ink, node = (luminance(drawing.PALETTE[name][theme]) for name in ("ink", "node"))
+        ink, node = luminance["ink"], luminance["node"]
         assert max(ink, node) / min(ink, node) >= 7
     assert set(genotypes.OPERATIONS) | set(PRIMITIVES) <= set(drawing.COLOUR)
 
