@@ -179,13 +179,21 @@ def plain_forward(network, x, alphas):
     return network(x, alphas)
 
 
-def plain_fitness(network, bn):
-    """The reference way to measure, with the interface of `fast_search.fitness`."""
-    return lambda x: lambda alphas: network(x, alphas)
+class PlainEvaluator:
+    """The reference way to measure, with the interface of `fast_search.Evaluator`; see `batch_norm_mode` for `bn`."""
+
+    def __init__(self, network, bn):
+        self.network = network
+
+    def set_batch(self, x):
+        self.x = x
+
+    def logits(self, alphas):
+        return self.network(self.x, alphas)
 
 
 @torch.no_grad()
-def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=False, where="fitness"):
+def measure_fitness(network, alphas, loader, bn, make_evaluator=PlainEvaluator, *, amp=False, where="fitness"):
     """Top-1 accuracy in percent, (P,) float64, of each individual of `alphas` (P, G, E, O) on all images of `loader`.
 
     A batch is loaded and augmented once and shown to all individuals, so they are compared on the same images; equal
@@ -198,14 +206,14 @@ def measure_fitness(network, alphas, loader, bn, fitness=plain_fitness, *, amp=F
     distinct = distinct.to(device)
     correct = torch.zeros(len(distinct), dtype=torch.int64, device=device)
     with batch_norm_mode(network, bn):
-        prepare = fitness(network, bn)
+        evaluator = make_evaluator(network, bn)
         for x, y in distributed.progress(loader, where):
             if signals.requested(device):
                 raise signals.Interrupted(where)
             with devices.autocast(device, amp):
-                logits_of = prepare(x)
+                evaluator.set_batch(x)
                 for i in mine:
-                    correct[i] += (logits_of(distinct[i]).argmax(1) == y).sum()
+                    correct[i] += (evaluator.logits(distinct[i]).argmax(1) == y).sum()
     return (100 * distributed.sum_over_ranks(correct).cpu().double() / loader.size)[index]
 
 

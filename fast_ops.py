@@ -35,42 +35,42 @@ def every_second(x, first):
     return x.permute(0, 2, 3, 1)[:, first::2, first::2].contiguous().permute(0, 3, 1, 2)
 
 
-def normalise(x, norms, seen, weight=None):
+def batch_norm(x, norms, bn_updates, weight=None):
     """x through any of `norms`, which are alike, times the mixing weight (C,), which takes the place of their scale.
 
-    With the batch's statistics, which `seen` gets with the norms; with the running ones where `seen` is None.
+    With the batch's statistics, which `bn_updates` gets with the norms; with the running ones where it is None.
     """
     bn = norms[0]
     scale, shift = (bn.weight, bn.bias) if weight is None else (weight, None)
-    if seen is None:
+    if bn_updates is None:
         return F.batch_norm(x, bn.running_mean, bn.running_var, scale, shift, False, 0.0, bn.eps)
-    y, mean, var = standardise(x, scale, shift, bn.eps)
-    seen += [(bn, mean, var, x.numel() // x.shape[1]) for bn in norms]
+    y, mean, var = batch_norm_stats(x, scale, shift, bn.eps)
+    bn_updates += [(bn, mean, var, x.numel() // x.shape[1]) for bn in norms]
     return y
 
 
-def standardise(x, scale, shift, eps):
+def batch_norm_stats(x, scale, shift, eps):
     """BatchNorm with the batch's statistics, and these: (y, mean, biased variance).
 
     On a CPU torch sums a channels-last tensor up in one float32 accumulator, which errs by 1e-5 in the variance.
-    Without gradients it is given fewer pixels at a time; with them see Standardise.
+    Without gradients it is given fewer pixels at a time; with them see ExactBatchNormCPU.
     """
     if x.is_cuda:
         y, mean, inverse_std = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
         return y, mean, inverse_std.square().reciprocal() - eps
     if torch.is_grad_enabled():
-        return Standardise.apply(x, scale, shift, eps)
+        return ExactBatchNormCPU.apply(x, scale, shift, eps)
     parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(max(1, PIXELS // x[0, 0].numel()))
     moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]  # mean, biased variance
     means, variances = (torch.stack(of) for of in zip(*moments, strict=True))  # (parts, C)
-    share = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
-    mean = (share * means).sum(0)
-    var = (share * (variances + (means - mean).square())).sum(0)
+    shares = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
+    mean = (shares * means).sum(0)
+    var = (shares * (variances + (means - mean).square())).sum(0)
     return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, var
 
 
-class Standardise(torch.autograd.Function):
-    """`standardise` with gradients, for which the smallest error can flip a ReLU and so make a visible difference."""
+class ExactBatchNormCPU(torch.autograd.Function):
+    """`batch_norm_stats` with gradients, for which the smallest error can flip a ReLU and so become visible."""
 
     @staticmethod
     def forward(ctx, x, scale, shift, eps):
@@ -93,10 +93,10 @@ class Standardise(torch.autograd.Function):
 
 
 @torch.no_grad()
-def move_statistics(seen):
+def move_statistics(bn_updates):
     """Move the running statistics as training does, from [(module, mean, biased variance, count)], in few kernels."""
-    seen = [entry for entry in seen if entry[0].running_mean is not None]
-    norms, means, variances, counts = zip(*seen, strict=True)
+    bn_updates = [update for update in bn_updates if update[0].running_mean is not None]
+    norms, means, variances, counts = zip(*bn_updates, strict=True)
     variances = torch._foreach_mul(variances, [count / (count - 1) for count in counts])
     torch._foreach_lerp_([bn.running_mean for bn in norms], means, norms[0].momentum)
     torch._foreach_lerp_([bn.running_var for bn in norms], variances, norms[0].momentum)

@@ -15,7 +15,7 @@ import fast_search
 import genotypes
 import loaders
 import utils
-from engine import TrainingState, measure_fitness, plain_fitness, plain_forward, train_one_epoch, unique
+from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, next_generation
 from model_search import Network
 from reporting import report
@@ -29,7 +29,7 @@ class SearchSpace:
 
     name: str
     encoding: object  # module with random_alphas(P, generator) and decode(alphas)
-    fast: object  # module with forward(network, x, alphas) and fitness(network, bn), see fast_search
+    fast: object  # module with forward(network, x, alphas) and Evaluator(network, bn), see fast_search
     genotype_files: tuple
     nesterov = False
 
@@ -117,8 +117,8 @@ def train_generation(args, space, state, alphas, lr, loader, *, where, log):
 
 def measure(args, space, network, alphas, loader, *, where):
     """Return the fitness (P,) of `alphas` (P, G, E, O), as the arguments say."""
-    fitness_of = plain_fitness if args.plain else functools.partial(space.fast.fitness, compile=args.compile)
-    return measure_fitness(network, alphas, loader, args.bn, fitness_of, amp=args.amp, where=where)
+    make_evaluator = PlainEvaluator if args.plain else functools.partial(space.fast.Evaluator, compile=args.compile)
+    return measure_fitness(network, alphas, loader, args.bn, make_evaluator, amp=args.amp, where=where)
 
 
 def describe_population(space, state):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine import batch_norm_mode, plain_fitness, plain_forward
+from engine import PlainEvaluator, batch_norm_mode, plain_forward
 from support import devices
 
 WAYS = ("plain", "channels-last", "fast")
@@ -81,10 +81,10 @@ class Way:
         self.network = copy.deepcopy(network).to(args.device, memory_format=self.layout)
         self.args = args
         devices.keep_freed_memory()  # as the programs do
-        self.forward, self.fitness = plain_forward, plain_fitness
+        self.forward, self.make_evaluator = plain_forward, PlainEvaluator
         if name == "fast":
             self.forward = partial(fast.forward, compile=args.compile)
-            self.fitness = partial(fast.fitness, compile=args.compile)
+            self.make_evaluator = partial(fast.Evaluator, compile=args.compile)
 
     def autocast(self):
         return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.amp)
@@ -110,8 +110,9 @@ class Way:
     def measure(self, x, population):
         """The logits (P, B, num_classes) of each individual of a population on x."""
         with batch_norm_mode(self.network, self.args.bn), self.autocast():
-            logits_of = self.fitness(self.network, self.args.bn)(x.contiguous(memory_format=self.layout))
-            return torch.stack([logits_of(alphas) for alphas in population]).float()
+            evaluator = self.make_evaluator(self.network, self.args.bn)
+            evaluator.set_batch(x.contiguous(memory_format=self.layout))
+            return torch.stack([evaluator.logits(alphas) for alphas in population]).float()
 
 
 def difference(actual, expected):

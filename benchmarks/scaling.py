@@ -60,19 +60,14 @@ def generation(rank, world, address, args, results):
         logits = fast_search.forward(network, x, alphas[step % len(alphas)])
         return torch.nn.functional.cross_entropy(logits, y), logits
 
-    def fitness(network, bn):
-        prepare = fast_search.fitness(network, bn)
+    class Counting(fast_search.Evaluator):
+        def set_batch(self, x):
+            self.images = len(x)
+            super().set_batch(x)
 
-        def counting(x):
-            logits_of = prepare(x)
-
-            def one(individual):
-                done["measured"] += len(x)
-                return logits_of(individual)
-
-            return one
-
-        return counting
+        def logits(self, individual):
+            done["measured"] += self.images
+            return super().logits(individual)
 
     start = time.perf_counter()
     settings = argparse.Namespace(grad_clip=5.0, amp=False, report_freq=10**9)
@@ -80,7 +75,7 @@ def generation(rank, world, address, args, results):
     train_one_epoch(loss_of, network, train_loader, optimizer, settings, Progress(), **reports)
     done["training seconds"] = time.perf_counter() - start
     start = time.perf_counter()
-    done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", fitness)
+    done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", Counting)
     done["fitness seconds"] = time.perf_counter() - start
     done["steps"], done["parameters"] = len(train_loader), sum(p.numel() for p in network.parameters())
     torch.save(done, Path(results) / f"{rank}.pt")

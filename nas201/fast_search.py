@@ -1,6 +1,6 @@
 """The supernet of `nas201.model_search` again, several times faster, on the same modules and parameters.
 
-`forward` trains, `fitness` measures a population. What makes them fast:
+`forward` trains, an `Evaluator` measures a population. What makes them fast:
 
 - channels-last throughout; one ReLU and one average pool a node instead of one an edge; `none` left out;
 - with batch statistics, the equal convolutions that leave a node are one convolution with concatenated output channels
@@ -14,7 +14,7 @@ A cell is a function of tensors alone, so that `compile=True` compiles it once f
 import torch
 from torch.nn import functional as F
 
-from fast_ops import average_pool, compiled, move_statistics, normalise, standardise
+from fast_ops import average_pool, batch_norm, batch_norm_stats, compiled, move_statistics
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell
 
@@ -38,7 +38,7 @@ def mixing_weights(alphas):
 
 
 def mixed_cell(x, weights, kernels, eps):
-    """A cell with batch statistics: x (B, C, H, W), weights (E, O), `kernels` as `leaving` returns them.
+    """A cell with batch statistics: x (B, C, H, W), weights (E, O), `kernels` as `outgoing_kernels` returns them.
 
     Returns the output and the (mean, variance) of each BatchNorm of concatenated channels.
     """
@@ -51,7 +51,7 @@ def mixed_cell(x, weights, kernels, eps):
         for op, kernel in zip(CONVS, of_ops, strict=True):
             y = F.conv2d(active, kernel, padding=kernel.shape[-1] // 2)  # (B, targets * C, H, W)
             scale = w[:, op].repeat_interleave(x.shape[1])
-            y, *moments = standardise(y, scale, torch.zeros_like(scale), eps)
+            y, *moments = batch_norm_stats(y, scale, torch.zeros_like(scale), eps)
             out = out + y
             statistics.append(moments)
         w = w.to(out.dtype)
@@ -61,7 +61,7 @@ def mixed_cell(x, weights, kernels, eps):
     return nodes[-1], statistics
 
 
-def leaving(cell):
+def outgoing_kernels(cell):
     """Of each node but the last, the 1x1 and the 3x3 kernels of the edges out of it, concatenated over the edges.
 
     Also, for each of these concatenations, the BatchNorms behind it.
@@ -77,22 +77,22 @@ def leaving(cell):
 def forward(network, x, alphas, *, compile=False):
     """What `network(x, alphas)` returns in train mode: logits, with gradients; the BatchNorm buffers move likewise."""
     cell_of = compiled(mixed_cell) if compile else mixed_cell
-    weights, seen = mixing_weights(alphas), []
+    weights, bn_updates = mixing_weights(alphas), []
 
     def searched_cell(cell, s):
-        kernels, norms = leaving(cell)
+        kernels, norms = outgoing_kernels(cell)
         out, statistics = cell_of(s, weights, kernels, norms[0][0].eps)
         count = s.numel() // s.shape[1]
         for behind, moments in zip(norms, statistics, strict=True):
             chunks = (moment.chunk(len(behind)) for moment in moments)
-            seen.extend((norm, *chunk, count) for norm, *chunk in zip(behind, *chunks, strict=True))
+            bn_updates.extend((norm, *chunk, count) for norm, *chunk in zip(behind, *chunks, strict=True))
         return out
 
     def norm_of(norm, x):
-        return normalise(x, [norm], seen)
+        return batch_norm(x, [norm], bn_updates)
 
     logits = after_stem(network, stem(network, x, norm_of), searched_cell, norm_of)
-    move_statistics(seen)
+    move_statistics(bn_updates)
     return logits
 
 
@@ -141,46 +141,54 @@ def mix(nodes, weights):
     return zip(zip(*kernels, strict=True), zip(*biases, strict=True), strict=True)
 
 
-@torch.no_grad()
-def fitness(network, bn, *, compile=False):
-    """A function `prepare(x)` that returns a function `logits_of(alphas)`: logits of one individual on images x.
+class Evaluator:
+    """Measures individuals with "batch" or "running" BatchNorm statistics, without gradients, buffers untouched.
 
-    What depends on the weights alone is computed here, once, so call it again when they have moved. `prepare` does what
-    all individuals share. No gradients; bn "batch" or "running"; the BatchNorm buffers are left alone.
+    What depends on the weights alone is computed here, once: make a new one when they have moved.
     """
-    cells = [cell for cell in network.cells if isinstance(cell, Cell)]
-    kernels, norms = zip(*(leaving(cell) for cell in cells), strict=True)
-    eps, tracked = norms[0][0][0].eps, norms[0][0][0].running_mean is not None
-    folding = bn == "running" and tracked  # without running statistics the searched cells always use the batch's
-    cell_of = folded_cell if folding else mixed_cell
-    cell_of = compiled(cell_of) if compile else cell_of
-    thirds = len(cells) // 3  # one `mix` serves the equal cells of a stage
-    stages = [fold(cells[i : i + thirds]) for i in range(0, len(cells), thirds)] if folding else []
-
-    def norm_of(norm, x):
-        return normalise(x, [norm], [] if bn == "batch" else None)
 
     @torch.no_grad()
-    def prepare(x):
-        s = stem(network, x, norm_of)
-        cut = folding and s.device.type == "cpu"
-        parts = s.split(IMAGES_PER_THREAD * torch.get_num_threads()) if cut else [s]
+    def __init__(self, network, bn, *, compile=False):
+        self.network, self.bn = network, bn
+        cells = [cell for cell in network.cells if isinstance(cell, Cell)]
+        self.kernels, norms = zip(*(outgoing_kernels(cell) for cell in cells), strict=True)
+        self.eps, tracked = norms[0][0][0].eps, norms[0][0][0].running_mean is not None
+        self.folding = bn == "running" and tracked  # without running statistics the searched cells use the batch's
+        cell_of = folded_cell if self.folding else mixed_cell
+        self.cell_of = compiled(cell_of) if compile else cell_of
+        cells_per_stage = len(cells) // 3  # one `mix` serves the equal cells of a stage
+        firsts = range(0, len(cells), cells_per_stage) if self.folding else ()
+        self.stages = [fold(cells[i : i + cells_per_stage]) for i in firsts]
 
-        @torch.no_grad()
-        def logits_of(alphas):
-            weights = mixing_weights(alphas)
-            mixed = [cell for stage in stages for cell in mix(stage, weights)]
-            arguments = dict(zip(cells, mixed if folding else [(k, eps) for k in kernels], strict=True))
+    @torch.no_grad()
+    def set_batch(self, x):
+        """Do what all individuals share on a batch of images (B, 3, H, W)."""
+        s = stem(self.network, x, self.norm_of)
+        cut = self.folding and s.device.type == "cpu"
+        self.parts = s.split(IMAGES_PER_THREAD * torch.get_num_threads()) if cut else [s]
+
+    @torch.no_grad()
+    def logits(self, alphas):
+        """The logits (B, num_classes) of one individual, (1, 6, 5) or (6, 5), raw or decoded, on the batch."""
+        weights = mixing_weights(alphas)
+        if self.folding:
+            arguments = [cell for stage in self.stages for cell in mix(stage, weights)]
+        else:
+            arguments = [(kernels, self.eps) for kernels in self.kernels]
+
+        def part_logits(s):
+            of_cell = iter(arguments)
 
             def searched_cell(cell, s):
-                out = cell_of(s, weights, *arguments[cell])
-                return out if folding else out[0]
+                out = self.cell_of(s, weights, *next(of_cell))
+                return out if self.folding else out[0]
 
-            return torch.cat([after_stem(network, part, searched_cell, norm_of) for part in parts])
+            return after_stem(self.network, s, searched_cell, self.norm_of)
 
-        return logits_of
+        return torch.cat([part_logits(part) for part in self.parts])
 
-    return prepare
+    def norm_of(self, norm, x):
+        return batch_norm(x, [norm], [] if self.bn == "batch" else None)
 
 
 # ---- the network around the searched cells; `norm_of(norm, x)` stands for calling the BatchNorm module

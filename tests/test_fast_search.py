@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 import fast_ops
 import fast_search
 from encoding import decode
-from engine import batch_norm_mode, measure_fitness, plain_fitness
+from engine import PlainEvaluator, batch_norm_mode, measure_fitness
 from model_search import Network
 from operations import OPS
 
@@ -32,6 +32,12 @@ class Fast(torch.nn.Module):
 
 def network(layers=5, C=4):
     return fill(Network(C, 10, layers))
+
+
+def fast_evaluator(of, bn, x):
+    evaluator = fast_search.Evaluator(of, bn)
+    evaluator.set_batch(x)
+    return evaluator
 
 
 def plain_logits(of, x, alphas, bn):
@@ -107,10 +113,10 @@ def test_golden_training_trajectory(key, clip, image_seed, alphas_seed):
 
 
 def test_golden_eval_logits():
-    logits_of = fast_search.fitness(network(), "running")(images(13, (8, 3, 32, 32)))
+    evaluator = fast_evaluator(network(), "running", images(13, (8, 3, 32, 32)))
     raw = seeded_alphas(SMALL["alpha_seed"])
-    assert_close(logits_of(raw), SMALL["eval_logits_raw"])
-    assert_close(logits_of(decode(raw)), SMALL["eval_logits_decoded"])
+    assert_close(evaluator.logits(raw), SMALL["eval_logits_raw"])
+    assert_close(evaluator.logits(decode(raw)), SMALL["eval_logits_decoded"])
 
 
 @both_modes
@@ -118,9 +124,9 @@ def test_golden_eval_logits():
 def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, side):
     of, x = network(layers, C), images(3, (16, 3, side, side))
     before, training = copy.deepcopy(of.state_dict()), of.training
-    logits_of = fast_search.fitness(of, bn)(x)
+    evaluator = fast_evaluator(of, bn, x)
     for seed in (1, 2, 3, 1):
-        actual, expected = logits_of(individual(seed)), plain_logits(of, x, individual(seed), bn)
+        actual, expected = evaluator.logits(individual(seed)), plain_logits(of, x, individual(seed), bn)
         assert not actual.requires_grad
         assert_close(actual, expected)
     assert of.training is training
@@ -142,17 +148,17 @@ def test_fitness_of_a_population_equals_the_plain_one(bn, decoded):
     torch.manual_seed(0)
     of = Network(4, 10, 3)
     train(Fast(of), of, 40, side=8)
-    plain, fast = (measure_fitness(of, population, loader, bn, way) for way in (plain_fitness, fast_search.fitness))
+    plain, fast = (measure_fitness(of, population, loader, bn, way) for way in (PlainEvaluator, fast_search.Evaluator))
     assert torch.equal(fast, plain)
     assert len(plain.unique()) > 1 or not decoded  # raw individuals are all alike
 
 
 @both_modes
-def test_fitness_takes_the_weights_of_its_call(bn):
+def test_fitness_takes_the_current_weights(bn):
     of, x = network(), images(3, (8, 3, 16, 16))
-    before = fast_search.fitness(of, bn)(x)(individual(1))
+    before = fast_evaluator(of, bn, x).logits(individual(1))
     train(Fast(of), of, 2)
-    after = fast_search.fitness(of, bn)(x)(individual(1))
+    after = fast_evaluator(of, bn, x).logits(individual(1))
     assert_close(after, plain_logits(of, x, individual(1), bn))
     assert (after - before).abs().max() > 1e-3
 
@@ -182,7 +188,7 @@ def test_autocast(bn):
     of, x = network(), images(3, (16, 3, 16, 16))
     expected = plain_logits(of, x, individual(1), bn)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(fast_search.fitness(of, bn)(x)(individual(1)).float(), expected, 0.1)
+        assert_close(fast_evaluator(of, bn, x).logits(individual(1)).float(), expected, 0.1)
     with torch.autocast("cpu", torch.bfloat16):  # as in the program: torch 2.6 reuses casts made without gradients
         cross_entropy(Fast(of)(x, individual(1)), torch.arange(16) % 10).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in of.parameters())

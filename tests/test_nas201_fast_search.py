@@ -34,7 +34,13 @@ def network(track=True):
     return fill(Network(8, 2, 10, track_running_stats=track))
 
 
-def plain_fitness(of, x, alphas, bn):
+def fast_evaluator(of, bn, x):
+    evaluator = fast_search.Evaluator(of, bn)
+    evaluator.set_batch(x)
+    return evaluator
+
+
+def plain_logits(of, x, alphas, bn):
     with torch.no_grad(), batch_norm_mode(of, bn):
         return of(x, alphas)
 
@@ -83,7 +89,7 @@ def test_statistics_are_as_precise_as_the_plain_path():
     """Over many values: torch's channels-last BatchNorm would miss this tolerance tenfold."""
     x = images(0, (64, 8, 32, 32)) + 0.3
     scale, shift = torch.ones(8), torch.zeros(8)
-    _, mean, var = fast_ops.standardise(x.contiguous(memory_format=torch.channels_last), scale, shift, 1e-5)
+    _, mean, var = fast_ops.batch_norm_stats(x.contiguous(memory_format=torch.channels_last), scale, shift, 1e-5)
     exact = x.double().transpose(0, 1).flatten(1)
     torch.testing.assert_close(mean.double(), exact.mean(1), rtol=0, atol=5e-7)
     torch.testing.assert_close(var.double(), exact.var(1, correction=0), rtol=0, atol=1e-6)
@@ -112,10 +118,10 @@ def test_golden_training_trajectory(key, clip, image_seed, alpha_seed):
 @pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: str(case["seed"]))
 def test_golden_eval_logits(case):
     of = fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
-    logits_of = fast_search.fitness(of, "running")(images(17, (4, 3, 32, 32)))
+    evaluator = fast_evaluator(of, "running", images(17, (4, 3, 32, 32)))
     raw = seeded_alphas(case["seed"], (1, 6, 5))
-    assert_close(logits_of(raw), case["eval_logits_raw"])
-    assert_close(logits_of(decode(raw)), case["eval_logits_decoded"])
+    assert_close(evaluator.logits(raw), case["eval_logits_raw"])
+    assert_close(evaluator.logits(decode(raw)), case["eval_logits_decoded"])
 
 
 @both_trackings
@@ -124,10 +130,10 @@ def test_population_fitness_equals_one_by_one_and_moves_nothing(bn, track, monke
     monkeypatch.setattr(fast_search, "IMAGES_PER_THREAD", 3)  # so that several parts and a smaller last one occur
     of, x = network(track), images(3, (26, 3, 16, 16))
     before, training = copy.deepcopy(of.state_dict()), of.training
-    logits_of = fast_search.fitness(of, bn)(x)
+    evaluator = fast_evaluator(of, bn, x)
     for alphas in population(6):
-        expected = plain_fitness(of, x, alphas, bn)
-        for actual in (logits_of(alphas), logits_of(alphas[0])):  # (1, 6, 5) and (6, 5)
+        expected = plain_logits(of, x, alphas, bn)
+        for actual in (evaluator.logits(alphas), evaluator.logits(alphas[0])):  # (1, 6, 5) and (6, 5)
             assert not actual.requires_grad
             assert_close(actual, expected)
         two_best = expected.topk(2).values
@@ -138,21 +144,21 @@ def test_population_fitness_equals_one_by_one_and_moves_nothing(bn, track, monke
 
 
 @both_modes
-def test_fitness_takes_the_weights_of_its_call(bn):
+def test_an_evaluator_takes_the_weights_it_was_made_with(bn):
     of, x, alphas = network(), images(3, (8, 3, 16, 16)), seeded_alphas(0, (1, 6, 5))
-    before = fast_search.fitness(of, bn)(x)(alphas)
+    before = fast_evaluator(of, bn, x).logits(alphas)
     train(Fast(of), of, 2)
-    after = fast_search.fitness(of, bn)(x)(alphas)
-    assert_close(after, plain_fitness(of, x, alphas, bn))
+    after = fast_evaluator(of, bn, x).logits(alphas)
+    assert_close(after, plain_logits(of, x, alphas, bn))
     assert (after - before).abs().max() > 1e-3
 
 
 @both_modes
 def test_autocast(bn):
     of, x, alphas = network(), images(3, (8, 3, 16, 16)), decode(seeded_alphas(0, (1, 6, 5)))
-    expected = plain_fitness(of, x, alphas, bn)
+    expected = plain_logits(of, x, alphas, bn)
     with torch.autocast("cpu", torch.bfloat16):
-        assert_close(fast_search.fitness(of, bn)(x)(alphas).float(), expected, 0.1)
+        assert_close(fast_evaluator(of, bn, x).logits(alphas).float(), expected, 0.1)
     with torch.autocast("cpu", torch.bfloat16):  # as in the program: torch 2.6 reuses casts made without gradients
         cross_entropy(Fast(of)(x, alphas), torch.arange(8)).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in of.parameters())
