@@ -13,7 +13,7 @@ from engine import PlainEvaluator, batch_norm_mode, measure_fitness
 from model_search import Network
 from operations import OPS
 
-from golden import REFERENCE, assert_close, assert_trajectory, fill, images, seeded_alphas
+from golden import REFERENCE, TRAJECTORIES, assert_close, assert_matches, fill, images, seeded_alphas, trajectory
 
 SMALL = REFERENCE["s1_supernet"]["small"]
 both_modes = pytest.mark.parametrize("bn", ["batch", "running"])
@@ -101,15 +101,10 @@ def test_alphas_get_gradients():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize(
-    "key, clip, image_seed, alphas_seed", [("train_traj", 5.0, 100, 200), ("train_traj_clip1", 1.0, 600, 500)]
-)
-def test_golden_training_trajectory(key, clip, image_seed, alphas_seed):
-    alphas = [
-        decode(torch.cat([seeded_alphas(alphas_seed + 2 * s + g, (1, 14, 8)) for g in range(2)]))
-        for s in range(len(SMALL[key]))
-    ]
-    assert_trajectory(Fast(network()), SMALL[key], alphas, image_seed, clip)
+@pytest.mark.parametrize("key", TRAJECTORIES["s1_supernet"])
+def test_golden_training_trajectory(key):
+    steps = trajectory(Fast(network()), *TRAJECTORIES["s1_supernet"][key])
+    assert_matches(steps, SMALL[key], key)
 
 
 def test_golden_eval_logits():

@@ -12,7 +12,7 @@ from engine import batch_norm_mode
 from nas201.encoding import decode
 from nas201.model_search import Network
 
-from golden import REFERENCE, assert_close, assert_trajectory, fill, images, seeded_alphas
+from golden import REFERENCE, TRAJECTORIES, assert_close, assert_matches, fill, images, seeded_alphas, trajectory
 
 SMALL = REFERENCE["s2_supernet"]["small"]
 both_trackings = pytest.mark.parametrize("track", [True, False], ids=["tracked", "untracked"])
@@ -106,13 +106,12 @@ def test_alphas_get_gradients():
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "key, clip, image_seed, alpha_seed", [("train_traj", 5.0, 300, 4000), ("train_traj_clip1", 1.0, 800, 700)]
-)
-def test_golden_training_trajectory(key, clip, image_seed, alpha_seed):
-    alphas = [decode(seeded_alphas(alpha_seed + s, (1, 6, 5))) for s in range(len(SMALL[key]))]
-    of = fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
-    assert_trajectory(Fast(of), SMALL[key], alphas, image_seed, clip, nesterov=True)
+@pytest.mark.parametrize("key", TRAJECTORIES["s2_supernet"])
+def test_golden_training_trajectory(key):
+    steps = trajectory(
+        Fast(fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))), *TRAJECTORIES["s2_supernet"][key], nesterov=True
+    )
+    assert_matches(steps, SMALL[key], key)
 
 
 @pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: str(case["seed"]))

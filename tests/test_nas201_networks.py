@@ -1,51 +1,26 @@
-"""The NAS-Bench-201 supernet against figures of the original network (reference.json)."""
+"""The NAS-Bench-201 supernet; its figures against those of the original network are in test_parity.py."""
 
 import pytest
 import torch
 from torch import nn
 
-from nas201.encoding import arch_string, decode
+from nas201.encoding import decode
 from nas201.model_search import Cell, Network
 
-from golden import NAMES, REFERENCE, assert_close, assert_trajectory, fill, images, keyhash, seeded_alphas, shapes
-
-FULL, SMALL = REFERENCE["s2_supernet"]["full"], REFERENCE["s2_supernet"]["small"]
+from golden import fill, images, seeded_alphas
 
 
-def small_network():
-    return fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
-
-
-def test_full_size_has_the_published_names_and_parameters():
-    network = Network(FULL["C"], FULL["N"], FULL["classes"])
-    assert len(network.state_dict()) == FULL["nkeys"] == 759
-    assert sum(p.numel() for p in network.parameters()) == FULL["params"] == 1_686_106
-    assert keyhash(network) == FULL["keyhash"]
+def test_full_size_has_the_published_layout():
+    network = Network(16, 5, 10)
+    assert len(network.state_dict()) == 759
+    assert sum(p.numel() for p in network.parameters()) == 1_686_106
     assert len(network.cells) == 17 and [i for i, c in enumerate(network.cells) if not isinstance(c, Cell)] == [5, 11]
 
 
-def test_small_names_and_shapes():
-    assert shapes(Network(8, 2, 10)) == NAMES["s2_supernet_C8_N2"]
-
-
-@pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: str(case["seed"]))
-def test_eval_logits(case):
-    network, x = small_network().eval(), images(17, (4, 3, 32, 32))
-    raw = seeded_alphas(case["seed"], (1, 6, 5))
-    assert arch_string(raw) == arch_string(decode(raw)) == case["arch"]
-    assert torch.equal(decode(raw), torch.eye(5)[case["onehot"]][None])
-    with torch.no_grad():
-        assert_close(network(x, raw), case["eval_logits_raw"])
-        assert_close(network(x, decode(raw)), case["eval_logits_decoded"])
-        assert torch.equal(network(x, raw[0]), network(x, raw))  # (6, 5) and (1, 6, 5)
-
-
-@pytest.mark.parametrize(
-    "key, clip, image_seed, alpha_seed", [("train_traj", 5.0, 300, 4000), ("train_traj_clip1", 1.0, 800, 700)]
-)
-def test_training_trajectory(key, clip, image_seed, alpha_seed):
-    alphas = [decode(seeded_alphas(alpha_seed + s, (1, 6, 5))) for s in range(len(SMALL[key]))]
-    assert_trajectory(small_network(), SMALL[key], alphas, image_seed, clip, nesterov=True)
+def test_alphas_have_a_dimension_of_cells_or_none():
+    network, x, raw = fill(Network(4, 1, 10)).eval(), images(17, (4, 3, 8, 8)), seeded_alphas(3000, (1, 6, 5))
+    assert torch.equal(network(x, raw[0]), network(x, raw))  # (6, 5) and (1, 6, 5)
+    assert torch.equal(decode(raw), torch.eye(5)[raw.argmax(-1)])
 
 
 def test_batchnorm_settings_and_the_track_flag():

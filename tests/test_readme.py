@@ -1,4 +1,4 @@
-"""README.md and docs/: blocks marked `bash run` are run as they stand; flags, links and names of files exist."""
+"""README.md, docs/ and tests/README.md: blocks marked `bash run` run as they stand; flags, links and files exist."""
 
 import contextlib
 import importlib
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = {path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+PAGES = {
+    path: path.read_text() for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "tests/README.md"]
+}
 LISTS = ("tests", "benchmarks")  # folders that are named as a whole
 FENCED = re.compile(r"^```(.*)\n((?s:.*?))^```$", flags=re.MULTILINE)
 
