@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torchvision.ops import stochastic_depth
 
-from operations import OPS, FactorizedReduce, ReLUConvBN, make_cells
+from operations import OPS, Classifier, FactorizedReduce, ReLUConvBN, make_cells
 
 
 class Cell(nn.Module):
@@ -49,7 +49,7 @@ class _Network(nn.Module):
         if auxiliary:
             self.auxiliary_head = auxiliary_head(self.cells[self._auxiliary_cell].channels, num_classes, imagenet)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(self.cells[-1].channels, num_classes)
+        self.classifier = Classifier(self.cells[-1].channels, num_classes)
 
     def _classify(self, s0, s1):
         logits_aux = None
@@ -72,7 +72,7 @@ def auxiliary_head(C, num_classes, imagenet):
         *([] if imagenet else [nn.BatchNorm2d(768)]),
         nn.ReLU(),
     )
-    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=nn.Linear(768, num_classes)))
+    return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=Classifier(768, num_classes)))
 
 
 class NetworkCIFAR(_Network):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from genotypes import PRIMITIVES
-from operations import OPS, FactorizedReduce, ReLUConvBN, make_cells
+from operations import OPS, Classifier, FactorizedReduce, ReLUConvBN, make_cells
 
 
 class MixedOp(nn.Module):
@@ -65,7 +65,7 @@ class Network(nn.Module):
         self.stem = nn.Sequential(nn.Conv2d(3, C_stem, 3, padding=1, bias=False), nn.BatchNorm2d(C_stem))
         self.cells = make_cells(partial(Cell, steps, multiplier), C_stem, C, layers)
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(self.cells[-1].channels, num_classes)
+        self.classifier = Classifier(self.cells[-1].channels, num_classes)
 
     def forward(self, x, alphas):
         weights = torch.softmax(alphas, dim=-1)  # (2, E, O)

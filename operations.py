@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from support import devices
+
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
     "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride=stride, padding=1),
@@ -95,6 +97,14 @@ class FactorizedReduce(nn.Module):
             return self.bn(torch.cat(list(halves), dim=1))
         shifted = F.pad(x, (-1, 0, -1, 0))  # x[:, :, 1:, 1:], whose gradient would lose the channels-last layout
         return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+
+
+class Classifier(nn.Linear):
+    """The linear layer behind the pooled features (B, C). It computes as precisely as its weights, autocast or not."""
+
+    def forward(self, x):
+        with devices.autocast(x.device, False):
+            return super().forward(x.to(self.weight.dtype))
 
 
 def make_cells(make, C_stem, C, layers, reduction_prev=False):

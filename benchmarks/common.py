@@ -80,14 +80,14 @@ class Way:
         self.layout = torch.contiguous_format if name == "plain" else torch.channels_last
         self.network = copy.deepcopy(network).to(args.device, memory_format=self.layout)
         self.args = args
-        devices.keep_freed_memory()  # as the programs do
+        devices.set_up(torch.device(args.device))  # as the programs do
         self.forward, self.make_evaluator = plain_forward, PlainEvaluator
         if name == "fast":
             self.forward = partial(fast.forward, compile=args.compile)
             self.make_evaluator = partial(fast.Evaluator, compile=args.compile)
 
     def autocast(self):
-        return torch.autocast(torch.device(self.args.device).type, torch.bfloat16, enabled=self.args.amp)
+        return devices.autocast(torch.device(self.args.device), self.args.amp)
 
     def training_step(self, x, y, alphas, nesterov=False):
         """A function that makes one step as the search does and returns the logits."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nas201.genotypes import PRIMITIVES
-from operations import ReLUConvBN, Zero
+from operations import Classifier, ReLUConvBN, Zero
 
 OPS = {  # (B, C, H, W) -> (B, C, H, W); `track`: whether BatchNorm keeps running statistics
     "none": lambda C, track: Zero(1),
@@ -74,7 +74,7 @@ class Network(nn.Module):
             self.cells.extend(Cell(C, max_nodes, track_running_stats) for _ in range(N))
         self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(C, num_classes)
+        self.classifier = Classifier(C, num_classes)
 
     def load_state_dict(self, state_dict, *args, **kwargs):
         """As torch's own; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""

@@ -1,6 +1,5 @@
 """The device that computes: its flags, its choice, autocast and memory."""
 
-import argparse
 import contextlib
 import ctypes
 import resource
@@ -19,32 +18,40 @@ def add_device_arguments(group):
 
 
 def add_speed_arguments(group):
-    group.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on CUDA only)")
+    group.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster on GPUs; else all is float32")
     group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell (not on the CPU)")
 
 
 def choose_device(args):
-    """CUDA device --gpu where there is one, else the CPU, or --device. Settles --amp and joins the other processes.
+    """CUDA device --gpu (under torchrun each process its own) or else the CPU, or --device. Joins the other processes.
 
     Raises UserError for a device that cannot be used.
     """
-    name = args.device or (f"cuda:{distributed.local_rank(args.gpu)}" if torch.cuda.is_available() else "cpu")
+    name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda":
+        name = f"cuda:{distributed.local_rank(args.gpu)}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
-    else:
-        keep_freed_memory()
-    if args.amp is None:
-        args.amp = device.type == "cuda"
+    set_up(device)
+    if args.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise UserError(f"{torch.cuda.get_device_name(device)} does not compute with bfloat16: leave --amp out")
     if args.compile and device.type == "cpu":
         raise UserError("--compile is not for the CPU: leave it out")
     distributed.join_process_group(device)
     return device
+
+
+def set_up(device):
+    """Make the libraries below PyTorch fast, with float32 as it is."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # the default rounds what convolutions multiply, though nothing else
+    else:
+        keep_freed_memory()
 
 
 def keep_freed_memory():
@@ -56,8 +63,10 @@ def keep_freed_memory():
 
 
 def autocast(device, enabled):
-    """bfloat16 where it is safe, if `enabled`. Its weight cache holds for one block, so a block is one step."""
-    return torch.autocast(device.type, dtype=torch.bfloat16) if enabled else contextlib.nullcontext()
+    """bfloat16 where it is safe, or nowhere. Its weight cache holds for one block, so a block is one step."""
+    if not (enabled or torch.amp.is_autocast_available(device.type)):  # on the meta device, say
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if enabled else None, enabled=enabled)
 
 
 def describe_device(device):

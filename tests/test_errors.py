@@ -23,6 +23,7 @@ import test_imagenet
 import train
 import train_search
 from model import NetworkCIFAR
+from support import devices
 
 SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
 TRAIN = "--dataset digits --init_channels 2 --layers 3 --epochs 1 --train_samples 96".split()
@@ -343,6 +344,35 @@ def test_a_link_to_nothing(fails, make_images):
         (root / link).symlink_to("nowhere")
         assert f"cannot read {root / link}: No such file or directory" in fails(train_search.main, argv)
         (root / link).unlink()
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Stands in for a GPU without bfloat16, with tensors on the CPU."""
+    about = dict(set_device=lambda device: None, get_device_name=lambda device: "Tesla T4")
+    about["is_bf16_supported"] = lambda including_emulation=True: including_emulation
+    for name, value in about.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    for name in ("allow_tf32", "benchmark"):  # to be put back
+        monkeypatch.setattr(torch.backends.cudnn, name, getattr(torch.backends.cudnn, name))
+    for name in ("empty", "zeros"):
+        monkeypatch.setattr(torch, name, lambda *size, device: torch.ones(size))
+
+
+def test_a_card_without_bfloat16(card, fails):
+    line = fails(train_search.main, [*SEARCH, "--device", "cuda", "--amp"])
+    assert "Tesla T4 does not compute with bfloat16: leave --amp out" in line
+
+
+@pytest.mark.parametrize(
+    "parser", [train_search.search_parser("", "", []), train.make_parser()], ids=["search", "train"]
+)
+def test_float32_is_the_default_on_a_card(card, parser):
+    args = parser.parse_args(["--device", "cuda", "--gpu", "3"])
+    assert devices.choose_device(args) == torch.device("cuda:3") and args.amp is False
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    with devices.autocast(torch.device("cuda"), args.amp):
+        assert not torch.is_autocast_enabled("cuda")
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from torch import nn
 import genotypes
 from model import Cell, NetworkCIFAR, NetworkImageNet
 from model_search import MixedOp, Network
-from operations import OPS, FactorizedReduce
+from operations import OPS, Classifier, FactorizedReduce
 
 from golden import fill, images
 
@@ -102,6 +102,25 @@ def test_factorized_reduce(channels):
     first = torch.einsum("oi,bihw->bohw", reduce.conv_1.weight[:, :, 0, 0], positive[:, :, 0::2, 0::2])
     second = torch.einsum("oi,bihw->bohw", reduce.conv_2.weight[:, :, 0, 0], positive[:, :, 1::2, 1::2])
     torch.testing.assert_close(y, torch.cat([first, second], dim=1))
+
+
+# Classifiers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_classifier_is_in_float32_under_autocast(dtype):
+    linear, x = Classifier(5, 3), images(4, (2, 5, 1, 1)).flatten(1).to(dtype)
+    expected = x.float() @ linear.weight.t() + linear.bias
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(linear(x), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("family, side", [(NetworkCIFAR, 32), (NetworkImageNet, 224)])
+def test_logits_are_float32_under_autocast(family, side):
+    network = family(4, 7, 3, True, genotypes.EvNASB)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = network(images(5, (2, 3, side, side)))
+    assert [of.dtype for of in logits] == [torch.float32, torch.float32]
 
 
 # Where BatchNorm stands behind pools
