@@ -167,12 +167,16 @@ def load(path):
     return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
 
 
+def files_in(run_dir):
+    """The genotype files of a run, genotype.json before the legacy genotype.pickle."""
+    return [path for path in map(Path(run_dir).joinpath, FILES) if path.is_file()]
+
+
 def file_in(run_dir):
-    """The genotype file of a run: genotype.json, else the legacy genotype.pickle. Raises UserError."""
-    path = next((path for path in map(Path(run_dir).joinpath, FILES) if path.is_file()), None)
-    if path is None:
-        raise UserError(f"{run_dir} has neither {' nor '.join(FILES)}: it is no run, or its first step is not over")
-    return path
+    """The first of them. Raises UserError where there is none."""
+    for path in files_in(run_dir):
+        return path
+    raise UserError(f"{run_dir} has neither {' nor '.join(FILES)}: it is no run, or its first step is not over")
 
 
 def save(cell, path):

@@ -11,22 +11,26 @@ import utils
 from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
 from support import devices, distributed, weights
-from support.cli import Parser, number
+from support.cli import Parser, Published, number
 from support.files import UserError
 from utils import CIFAR
 
 
-def choose_genotype(args):
-    """The cell that --arch, --genotype or --dir names. Raises UserError."""
+def choose_genotype(args, dir_first=False):
+    """The cell that --genotype, --arch or --dir names, and where it comes from. Raises UserError.
+
+    As in the published scripts, --arch goes before the cell in --dir, or with `dir_first` behind it.
+    """
     if args.arch and args.genotype:
         raise UserError("--arch and --genotype both name a cell: leave one out")
-    if args.arch:
-        return genotypes.get(args.arch)
     if args.genotype:
-        return genotypes.load(args.genotype)
+        return genotypes.load(args.genotype), args.genotype
+    if args.arch and not (dir_first and args.dir and genotypes.files_in(args.dir)):
+        return genotypes.get(args.arch), f"--arch {args.arch}"
     if args.dir is None:
         raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
-    return genotypes.load(genotypes.file_in(args.dir))
+    path = genotypes.file_in(args.dir)
+    return genotypes.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
 
 
 def make_network(genotype, images, args):
@@ -55,6 +59,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     for name, low in (("init_channels", 2), ("layers", 1)):
         text = f"(default: {getattr(recipe, name)}, or what DIR says)"
         cell.add_argument(f"--{name}", type=number(int, low), help=text)
+    cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
     run.add_argument("--data", default=recipe.data, help="where the data set lies")
@@ -63,13 +68,13 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
     run.add_argument("--report_freq", type=number(int, 1), default=report_freq, help="batches a report")
     devices.add_device_arguments(run)
+    run.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
     parser.set_defaults(amp=False, compile=False)
     args = parser.parse_args(argv)
 
-    if args.dir is not None:
-        args.model_path = args.model_path or Path(args.dir) / "weights" / "weights.pt"
-    if args.model_path is None:
+    if args.model_path is None and args.dir is None:
         raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
+    args.model_path = weights.find(args.model_path or Path(args.dir) / "weights.pt")
     about = weights.side_file_of(args.model_path)
     for name in ("init_channels", "layers"):  # what was saved with the weights, then the paper's
         given, saved = getattr(args, name), about.get(name)
@@ -80,7 +85,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         genotype = genotypes.from_dict(about["genotype"], weights.side_file(args.model_path))
     else:
-        genotype = choose_genotype(args)
+        genotype, _ = choose_genotype(args)
     device = devices.choose_device(args)
 
     images = data.load(args.dataset, args.data, "test")

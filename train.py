@@ -19,7 +19,7 @@ import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
 from support import devices, distributed, runs
-from support.cli import Parser, command, number
+from support.cli import Parser, Published, command, number
 from support.files import UserError
 from testing import choose_genotype, make_network
 from utils import CIFAR, IMAGENET
@@ -33,9 +33,11 @@ def make_parser():
     group = parser.add_argument_group("cell: one of")
     group.add_argument("--arch", help=f"a named cell: {', '.join(genotypes.NAMED)}")
     group.add_argument("--genotype", help="a genotype.json or genotype.pickle")
-    group.add_argument("--dir", help="a search's run directory with one of these; the new run is made in it")
+    text = "a run directory with one of these, which goes before --arch; the new run is made in it"
+    group.add_argument("--dir", help=text)
     group = parser.add_argument_group("data")
     group.add_argument("--data", help=f"where the data set lies {default('data')}")
+    group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     group.add_argument("--dataset", default="cifar10", choices=["cifar10", "cifar100", "imagenet", "folder", "digits"])
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
@@ -43,6 +45,7 @@ def make_parser():
     group.add_argument("--workers", type=number(int, 0), default=4, help="processes that read image files (imagenet)")
     group = parser.add_argument_group("network")
     group.add_argument("--init_channels", type=number(int, 2), help=default("init_channels"))
+    group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}")
     group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
     group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
@@ -58,6 +61,9 @@ def make_parser():
     group.add_argument("--label_smooth", type=number(float, 0, 1), help=default("label_smooth"))
     group = parser.add_argument_group("run")
     group.add_argument("--save", default="EXP", help="the run directory is called eval-SAVE-TIME")
+    group.add_argument("--note", action=Published, instead="--save {}")
+    group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
+    group.add_argument("--parallel", action=Published, why="torchrun starts as many processes as there are GPUs")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
     devices.add_device_arguments(group)
@@ -165,9 +171,10 @@ def main(argv=None):
     # A run has its own copy of the cell: the search that it came from may have gone on since.
     if args.resume:
         with runs.needed():
-            genotype = genotypes.load(Path(args.resume) / "genotype.json")
+            source = Path(args.resume) / "genotype.json"
+            genotype = genotypes.load(source)
     else:
-        genotype = choose_genotype(args)
+        genotype, source = choose_genotype(args, dir_first=True)
     device = devices.choose_device(args)
     train, test, augmentation = load_splits(args)
     warmup = isinstance(train, data.Files) and args.batch_size > 256
@@ -197,6 +204,7 @@ def main(argv=None):
         if run.writes and not run.state:
             genotypes.save(genotype, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
+        run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
         retrain(args, network, train_loader, test_loader, warmup, about, run)

@@ -20,7 +20,7 @@ from evolution import VARIANTS, next_generation
 from model_search import Network
 from reporting import report
 from support import devices, distributed, runs
-from support.cli import Parser, command, number
+from support.cli import Parser, Published, command, number
 from support.files import UserError, atomic_write
 
 
@@ -185,6 +185,7 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--weight_decay", type=number(float, 0), default=3e-4, help="of SGD, on every parameter")
     group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, help="largest gradient norm")
     group.add_argument("--init_channels", type=number(int, 1), default=16, help="channels of the first cells")
+    group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     group = parser.add_argument_group("run")
     group.add_argument("--dir", default=".", help="the run directory is made in here")
     group.add_argument("--run_name", help="name of the run directory (default: search-TIME)")

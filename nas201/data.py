@@ -4,6 +4,9 @@ CIFAR-100 and ImageNet16-120 have no validation split of their own: the benchmar
 others test on, and so does a search here.
 """
 
+from pathlib import Path
+
+import numpy as np
 import torch
 
 import data
@@ -23,7 +26,7 @@ AUGMENTATION = {
     "cifar100": _augmentation((129.3, 124.1, 112.4), (68.2, 65.4, 70.4)),
     "ImageNet16-120": _augmentation((122.68, 116.66, 104.01), (63.22, 61.26, 65.09), pad=2),
 }
-# Without index files: a stratified half of the training images, or so many of the test images.
+# With a seeded split: a stratified half of the training images, or so many of the test images.
 VALIDATION = {"cifar100": 5000, "ImageNet16-120": 3000}
 SPLIT_KEYS = {"cifar10": ("train", "valid"), "cifar100": ("xvalid", "xtest"), "ImageNet16-120": ("xvalid", "xtest")}
 
@@ -35,10 +38,14 @@ def search_splits(args):
     """(train, validation, Augmentation) of a search on args.dataset. Raises UserError.
 
     cifar10, folder and digits share out the training images; cifar100 and ImageNet16-120 train on all of them and
-    validate on a part of the test images. args.split_file names the benchmark's own index file for that.
+    validate on a part of the test images. args.split and args.split_file say on which; args.split None is settled.
     """
-    if args.split_file and args.dataset not in SPLIT_KEYS:
-        raise UserError(f"--split_file is for {', '.join(SPLIT_KEYS)}; {args.dataset} is split by --seed")
+    if args.split_file and args.split:
+        raise UserError("--split_file and --split both say how to split: leave one out")
+    if args.dataset not in SPLIT_KEYS and (args.split_file or args.split == "fixed"):
+        raise UserError(f"--split_file and --split fixed are for {', '.join(SPLIT_KEYS)}, not for {args.dataset}")
+    if not args.split_file:
+        args.split = args.split or ("fixed" if args.dataset in SPLIT_KEYS else "seeded")
     generator = torch.Generator().manual_seed(args.seed)
     if args.dataset == "ImageNet16-120":
         train, test = load_imagenet16(args.data, args.workers).values()
@@ -47,14 +54,27 @@ def search_splits(args):
         test = data.load(args.dataset, args.data, "test") if args.dataset in VALIDATION else train
     data.check_in_memory(train)
     augment = AUGMENTATION.get(args.dataset) or data.augmentation(args.dataset, train)
-    if args.split_file:
-        first, second = read_split(args.split_file, SPLIT_KEYS[args.dataset], len(test))
+    if args.split != "seeded":
+        if args.split_file:
+            first, second = read_split(args.split_file, SPLIT_KEYS[args.dataset], len(test))
+        else:
+            first, second = fixed_split(args.dataset)
         train, valid = (train.subset(first), train.subset(second)) if test is train else (train, test.subset(first))
     elif args.dataset in VALIDATION:
         valid = data.draw(test, VALIDATION[args.dataset], generator)
     else:
         train, valid = data.halves(train, 0.5, False, generator)
     return data.draw(train, args.train_samples, generator), data.draw(valid, args.valid_samples, generator), augment
+
+
+def fixed_split(dataset):
+    """The benchmark's own split of `dataset`, as `read_split` gives it: two index tensors, int64, in file order.
+
+    splits.npz has a bit an image, 1 in the first list, from the index files of AutoDL-Projects (MIT licence).
+    """
+    with np.load(Path(__file__).with_name("splits.npz")) as file:
+        bits = torch.from_numpy(np.unpackbits(file[dataset]))
+    return [torch.nonzero(bits == value).flatten() for value in (1, 0)]
 
 
 def read_split(path, keys, count):

@@ -18,7 +18,8 @@ PUBLISHED = {
 SPREAD = {"cifar10": (1.40, 1.11), "cifar100": (2.59, 3.08), "ImageNet16-120": (0.72, 0.44)}
 NOTE = (
     "Accuracy in percent after 200 epochs of training, mean over the benchmark's seeds. EvNAS, published: mean and "
-    "standard deviation of three searches. RSPS: random search with shared weights."
+    "standard deviation of three searches. RSPS: random search with shared weights. Published figures stand beside the "
+    "data set that was searched."
 )
 
 cells.COLOUR |= {"nor_conv_1x1": "sky", "nor_conv_3x3": "blue"}
@@ -42,18 +43,20 @@ class Space(report.Space):
 
         return encoding.decode, PRIMITIVES
 
-    def section(self, rows):
-        """Return the true accuracy of each generation's best, beside the published figures and the optimum."""
+    def section(self, rows, searched):
+        """Return each generation\'s true accuracy beside the optimum and what searches on `searched` published."""
         charts, lines = [], []
         for data_set, published in PUBLISHED.items():
             name = data_set.replace("cifar", "CIFAR-")
             keys = [f"true_accuracy/{data_set}/{split}" for split in ("valid", "test")]
             for i, key in enumerate(keys):
-                evnas, *others = (f"{row[i]:.2f}" for row in published)
-                own = f"<b>{show(column(rows, key)[-1])}</b>"
-                spread = f"{evnas} ± {SPREAD[data_set][i]:.2f}"
-                lines.append([f"{name} {'test' if i else 'valid'}", own, spread, *others])
-            levels = [("best there is, test", "grey", published[1][1]), ("EvNAS, test", "orange", published[0][1])]
+                figures = [f"{row[i]:.2f}" for row in published]
+                figures[0] += f" ± {SPREAD[data_set][i]:.2f}"
+                if data_set != searched:
+                    figures = ["–", figures[1], "–", "–"]
+                lines.append([f"{name} {'test' if i else 'valid'}", f"<b>{show(column(rows, key)[-1])}</b>", *figures])
+            levels = [("best there is, test", "grey", published[1][1])]
+            levels += [("EvNAS, test", "orange", published[0][1])] if data_set == searched else []
             curves = [("validation", "sky", keys[0]), ("test", "blue", keys[1])]
             charts.append(chart(rows, f"True accuracy, {name}", "generation's best, %", curves, levels=levels))
         card = f"<p>{NOTE}</p>" + table("True accuracy", ["Data set", "This run", *HEAD], lines)

@@ -10,7 +10,7 @@ import numpy as np
 
 from nas201.benchmark import load
 from nas201.report import PUBLISHED, SPREAD
-from nas201.sources import COLUMNS, METRICS, SPLITS
+from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from reporting.charts import column, finite_values
 from reporting.report import read_history
 from support.cli import Parser, command
@@ -69,11 +69,10 @@ def summarise(folder, dataset):
     accuracy = {}
     for k, ((name, split), label) in enumerate(zip(METRICS, COLUMNS, strict=True)):
         at = SPLITS.index(split)
-        row = {
-            "searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")),
-            "published": {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]},
-            "optimum": PUBLISHED[name][1][at],
-        }
+        row = {"searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")), "published": None}
+        if name == dataset:  # the published searches were on this data set
+            row["published"] = {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]}
+        row["optimum"] = PUBLISHED[name][1][at]
         if table is not None and not np.isnan(table[:, k]).any():
             true = table[:, k]
             row |= {"optimum": true.max(), "space_mean": true.mean(), "space_median": float(np.median(true))}
@@ -81,7 +80,7 @@ def summarise(folder, dataset):
     summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args, "accuracy": accuracy}
     for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
         summary[key] = mean_std(column(runs, key))
-    return summary | {"published_seconds": PUBLISHED_SECONDS, "runs": runs}
+    return summary | {"published_seconds": PUBLISHED_SECONDS if dataset in DATASETS else None, "runs": runs}
 
 
 def show(figures, digits=2):
@@ -101,12 +100,14 @@ def print_table(summary):
     for name, row in summary["accuracy"].items():
         keys = ("searched", "published", "optimum", "space_mean", "space_median")
         print(line.format(name, *(show(row.get(key)) for key in keys)))
-    print(line.format("seconds", show(summary["seconds"], 1), summary["published_seconds"], "", "", ""))
+    print(line.format("seconds", show(summary["seconds"], 1), show(summary["published_seconds"], 1), "", "", ""))
     truth = summary["runs"][0]["truth"]
     if truth:
         tau, rho = show(summary["kendall_tau"], 3), show(summary["spearman_rho"], 3)
         print(f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}")
-    print("mean ± standard deviation over the seeds (n - 1); a dash: the benchmark's table does not have it")
+    absent = "not in the benchmark's table, or not read" if args["api_path"] else "no benchmark was given (--api_path)"
+    print("mean ± standard deviation over the seeds (n - 1); published: by searches on the same data set")
+    print(f"a dash elsewhere: {absent}")
 
 
 @command

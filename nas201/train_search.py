@@ -1,6 +1,7 @@
 """Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
 
 import argparse
+import os
 
 import numpy as np
 import torch
@@ -10,9 +11,11 @@ from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
 from support import devices, distributed, runs
-from support.cli import command, number
+from support.cli import Published, command, number
 from support.files import UserError
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
+
+PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
 
 
 def correlations(fitness, truth):
@@ -72,10 +75,16 @@ def main(argv=None):
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help="nodes of a cell, as in the benchmark")
     text = "BatchNorm of the searched cells keeps running statistics; --no-track_running_stats needs --bn batch"
     group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=True, help=text)
-    group.add_argument("--split_file", help="the benchmark's own index file for cifar10, cifar100 or ImageNet16-120")
-    group.add_argument("--api_path", help="the benchmark: .csv, .csv.xz, .pth or a NATS-Bench directory")
+    text = "the benchmark's own split, or one drawn from SEED (default: fixed for its three data sets)"
+    group.add_argument("--split", choices=["fixed", "seeded"], help=text)
+    group.add_argument("--split_file", help="an index file in the benchmark's format instead, for the same data sets")
+    text = f"the benchmark: .csv, .csv.xz, .pth or a NATS-Bench directory (default: {PUBLISHED_TABLE} if there is one)"
+    group.add_argument("--api_path", help=text)
     group.add_argument("--api_dataset", choices=DATASETS, help="compare with these accuracies (default: DATASET's own)")
     group.add_argument("--workers", type=number(int, 1), default=2, help="threads that read and check image files")
+    group.add_argument("--trainval", action=Published)
+    why = "--learning_rate, --momentum, --weight_decay and --epochs say what its file said"
+    group.add_argument("--config_path", action=Published, why=why)
     args = runs.parse(parser, argv)
     check_search(args)
     if args.bn == "running" and not args.track_running_stats:
@@ -83,6 +92,11 @@ def main(argv=None):
     if args.resume and finished(args.resume):
         distributed.say(f"{args.resume} is finished")
         return
+    if args.api_path is None and not args.resume:
+        if os.path.exists(PUBLISHED_TABLE):
+            args.api_path = PUBLISHED_TABLE
+        else:
+            distributed.say(f"no true accuracies: {PUBLISHED_TABLE} is not there, and --api_path names no table")
     device = devices.choose_device(args)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)

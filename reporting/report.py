@@ -59,8 +59,8 @@ class Space:
 
         return encoding.decode, genotypes.PRIMITIVES
 
-    def section(self, rows):
-        """Return a section of its own."""
+    def section(self, rows, searched):
+        """Return a section of its own; `searched` is the data set."""
         return ""
 
 
@@ -254,7 +254,7 @@ def write_report(run_dir):
     else:
         if not finite_values(rows, "fitness_best"):
             missing.append("Fitness was not measured in any generation.")
-        parts += [training_section(rows), space.section(rows)]
+        parts += [training_section(rows), space.section(rows, flags.get("dataset"))]
         parts += [population_section(run_dir, space, rows, missing), time_section(rows)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     notes = notes and f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>"

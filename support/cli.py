@@ -3,6 +3,7 @@
 import argparse
 import functools
 import operator
+import re
 import sys
 
 from support.files import UserError
@@ -44,6 +45,28 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
+class Published(argparse.Action):
+    """A flag of the published scripts that is not read here: accepted, hidden from --help, with one line of notice.
+
+    `instead` is the command line it stands for now, {} its value; without one it is ignored, and the notice says `why`.
+    """
+
+    def __init__(self, option_strings, dest, instead=None, why="it had no effect in the published scripts"):
+        nothing = argparse.SUPPRESS
+        super().__init__(option_strings, nothing, nargs=None if instead else "?", default=nothing, help=nothing)
+        self.instead, self.why, self.said = instead, why, set()
+
+    def __call__(self, parser, namespace, value, flag=None):
+        from support import distributed  # imports torch, which a command without such a flag can do without
+
+        words = [word.format(value) for word in self.instead.split()] if self.instead else []
+        if flag not in self.said:  # a resumed run's arguments are parsed twice
+            self.said.add(flag)
+            text = f"read as {' '.join(words)}" if words else f"ignored: {self.why}"
+            distributed.say(f"note: {flag} is {text}", file=sys.stderr)
+        parser.parse_args(words, namespace)
+
+
 def number(kind, low=None, high=None, above=None):
     """An argparse type: `kind` (int or float), at least `low`, greater than `above`, at most `high`."""
     bounds = [("at least", operator.ge, low), ("greater than", operator.gt, above), ("at most", operator.le, high)]
@@ -51,7 +74,7 @@ def number(kind, low=None, high=None, above=None):
 
     def parse(text):
         try:
-            value = kind(text)
+            value = kind(re.sub(r"^(\d+)\.0*$", r"\1", text))  # so that int takes 50.0
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
         if not abs(value) < float("inf"):

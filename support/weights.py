@@ -78,6 +78,12 @@ def problems(value, expected):
         yield "has values that are not finite"
 
 
+def find(path):
+    """`path`, or where that is no file, the one of this name in weights/ beside it: published runs lack that folder."""
+    inside = Path(path).parent / "weights" / Path(path).name
+    return inside if inside.is_file() and not Path(path).is_file() else path
+
+
 def side_file(path):
     return Path(path).with_suffix(".json")
 

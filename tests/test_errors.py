@@ -380,6 +380,7 @@ def test_float32_is_the_default_on_a_card(card, parser):
     [
         ("--pop_size 0", "--pop_size: 0 must be at least 1"),
         ("--epochs many", "--epochs: 'many' is not a whole number"),
+        ("--report_freq 50.5", "--report_freq: '50.5' is not a whole number"),
         ("--learning_rate nan", "--learning_rate: nan is not a finite number"),
         ("--mutate_rate 1.5", "--mutate_rate: 1.5 must be at least 0 and at most 1"),
         ("--train_portion 0", "--train_portion: 0 must be greater than 0"),

@@ -74,7 +74,7 @@ def refused(function, *args):
 
 def args(**other):
     defaults = {"dataset": "digits", "data": "", "seed": 18, "train_samples": None, "valid_samples": None}
-    return Namespace(**{**defaults, "split_file": None, "workers": 2, **other})
+    return Namespace(**{**defaults, "split": None, "split_file": None, "workers": 2, **other})
 
 
 # ImageNet16-120
@@ -176,7 +176,7 @@ def test_an_array_cannot_claim_memory_it_does_not_bring(folder16):
 
 def test_imagenet16_splits(folder16, monkeypatch):
     monkeypatch.setitem(data.VALIDATION, "ImageNet16-120", 12)
-    train, valid, augment = data.search_splits(args(dataset="ImageNet16-120", data=folder16.path))
+    train, valid, augment = data.search_splits(args(dataset="ImageNet16-120", data=folder16.path, split="seeded"))
     assert (len(train), len(valid), augment.pad, augment.flip) == (300, 12, 2, True)
     assert augment.mean[0] == 122.68 / 255 and augment.std[2] == 65.09 / 255
 
@@ -205,22 +205,44 @@ def numbers(split):
     return set((pixels[:, 0] + 256 * pixels[:, 1] + 100_000 * pixels[:, 2]).tolist())
 
 
-def test_cifar10_halves_its_training_images(cifar):
-    train, valid, augment = data.search_splits(args(dataset="cifar10"))
+def test_a_seeded_split_halves_cifar10s_training_images(cifar):
+    train, valid, augment = data.search_splits(args(dataset="cifar10", split="seeded"))
     assert len(numbers(train)) == len(numbers(valid)) == 25_000 and not numbers(train) & numbers(valid)
     assert min(numbers(train) | numbers(valid)) == 100_000  # no test image
     assert torch.bincount(valid.labels).tolist() == [2500] * 10
     assert augment.mean == (125.3 / 255, 123.0 / 255, 113.9 / 255) and augment.pad == 4
-    same, other = (data.search_splits(args(dataset="cifar10", seed=seed))[0] for seed in (18, 19))
+    same, other = (data.search_splits(args(dataset="cifar10", seed=seed, split="seeded"))[0] for seed in (18, 19))
     assert numbers(same) == numbers(train) != numbers(other)
 
 
 def test_cifar100_validates_on_half_of_the_test_images(cifar):
-    train, valid, _ = data.search_splits(args(dataset="cifar100"))
+    train, valid, _ = data.search_splits(args(dataset="cifar100", split="seeded"))
     assert len(numbers(train)) == 50_000 and len(numbers(valid)) == 5_000
     assert min(numbers(train)) == 100_000 > max(numbers(valid))
-    train, valid, _ = data.search_splits(args(dataset="cifar100", train_samples=300, valid_samples=200))
+    train, valid, _ = data.search_splits(args(dataset="cifar100", split="seeded", train_samples=300, valid_samples=200))
     assert torch.bincount(train.labels).tolist() == [3] * 100 and torch.bincount(valid.labels).tolist() == [2] * 100
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_the_split_is_the_benchmarks_own_unless_another_is_asked_for(cifar, dataset):
+    chosen = args(dataset=dataset)
+    splits, again = data.search_splits(chosen), data.search_splits(args(dataset=dataset, split="fixed", seed=19))
+    assert chosen.split == "fixed"  # so args.json says it
+    first, second = data.fixed_split(dataset)
+    assert numbers(splits[0]) == numbers(again[0]) and numbers(splits[1]) == numbers(again[1])
+    if dataset == "cifar10":
+        assert numbers(splits[0]) == {100_000 + i for i in first.tolist()}
+        assert numbers(splits[1]) == {100_000 + i for i in second.tolist()}
+    else:
+        assert len(numbers(splits[0])) == 50_000 and numbers(splits[1]) == set(first.tolist())
+
+
+def test_only_the_benchmarks_data_sets_have_a_fixed_split(tmp_path):
+    chosen = args()
+    data.search_splits(chosen)
+    assert chosen.split == "seeded"
+    assert "not for digits" in refused(data.search_splits, args(split="fixed"))
+    assert "leave one out" in refused(data.search_splits, args(dataset="cifar10", split="seeded", split_file="x.txt"))
 
 
 def test_digits_are_split_as_in_the_darts_space():
@@ -257,16 +279,19 @@ def test_split_files(cifar, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "keys", "count", "size"),
+    ("dataset", "name", "count", "first_seven"),
     [
-        ("nas201-cifar-split.txt", ("train", "valid"), 50_000, 25_000),
-        ("nas201-cifar100-test-split.txt", ("xvalid", "xtest"), 10_000, 5_000),
-        ("nas201-imagenet-16-120-test-split.txt", ("xvalid", "xtest"), 6_000, 3_000),
+        ("cifar10", "nas201-cifar-split.txt", 50_000, [0, 5, 7, 11, 13, 15, 16]),
+        ("cifar100", "nas201-cifar100-test-split.txt", 10_000, [1, 3, 4, 5, 8, 10, 13]),
+        ("ImageNet16-120", "nas201-imagenet-16-120-test-split.txt", 6_000, [1, 2, 3, 6, 7, 8, 9]),
     ],
 )
-def test_the_benchmarks_own_index_files(shared_data, name, keys, count, size):
-    first, second = data.read_split(shared_data(name), keys, count)
-    assert sorted(first.tolist() + second.tolist()) == list(range(count)) and len(first) == size
+def test_the_fixed_splits_are_those_of_the_benchmarks_index_files(shared_data, dataset, name, count, first_seven):
+    first, second = data.fixed_split(dataset)
+    assert sorted(first.tolist() + second.tolist()) == list(range(count)) and len(first) == len(second)
+    assert first[:7].tolist() == first_seven
+    lists = data.read_split(shared_data(name), data.SPLIT_KEYS[dataset], count)
+    assert [a.tolist() for a in lists] == [first.tolist(), second.tolist()]
 
 
 def test_bad_split_files(tmp_path):
@@ -291,4 +316,4 @@ def test_bad_split_files(tmp_path):
         assert words in refused(read)
     path.write_text('{"train": ["int", [true, null]], "valid": ["int", [1]]}')
     assert "is not an index" in refused(read)
-    assert "--split_file is for" in refused(data.search_splits, args(split_file=Path("split.txt")))
+    assert "--split_file and --split fixed are for" in refused(data.search_splits, args(split_file=Path("split.txt")))

@@ -322,23 +322,45 @@ def test_three_seeds_and_their_summary(tmp_path, table, monkeypatch):
     tests = [lines[-1]["true_accuracy"]["cifar10"]["test"] for lines in entries]
     row = result["accuracy"]["cifar10_test"]
     assert row["searched"] == pytest.approx({"mean": np.mean(tests), "std": np.std(tests, ddof=1)})
-    assert row["published"] == {"mean": 92.18, "std": 1.11} and row["optimum"] == TRUTH[:, 1].max()
+    assert row["published"] is None and row["optimum"] == TRUTH[:, 1].max()
     assert row["space_mean"] == pytest.approx(TRUTH[:, 1].mean())
     assert result["seconds"]["mean"] == pytest.approx(np.mean([sum(e["seconds"] for e in lines) for lines in entries]))
-    assert "92.18 ± 1.11" in out and f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out
-    assert "20249.7" in out and "Kendall's tau" in out
+    assert f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out and "Kendall's tau" in out
+    assert "± 1.11" not in out and "20249.7" not in out  # published searches were not on digits
     assert result["runs"][1]["kendall_tau_by_generation"] == [entry["kendall_tau"] for entry in entries[1]]
 
 
 def test_summary_without_a_table(tmp_path, capsys):
+    """Published figures stand beside the data set that was searched, here by three searches under two names."""
     for seed in summary.SEEDS:
         flags = ["--epochs", 1, "--seed", seed, "--run_name", f"search-digits-seed{seed}"]
         search(tmp_path, *flags)
-    summary.main([str(tmp_path), "digits"])
-    out = capsys.readouterr().out
-    result = json.loads((tmp_path / "summary.json").read_text())
-    assert result["accuracy"]["cifar10_test"]["searched"] == {"mean": None, "std": None}
-    assert result["accuracy"]["cifar10_test"]["optimum"] == 94.37 and "Kendall" not in out and "92.18 ± 1.11" in out
+        (tmp_path / f"search-cifar100-seed{seed}").symlink_to(tmp_path / f"search-digits-seed{seed}")
+    for dataset in ("digits", "cifar100"):
+        capsys.readouterr()
+        summary.main([str(tmp_path), dataset])
+        out = capsys.readouterr().out
+        result = json.loads((tmp_path / "summary.json").read_text())
+        for name, row in result["accuracy"].items():
+            assert row["searched"] == {"mean": None, "std": None}
+            assert (row["published"] is None) == (not name.startswith(dataset))
+        assert result["accuracy"]["cifar10_test"]["optimum"] == 94.37 and "Kendall" not in out
+        assert "no benchmark was given" in out and "table does not have it" not in out
+        assert ("66.74 ± 3.08" in out) == ("20249.7" in out) == (dataset == "cifar100") and "92.18 ± 1.11" not in out
+
+
+def test_the_benchmark_is_looked_for_where_the_published_script_had_it(tmp_path, monkeypatch, table, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = search(Path("."), "--epochs", 1)
+    assert capsys.readouterr().out.count("--api_path") == 1
+    (run / "report.html").unlink()
+    monkeypatch.setattr("nas201.train_search.PUBLISHED_TABLE", os.path.relpath(table()))
+    main(["--resume", str(run)])  # a run keeps to what it was started with
+    assert "--api_path" not in capsys.readouterr().out and "truth" not in history(run)[0]
+    main([*TINY, "--epochs", "1", "--run_name", "found"])
+    assert history(tmp_path / "found")[0]["truth"] == "cifar10 valid"
+    main([*TINY, "--epochs", "1", "--run_name", "none", "--api_path", ""])
+    assert "truth" not in history(tmp_path / "none")[0]
 
 
 @pytest.mark.parametrize(
@@ -368,7 +390,8 @@ def test_bad_arguments(fails, table, tmp_path_factory):
         (["--api_path", bad_table], "15624 rows"),
         (["--api_path", other / "absent.csv"], "absent.csv"),
         (["--api_path", damaged], "bench.pth"),
-        (["--split_file", split], "--split_file is for"),
+        (["--split_file", split], "--split_file and --split fixed are for"),
+        (["--split", "fixed"], "not for digits"),
         (["--dataset", "ImageNet16-120", "--data", other], "train_data_batch_1"),
         (["--dataset", "folder", "--data", other / "nowhere"], "nowhere"),
         (["--dataset", "mnist"], "mnist"),

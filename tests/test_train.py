@@ -179,6 +179,40 @@ def test_a_resumed_run_keeps_its_own_cell(tmp_path, monkeypatch):
     assert len(history(run)) == 3
 
 
+# ---- the cell and the weights, named as for the published scripts
+
+
+def test_the_cell_of_a_run_goes_before_arch(tmp_path):
+    sizes = dict(epochs=1, arch="EvNASA", init_channels=2)
+    first = retrain(tmp_path / "empty", **sizes)  # no cell there
+    assert genotypes.load(first / "genotype.json") == genotypes.EvNASA
+    found = tmp_path / "found"
+    found.mkdir()
+    genotypes.save(genotypes.EvNASC, found / "genotype.pickle")
+    second = retrain(found, **sizes)
+    assert genotypes.load(second / "genotype.json") == genotypes.EvNASC
+    for run, source in ((first, "--arch EvNASA"), (second, f"{found}/genotype.pickle")):
+        (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "Genotype(" in line]
+        assert source in line and str(genotypes.load(run / "genotype.json")) in line
+    other = ["--genotype", str(first / "genotype.json"), "--epochs", "1"]
+    train.main([*[word for word in command_line(dir=found) if word not in ("--arch", "EvNASB")], *other])
+    third = next(path for path in found.glob("eval-*") if path != second)
+    assert genotypes.load(third / "genotype.json") == genotypes.EvNASA
+    with pytest.raises(SystemExit):  # a test takes --arch, whose network is another one
+        test_cifar.main(["--dataset", "digits", "--dir", str(second), "--arch", "EvNASA"])
+
+
+@pytest.mark.parametrize("name", ["weights.pt", "best_weights.pt"])
+def test_weights_are_found_where_the_published_scripts_left_them(finished, tmp_path, name):
+    test = lambda *argv: test_cifar.main(["--dataset", "digits", "--device", "cpu", *map(str, argv)])  # noqa: E731
+    expected = test("--model_path", finished / "weights" / name)
+    assert test("--model_path", finished / name) == expected
+    published = tmp_path / "weights.pt"  # a published run: no folder, no file beside it
+    published.write_bytes((finished / "weights" / name).read_bytes())
+    genotypes.save(genotypes.EvNASB, tmp_path / "genotype.pickle")
+    assert test("--dir", tmp_path, "--init_channels", 4, "--layers", 3) == expected
+
+
 # ---- the recipe
 
 
