@@ -14,7 +14,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from support import distributed
-from support.files import UserError
+from support.files import UserError, open_regular
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 # What they stand for. Pillow may try no other: its EPS starts Ghostscript, its rare formats raise any exception.
@@ -222,7 +222,7 @@ def open_image(path, use=to_rgb):
     """`use` of the opened image: by default the upright RGB form. Raises UserError."""
     try:
         # Of a file that Pillow opens itself it maps a plain TIFF into memory, and then ignores its orientation.
-        with open(path, "rb") as file, Image.open(file, formats=IMAGE_FORMATS) as image:
+        with open_regular(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
             return use(image)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read image {path}: it is not {', '.join(IMAGE_FORMATS)}") from error

@@ -19,7 +19,7 @@ import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
 from support import devices, distributed, runs
-from support.cli import Parser, Published, command, number
+from support.cli import Parser, Published, command, file_name, number
 from support.files import UserError
 from testing import choose_genotype, make_network
 from utils import CIFAR, IMAGENET
@@ -60,7 +60,7 @@ def make_parser():
     group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, help="largest gradient norm")
     group.add_argument("--label_smooth", type=number(float, 0, 1), help=default("label_smooth"))
     group = parser.add_argument_group("run")
-    group.add_argument("--save", default="EXP", help="the run directory is called eval-SAVE-TIME")
+    group.add_argument("--save", type=file_name, default="EXP", help="the run directory is called eval-SAVE-TIME")
     group.add_argument("--note", action=Published, instead="--save {}")
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
     group.add_argument("--parallel", action=Published, why="torchrun starts as many processes as there are GPUs")
@@ -206,7 +206,8 @@ def main(argv=None):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)
-        run.log(f"parameters {parameters:.2f} M, {len(train)} training and {len(test)} test images")
+        images = f"{len(train)} training and {len(test)} test images of {len(train.classes)} classes"
+        run.log(f"parameters {parameters:.2f} M, {images}")
         retrain(args, network, train_loader, test_loader, warmup, about, run)
         report.finish(run, genotype)
 

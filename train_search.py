@@ -20,7 +20,7 @@ from evolution import VARIANTS, next_generation
 from model_search import Network
 from reporting import report
 from support import devices, distributed, runs
-from support.cli import Parser, Published, command, number
+from support.cli import Parser, Published, command, file_name, number
 from support.files import UserError, atomic_write
 
 
@@ -188,7 +188,7 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     group = parser.add_argument_group("run")
     group.add_argument("--dir", default=".", help="the run directory is made in here")
-    group.add_argument("--run_name", help="name of the run directory (default: search-TIME)")
+    group.add_argument("--run_name", type=file_name, help="name of the run directory (default: search-TIME)")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=18, help="of every random number")
     devices.add_device_arguments(group)
@@ -233,6 +233,8 @@ def run_search(args, space, network, loaders, device, prog):
         run = runs.Run.create(args.dir, name, args, prog, new_name=new_name, kind="search", space=space.name)
     with contextlib.closing(run):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
+        sizes, classes = [loader.size for loader in loaders], network.classifier.out_features
+        run.log(f"{sizes[0]} training and {sizes[1]} validation images of {classes} classes")
         best, fitness = search(args, space, network, *loaders, run)
         run.log(f"best fitness {fitness:.2f} %: {space.cell(best)}")
         report.finish(run, space.cell(best))

@@ -5,6 +5,7 @@ import functools
 import operator
 import re
 import sys
+from pathlib import Path
 
 from support.files import UserError
 
@@ -14,6 +15,8 @@ def command(main):
 
     @functools.wraps(main)
     def wrapper(argv=None):
+        if hasattr(sys.stdout, "reconfigure"):  # names that the locale cannot write are shown with backslashes
+            sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:
@@ -65,6 +68,14 @@ class Published(argparse.Action):
             text = f"read as {' '.join(words)}" if words else f"ignored: {self.why}"
             distributed.say(f"note: {flag} is {text}", file=sys.stderr)
         parser.parse_args(words, namespace)
+
+
+def file_name(text):
+    """An argparse type: the name at the end of a path. Refuses a path without one."""
+    last = Path(text).name
+    if last in ("", ".."):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in a name")
+    return last
 
 
 def number(kind, low=None, high=None, above=None):

@@ -14,10 +14,11 @@ class UserError(ValueError):
     """Something the user can mend. Its message is one line: what is wrong, where, what to do. Scripts exit with 2."""
 
 
-def open_regular(path, mode="rb", **kwargs):
+def open_regular(path, mode="rb"):
     """Open a file as `open` does, but neither a pipe, which can wait for ever, nor a device, which can have no end.
 
-    Writing does not follow a symbolic link either. Raises OSError.
+    Writing does not follow a symbolic link either. Text is UTF-8, with backslashes for what is not (names of files may
+    have other bytes, which Python holds as lone surrogates). Raises OSError.
     """
 
     def opener(path, flags):
@@ -31,7 +32,8 @@ def open_regular(path, mode="rb", **kwargs):
             raise OSError(errno.EINVAL, "it is not a regular file", path)
         return file
 
-    return open(path, mode, opener=opener, **kwargs)
+    text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
+    return open(path, mode, opener=opener, **text)
 
 
 @contextlib.contextmanager
@@ -42,7 +44,7 @@ def atomic_write(path, mode="wb"):
     """
     temporary = f"{path}.tmp{os.getpid()}"
     try:
-        with open_regular(temporary, mode, encoding=None if "b" in mode else "utf-8") as file:
+        with open_regular(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -64,7 +66,7 @@ def write_json(path, value):
 def append_line(path, line):
     """Add a line to a text file. Raises UserError when that fails; the file may then end in a part of the line."""
     try:
-        with open_regular(path, "a", encoding="utf-8") as file:
+        with open_regular(path, "a") as file:
             file.write(f"{line}\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error

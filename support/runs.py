@@ -13,6 +13,7 @@ import io
 import json
 import os
 import platform
+import shlex
 import shutil
 import signal
 import subprocess
@@ -198,9 +199,19 @@ class Run:
             self.save_checkpoint(self.completed, state())
             if self.writes:
                 prog = read_json(self.path / "args.json")["prog"]
-                command = f"{prog if prog.startswith('python') else f'python {prog}'} --resume {self.path}"
+                command = continue_command(prog, self.path)
                 self.log(f"interrupted in {place}; continue with: {command}", file=sys.stderr)
             raise SystemExit(128 + (signals.received or signal.SIGTERM)) from None
+
+
+def continue_command(prog, path):
+    """The shell command that continues the run at `path` of script or module `prog`, from the current directory."""
+    root = os.path.relpath(Path(__file__).resolve().parents[1])
+    if not prog.startswith("python"):
+        prog = f"python {shlex.quote(os.path.normpath(os.path.join(root, prog)))}"
+    elif root != ".":
+        prog = f"PYTHONPATH={shlex.quote(root)} {prog}"
+    return f"{prog} --resume {shlex.quote(str(path))}"
 
 
 def lock(path):
@@ -267,10 +278,13 @@ def read_history(path):
 def open_board(run, step):
     try:
         from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(run.path / "runs", purge_step=step)
     except ImportError:
         run.log("TensorBoard is not installed: no curves in runs/ (pip install tensorboard)")
-        return False
-    return SummaryWriter(run.path / "runs", purge_step=step)
+    except UnicodeError:
+        run.log("TensorBoard writes to no folder whose name is not UTF-8: no curves in runs/")
+    return False
 
 
 def versions():

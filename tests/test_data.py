@@ -376,7 +376,7 @@ def test_a_damaged_exif_block_does_not_cost_the_image(tmp_path, block):
     assert array_of(tmp_path / "x.jpg")[0][0] == [255, 255, 255]
 
 
-@pytest.mark.parametrize("format", ["EPS", "PSD", "TGA", "PCX", "SGI", "DDS", "ICNS", "MSP", "IM"])
+@pytest.mark.parametrize("format", ["EPS", "PSD", "TGA", "PCX", "SGI", "DDS", "ICNS", "MSP"])
 def test_other_formats_are_not_tried(tmp_path, monkeypatch, format):
     for name in ("x.jpg", "x.png"):
         Image.new("1" if format == "MSP" else "RGB", (16, 16)).save(

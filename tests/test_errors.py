@@ -175,8 +175,8 @@ def test_no_weights(fails, tmp_path):
 
 
 def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_images):
-    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path)])
-    weights = next(tmp_path.glob("eval-*/weights/weights.pt"))
+    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path), "--save", "/checkpoints/last/"])  # as published: of a path
+    weights = next(tmp_path.glob("eval-last-*/weights/weights.pt"))
     line = fails(test_cifar.main, ["--dataset", "digits", "--layers", "4", "--model_path", weights])
     assert "--layers 4 differs from 3" in line
     root = make_images("test", 1, [(8, 8)])
@@ -390,6 +390,8 @@ def test_float32_is_the_default_on_a_card(card, parser):
         ("--popsize 3", "unrecognized arguments: --popsize 3"),
         ("--pop 3", "unrecognized arguments: --pop 3"),
         ("--device toaster", "device toaster cannot be used"),
+        ("--run_name .", "--run_name: '.' does not end in a name"),
+        ("--run_name out/..", "--run_name: 'out/..' does not end in a name"),
         ("--train_portion 1", "the validation split is empty"),
         ("--dir /dev/null/x", "cannot make the run directory /dev/null/x"),
     ],

@@ -43,6 +43,9 @@ from test_visualize import make_run
 import data
 import genotypes
 import nas201.data
+import test_cifar
+import train
+import train_search
 import visualize
 from nas201 import benchmark, imagenet16, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
@@ -790,7 +793,34 @@ def test_a_run_resumed_twice_at_once(whole, process, tmp_path):
         COUNTS["a run resumed twice at once"]["the second refused, the first right"] += 1
 
 
-# ---- 8. bare hosts
+# ---- 8. names
+
+
+NAMES = [os.fsdecode(b"\xff\xfe \xe9"), "na\u00efve \u9032\u5316", "a'b\"c $(touch x) --epochs 9\nd"]
+
+
+@pytest.mark.parametrize("name", few(NAMES, ["".join(NAMES)]))
+def test_names_of_all_kinds(make_images, tmp_path, monkeypatch, name):
+    """Of the data, the classes and the run; on a terminal that knows ASCII alone."""
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="strict"))
+    for split in ("train", "test"):
+        images = make_images(split, 8, [(8, 8)], classes=("ant", name))
+    root, place = images.rename(tmp_path / name), tmp_path / f"runs {name}"
+    argv = ["--dataset", "folder", "--data", root, "--init_channels", 2, "--epochs", 1, "--batch_size", 4]
+    search = [*argv, "--layers", 1, "--pop_size", 2, "--tsize", 2, "--dir", place, "--run_name", name]
+    retrain = [*argv, "--layers", 1, "--dir", place / name, "--save", name]
+    assert outcome(train_search.main, *search) == outcome(train.main, *retrain) == "accepted"
+    (retrained,) = (place / name).glob("eval-*")
+    assert outcome(test_cifar.main, "--dataset", "folder", "--data", root, "--dir", retrained) == "accepted"
+    for main, run in ((train_search.main, place / name), (train.main, retrained)):
+        assert outcome(main, "--resume", run) == outcome(visualize.main, "--report", run) == "accepted"
+        for path in [run / "log.txt", run / "report.html", *run.glob("*.json"), *run.glob("weights/*.json")]:
+            path.read_text(encoding="utf-8")
+    assert not Path("x").exists()
+    COUNTS["names that are not UTF-8, not ASCII, or shell code"]["searched, retrained, tested, resumed"] += 1
+
+
+# ---- 9. bare hosts
 
 
 def test_without_tensorboard_and_display(whole, process, tmp_path):

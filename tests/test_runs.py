@@ -5,6 +5,8 @@ import contextlib
 import errno
 import json
 import os
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -59,6 +61,27 @@ def run(tmp_path):
 
 
 # ---- checkpoints
+
+
+def test_the_command_that_continues_a_run(tmp_path, monkeypatch):
+    """Read by a shell, in the project and elsewhere, it names the right script and the whole path."""
+    python, path = tmp_path / "bin dir/python", "a 'b' $(touch c)/run"
+    python.parent.mkdir()
+    python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$PYTHONPATH" "$@"\n')
+    python.chmod(0o755)
+    project = Path(runs.__file__).resolve().parents[1]
+    for folder in (project, tmp_path):
+        monkeypatch.chdir(folder)
+        for prog in ("train.py", "python -m nas201.train_search"):
+            settings = dict(env={"PATH": f"{python.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
+            done = subprocess.run(["sh", "-c", runs.continue_command(prog, path)], **settings)
+            modules, *words = done.stdout.splitlines()
+            assert words[-2:] == ["--resume", path] and not done.stderr
+            if prog == "train.py":
+                assert words[0].endswith("train.py") and Path(words[0]).resolve() == project / "train.py"
+            else:
+                assert words[:2] == ["-m", "nas201.train_search"] and Path(modules).resolve() == project
+    assert list(tmp_path.iterdir()) == [python.parent]
 
 
 def test_checkpoint_round_trip_keeps_the_one_before(run):
