@@ -166,22 +166,24 @@ def scan_folder(root, split, imagenet=False):
     files = Files(paths, torch.tensor(labels), classes, digest.hexdigest())
     if left_out:
         suffixes = ", ".join(IMAGE_SUFFIXES)
-        distributed.say(f"note: {len(left_out)} files in {folder} are not {suffixes} and left out, as {left_out[0]}")
+        distributed.say(
+            f"note: {len(left_out)} files in {folder} are not {suffixes} and left out, such as {left_out[0]}"
+        )
     if len(classes) == 1:
         distributed.say(f"note: {folder} has one class alone, {classes[0]}: every answer will be right")
     single = [name for name, count in zip(classes, torch.bincount(files.labels), strict=True) if count == 1]
     if single:
-        distributed.say(f"note: {len(single)} classes in {folder} have a single image, as {single[0]}")
+        distributed.say(f"note: {len(single)} classes in {folder} have a single image, such as {single[0]}")
     return files
 
 
 def visible(folder, wanted):
     """The names in `folder`, sorted, of which `wanted(path)` is true, and the others; none that begins with a dot."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith("."))  # ._x.jpg: what macOS adds to x.jpg
-    chosen = [wanted(folder / name) for name in names]
-    return [
-        [name for name, is_wanted in zip(names, chosen, strict=True) if is_wanted == which] for which in (True, False)
-    ]
+    chosen, others = [], []
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith("."):  # as ._x.jpg, which macOS adds to x.jpg
+            (chosen if wanted(folder / name) else others).append(name)
+    return chosen, others
 
 
 def status(path):

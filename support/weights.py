@@ -130,6 +130,7 @@ POSSIBLE = {  # what is saved about weights
     "layers": is_count,
     "auxiliary": lambda value: isinstance(value, bool),
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "image_size": lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_count, value)),
     "mean": are_channels,
     "std": lambda value: are_channels(value) and min(value) > 0,
 }

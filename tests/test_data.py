@@ -1,6 +1,7 @@
 """Splits, augmentation and loaders: the laws they follow, torchvision as the judge of pixels."""
 
 import json
+import os
 import shutil
 import subprocess
 from argparse import Namespace
@@ -390,6 +391,13 @@ def test_other_formats_are_not_tried(tmp_path, monkeypatch, format):
             data.open_image(tmp_path / name)
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_pipe_or_a_device_is_no_image(tmp_path, make):
+    make(tmp_path / "x.jpg")
+    with pytest.raises(UserError, match="x.jpg: .*not a regular file"):
+        data.open_image(tmp_path / "x.jpg")
+
+
 def test_what_is_left_out_is_said(make_images, capsys):
     root = make_images("train", 2, [(8, 8)], suffixes=[".png"])
     for name in ("._0.png", ".DS_Store"):  # macOS
@@ -402,8 +410,8 @@ def test_what_is_left_out_is_said(make_images, capsys):
     (root / "train/cat/1.png").unlink()
     assert data.load("folder", root, "train").labels.tolist() == [0, 0, 1, 1, 2]
     first, second = capsys.readouterr().out.splitlines()
-    assert f"6 files in {root}/train" in first and first.endswith("left out, as list.txt")
-    assert f"1 classes in {root}/train have a single image, as cat" in second
+    assert f"6 files in {root}/train" in first and first.endswith("left out, such as list.txt")
+    assert f"1 classes in {root}/train have a single image, such as cat" in second
     for name in ("bee", "cat"):
         shutil.rmtree(root / "train" / name)
     data.load("folder", root, "train")

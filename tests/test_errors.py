@@ -144,7 +144,14 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
 
 @pytest.mark.parametrize(
     "changed",
-    [{"init_channels": "2"}, {"layers": -1}, {"layers": True}, {"mean": [0.5]}, {"std": [0.1, 0.1, 0.0]}]
+    [
+        {"init_channels": "2"},
+        {"layers": -1},
+        {"layers": True},
+        {"mean": [0.5]},
+        {"std": [0.1, 0.1, 0.0]},
+        {"image_size": 8},
+    ]
     + [{"mean": [0.5, "0.5", 0.5]}, {"classes": "ten"}, {"auxiliary": 1}, {"init_channels": 10**9}],
 )
 def test_impossible_values_in_the_side_file(fails, tmp_path, changed):
