@@ -1,6 +1,7 @@
 """Fixtures that several test files use."""
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from PIL import Image
 
 # Before torch is imported: small networks are fastest so, and processes that are compared have to agree on it.
 os.environ["OMP_NUM_THREADS"] = "1"
+# A script that runs the tests in the background has them ignore Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
