@@ -1,7 +1,6 @@
 """Data sets and splits: reading them, and which images train and which validate. `loaders` makes batches of them."""
 
 import collections
-import contextlib
 import hashlib
 import os
 import stat
@@ -11,14 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from support import distributed
-from support.files import UserError, open_regular
+from support.files import UserError
+from support.images import SUFFIXES, open_image, to_rgb
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-# What they stand for. Pillow may try no other: its EPS starts Ghostscript, its rare formats raise any exception.
-IMAGE_FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
 SHARE = 0.9  # of a folder's images; where so many have one small size, an image of another is a mistake
 
@@ -83,7 +79,7 @@ AUGMENTATION = {
 
 
 def describe(**splits):
-    """What the splits of a run (name=Images or Files) are, as JSON has it: two runs on the same data have the same.
+    """Describe the splits of a run (name=Images or Files) for JSON; two runs on the same data have the same.
 
     {"classes": [names], "image_size": [height, width], "images": {split: count}, "source": {split: see `Files`}}. Where
     the data lie does not count, nor what is in files whose names and sizes are the same.
@@ -101,7 +97,7 @@ def describe(**splits):
 
 
 def load(dataset, root, split, workers=None):
-    """Split "train" or "test" of cifar10, cifar100, digits, folder or imagenet below `root`: Images, or Files if large.
+    """Read split "train" or "test" of cifar10, cifar100, digits, folder or imagenet: Images, or Files if large.
 
     A folder's images are read by `workers` threads (default: one a core). Raises UserError naming what is missing or
     unreadable.
@@ -115,7 +111,7 @@ def load(dataset, root, split, workers=None):
 
 
 def load_cifar(dataset, root, split):
-    """CIFAR-10 or -100 through torchvision, which checks the files and downloads them where they are missing."""
+    """Read CIFAR-10 or -100 through torchvision, which checks the files and downloads them where they are missing."""
     import torchvision
 
     kind = getattr(torchvision.datasets, dataset.upper())
@@ -129,7 +125,7 @@ def load_cifar(dataset, root, split):
 
 
 def load_digits(split):
-    """1,797 handwritten digits, grey 8x8, that scikit-learn ships; a fixed stratified split into 1,437 and 360."""
+    """Read 1,797 handwritten digits, grey 8x8, that scikit-learn ships; a fixed stratified split into 1,437 and 360."""
     from sklearn.datasets import load_digits as load_sklearn
 
     bunch = load_sklearn()
@@ -142,7 +138,7 @@ def load_digits(split):
 
 
 def scan_folder(root, split, imagenet=False):
-    """Files of ROOT/train/CLASS/*, or of ROOT/test (else ROOT/val; ImageNet: val alone), classes sorted by name."""
+    """List ROOT/train/CLASS/*, or those of ROOT/test (else ROOT/val; ImageNet: val alone), classes sorted by name."""
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"data directory {root} does not exist")
@@ -155,9 +151,9 @@ def scan_folder(root, split, imagenet=False):
         raise UserError(f"{folder} has no class folders")
     paths, labels, digest = [], [], hashlib.sha256()
     for label, name in enumerate(classes):
-        found, others = visible(folder / name, lambda path: path.suffix.lower() in IMAGE_SUFFIXES)
+        found, others = visible(folder / name, lambda path: path.suffix.lower() in SUFFIXES)
         if not found:
-            raise UserError(f"class folder {folder / name} has no images ({', '.join(IMAGE_SUFFIXES)})")
+            raise UserError(f"class folder {folder / name} has no images ({', '.join(SUFFIXES)})")
         for path in (folder / name / file for file in found):
             digest.update(os.fsencode(f"{name}/{path.name} {status(path).st_size}\n"))
             paths.append(path)
@@ -165,7 +161,7 @@ def scan_folder(root, split, imagenet=False):
         left_out += [f"{name}/{file}" for file in others]
     files = Files(paths, torch.tensor(labels), classes, digest.hexdigest())
     if left_out:
-        suffixes = ", ".join(IMAGE_SUFFIXES)
+        suffixes = ", ".join(SUFFIXES)
         distributed.say(
             f"note: {len(left_out)} files in {folder} are not {suffixes} and left out, such as {left_out[0]}"
         )
@@ -178,7 +174,7 @@ def scan_folder(root, split, imagenet=False):
 
 
 def visible(folder, wanted):
-    """The names in `folder`, sorted, of which `wanted(path)` is true, and the others; none that begins with a dot."""
+    """Return the names in `folder` of which `wanted(path)` is true, and the others; none that begins with a dot."""
     chosen, others = [], []
     for name in sorted(os.listdir(folder)):
         if not name.startswith("."):  # as ._x.jpg, which macOS adds to x.jpg
@@ -187,49 +183,11 @@ def visible(folder, wanted):
 
 
 def status(path):
-    """The os.stat_result of a file or folder. Raises UserError, as for a link to nothing."""
+    """Return the os.stat_result of a file or folder. Raises UserError, as for a link to nothing."""
     try:
         return path.stat()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it") from error
-
-
-# EXIF's orientation -> how to turn the stored pixels (https://exiftool.org/TagNames/EXIF.html)
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-), start=2))  # fmt: skip
-
-
-def to_rgb(image):
-    """An opened image in RGB of 8 bits, upright: grey is repeated, alpha dropped, 16 bits divided by 257.
-
-    Raises ValueError for 32 bits and floating point, where nothing says which values are black and white.
-    """
-    image.load()
-    orientation = None
-    if image.format != "TIFF":  # Pillow turns those itself
-        with contextlib.suppress(Exception):  # a damaged EXIF block raises nearly any; the pixels do not need it
-            orientation = image.getexif().get(0x0112)
-    # Pillow's mode I is of 32 bits, but for the 16 of a PGM and, in Pillow 10, of a PNG.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # convert("RGB") would clip
-    elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
-    image = image.convert("RGB")
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
-
-
-def open_image(path, use=to_rgb):
-    """`use` of the opened image: by default the upright RGB form. Raises UserError."""
-    try:
-        # Of a file that Pillow opens itself it maps a plain TIFF into memory, and then ignores its orientation.
-        with open_regular(path) as file, Image.open(file, formats=IMAGE_FORMATS) as image:
-            return use(image)
-    except UnidentifiedImageError as error:
-        raise UserError(f"cannot read image {path}: it is not {', '.join(IMAGE_FORMATS)}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read image {path}: {error}") from error
 
 
 def size_text(path):
@@ -237,7 +195,7 @@ def size_text(path):
 
 
 def read_small(files, workers=None):
-    """The Files in memory, as Images, if all have one size of at most SMALL pixels a side; else as they are.
+    """Return the Files in memory, as Images, if all have one size of at most SMALL pixels a side; else as they are.
 
     Raises UserError for the first image of another size, if at least SHARE of them have one such size.
     """
@@ -269,7 +227,7 @@ def read_small(files, workers=None):
 
 
 def augmentation(dataset, train=None, about=None):
-    """The Augmentation of `dataset`.
+    """Return the Augmentation of `dataset`.
 
     For folder and digits, mean and std come from `about` (what was saved with weights), else from the `train` images.
     """
@@ -293,7 +251,7 @@ def augmentation(dataset, train=None, about=None):
 
 
 def stratified_order(labels, generator):
-    """A permutation of 0..N-1 whose every prefix holds the same share of each class, to within half an image."""
+    """Return a permutation of 0..N-1 whose every prefix holds the same share of each class, to within half an image."""
     permutation = torch.randperm(len(labels), generator=generator)
     shuffled = labels[permutation]
     by_class = torch.sort(shuffled, stable=True)
@@ -305,8 +263,8 @@ def stratified_order(labels, generator):
     return permutation[torch.sort(place, stable=True).indices]
 
 
-def draw(split, count, generator):
-    """`count` images of a split, classes in proportion; all of them if count is None. Raises UserError if too few."""
+def subsample(split, count, generator):
+    """Draw `count` images of a split, classes in proportion; all if count is None. Raises UserError if too few."""
     if count is None:
         return split
     if count > len(split):
@@ -314,21 +272,21 @@ def draw(split, count, generator):
     return split.subset(stratified_order(split.labels, generator)[:count].sort().values)
 
 
-def halves(train, portion, in_file_order, generator):
-    """The training images as (train, validation): the first `portion` in file order, or a stratified permutation's."""
+def split_train(train, portion, in_file_order, generator):
+    """Return (train, validation) of the training images: the first `portion` in file or in stratified random order."""
     order = torch.arange(len(train)) if in_file_order else stratified_order(train.labels, generator)
     count = int(portion * len(train))
     return train.subset(order[:count]), train.subset(order[count:])
 
 
 def search_splits(args):
-    """(train, validation, Augmentation) of a search on the training images of args.dataset. Raises UserError."""
+    """Return (train, validation, Augmentation) of a search on the training images of args.dataset. Raises UserError."""
     images = load(args.dataset, args.data, "train")
     check_in_memory(images)
     generator = torch.Generator().manual_seed(args.seed)
-    train, valid = halves(images, args.train_portion, args.dataset in ("cifar10", "cifar100"), generator)
+    train, valid = split_train(images, args.train_portion, args.dataset in ("cifar10", "cifar100"), generator)
     augment = augmentation(args.dataset, images)
-    return draw(train, args.train_samples, generator), draw(valid, args.valid_samples, generator), augment
+    return subsample(train, args.train_samples, generator), subsample(valid, args.valid_samples, generator), augment
 
 
 def check_in_memory(images):

@@ -9,9 +9,10 @@ import os
 
 import torch
 
-from data import Files, open_image
+from data import Files
 from support import distributed
 from support.files import UserError
+from support.images import open_image
 
 
 def make_loader(split, batch_size, augmentation, device, *, workers=0, cutout=0, **settings):

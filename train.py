@@ -96,7 +96,7 @@ def load_splits(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
     augmentation = data.augmentation(args.dataset, train)
-    train = data.draw(train, args.train_samples, torch.Generator().manual_seed(args.seed))
+    train = data.subsample(train, args.train_samples, torch.Generator().manual_seed(args.seed))
     data.check_batch(args.batch_size, train)
     last = len(train) % args.batch_size or args.batch_size
     if args.auxiliary and not large and 1 in (last, last // distributed.world_size()):

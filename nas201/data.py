@@ -61,10 +61,11 @@ def search_splits(args):
             first, second = fixed_split(args.dataset)
         train, valid = (train.subset(first), train.subset(second)) if test is train else (train, test.subset(first))
     elif args.dataset in VALIDATION:
-        valid = data.draw(test, VALIDATION[args.dataset], generator)
+        valid = data.subsample(test, VALIDATION[args.dataset], generator)
     else:
-        train, valid = data.halves(train, 0.5, False, generator)
-    return data.draw(train, args.train_samples, generator), data.draw(valid, args.valid_samples, generator), augment
+        train, valid = data.split_train(train, 0.5, False, generator)
+    train = data.subsample(train, args.train_samples, generator)
+    return train, data.subsample(valid, args.valid_samples, generator), augment
 
 
 def fixed_split(dataset):

@@ -215,7 +215,7 @@ def test_stratified_order_is_random_within_classes():
 def test_halves_are_disjoint_and_complete():
     images = random_images(101)
     for in_file_order in (False, True):
-        train, valid = data.halves(images, 0.3, in_file_order, seeded())
+        train, valid = data.split_train(images, 0.3, in_file_order, seeded())
         assert (len(train), len(valid)) == (30, 71)
         assert torch.equal(torch.cat([train.labels, valid.labels]).sort().values, torch.arange(101))
         assert torch.equal(valid.images, images.images[valid.labels])
@@ -225,14 +225,14 @@ def test_halves_are_disjoint_and_complete():
 def test_draw_keeps_classes_in_proportion_and_images_in_order():
     labels = torch.tensor([0] * 60 + [1] * 30 + [2] * 10)
     split = data.Images(torch.arange(100).view(-1, 1, 1, 1), labels, list("abc"))
-    drawn = data.draw(split, 20, seeded())
+    drawn = data.subsample(split, 20, seeded())
     assert torch.bincount(drawn.labels).tolist() == [12, 6, 2]
     position = drawn.images.flatten()
     assert torch.equal(position, position.sort().values) and torch.equal(labels[position], drawn.labels)
-    assert data.draw(split, None, seeded()) is split
-    assert len(data.draw(split, 100, seeded())) == 100
+    assert data.subsample(split, None, seeded()) is split
+    assert len(data.subsample(split, 100, seeded())) == 100
     with pytest.raises(UserError, match="101 images are asked for, but the split has 100"):
-        data.draw(split, 101, seeded())
+        data.subsample(split, 101, seeded())
 
 
 def fake_cifar(monkeypatch, count=60):
@@ -425,7 +425,7 @@ def test_large_or_uneven_images_stay_files(make_images, sizes):
     assert data.augmentation("folder", files).mean == (0.485, 0.456, 0.406)
     with pytest.raises(UserError, match=r"must all have one size of at most 64 pixels .*ant/0.jpg \d+x\d+"):
         data.check_in_memory(files)
-    half, _ = data.halves(files, 0.5, False, seeded())
+    half, _ = data.split_train(files, 0.5, False, seeded())
     assert [files.classes[label] for label in half.labels] == [path.parent.name for path in half.paths]
 
 

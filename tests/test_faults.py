@@ -50,7 +50,7 @@ import visualize
 from nas201 import benchmark, imagenet16, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
 from reporting import report
-from support import files, runs, weights
+from support import files, images, runs, weights
 from support.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -710,7 +710,7 @@ def test_mutated_images(tmp_path, capfd):
             assert str(path) in str(error)
             COUNTS[f"mutated image, {format}"]["refused by name"] += 1
     capfd.readouterr()  # libtiff's own messages
-    for suffix in data.IMAGE_FORMATS:
+    for suffix in images.FORMATS:
         assert len(COUNTS[f"mutated image, {suffix}"]) == 2
 
 

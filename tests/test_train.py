@@ -284,7 +284,7 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     run = retrain(tmp_path, "--auxiliary", auxiliary_weight=0.25, label_smooth=label_smooth, **argv)
 
     images = data.load("folder", root, "train")
-    images = data.draw(images, 24, torch.Generator().manual_seed(18))
+    images = data.subsample(images, 24, torch.Generator().manual_seed(18))
     recipe = data.augmentation("folder", images)
     generator = torch.Generator().manual_seed(19)
     (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)

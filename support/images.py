@@ -1,0 +1,48 @@
+"""Opening image files of strangers: known formats alone, upright, in RGB of 8 bits."""
+
+import contextlib
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from support.files import UserError, open_regular
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
+# What they stand for. Pillow may try no other: its EPS starts Ghostscript, its rare formats raise any exception.
+FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
+# EXIF's orientation -> how to turn the stored pixels (https://exiftool.org/TagNames/EXIF.html)
+TURNS = dict(enumerate((
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
+), start=2))  # fmt: skip
+
+
+def to_rgb(image):
+    """Return an opened image in RGB of 8 bits, upright: grey is repeated, alpha dropped, 16 bits divided by 257.
+
+    Raises ValueError for 32 bits and floating point, where nothing says which values are black and white.
+    """
+    image.load()
+    orientation = None
+    if image.format != "TIFF":  # Pillow turns those itself
+        with contextlib.suppress(Exception):  # a damaged EXIF block raises nearly any; the pixels do not need it
+            orientation = image.getexif().get(0x0112)
+    # Pillow's mode I is of 32 bits, but for the 16 of a PGM and, in Pillow 10, of a PNG.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # convert("RGB") would clip
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
+    image = image.convert("RGB")
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def open_image(path, use=to_rgb):
+    """Open an image file and return `use` of it, by default its upright RGB form. Raises UserError."""
+    try:
+        # Of a file that Pillow opens itself it maps a plain TIFF into memory, and then ignores its orientation.
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
+            return use(image)
+    except UnidentifiedImageError as error:
+        raise UserError(f"cannot read image {path}: it is not {', '.join(FORMATS)}") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read image {path}: {error}") from error
