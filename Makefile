@@ -2,6 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
+# Tests run in this many processes; the tests of one file stay together.
+WORKERS ?= 2
+PARALLEL = -n $(WORKERS) --dist loadfile
 
 .PHONY: demo test test-slow test-faults test-floors lint clean
 
@@ -16,7 +19,7 @@ demo: $(VENV)/.installed
 	@echo "The search, its report and the found cell: $(DEMO)/search; the retrained network: $(DEMO)/search/eval-digits-*"
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
@@ -28,7 +31,7 @@ test-faults: $(VENV)/.installed-dev
 # The fast tests with the oldest versions that requirements*.txt allow, in an environment of their own.
 # Python 3.10 or 3.11: for newer ones some of these versions were never built.
 test-floors: $(VENV)-floors/.installed
-	$(VENV)-floors/bin/python -m pytest
+	$(VENV)-floors/bin/python -m pytest $(PARALLEL)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
