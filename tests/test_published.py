@@ -17,9 +17,11 @@ import torch
 import torchvision
 
 import genotypes
+import train
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import to_arch_string
 from support import runs
+from support.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENCES = (ROOT / "docs/differences.md").read_text()
@@ -169,3 +171,17 @@ def test_shell_script(folder, table):
     for seed in (18, 19, 20):
         assert (folder / f"outputs/search-cifar10-seed{seed}/report.html").exists()
     assert "50.00 ± 0.00" in done.stdout and "92.18 ± 1.11" in done.stdout and "66.74" not in done.stdout
+
+
+def test_a_replaced_flag_is_read_as_if_it_were_the_other(capsys):
+    parser = train.make_parser()
+    args = [parser.parse_args("--note a --tmp_data_dir=b/c --init_channel 7.0 --layers 3".split()) for _ in range(2)]
+    assert (
+        args[0]
+        == args[1]
+        == train.make_parser().parse_args("--save a --data b/c/imagenet --init_channels 7 --layers 3".split())
+    )
+    assert capsys.readouterr().err.count("note: ") == 3  # as a resumed run parses its arguments twice
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--init_channels: 0 must be at least 2"):
+        parser.parse_args(["--init_channel", "0"])
