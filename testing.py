@@ -75,7 +75,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
     args.model_path = weights.find(args.model_path or Path(args.dir) / "weights.pt")
-    about = weights.side_file_of(args.model_path)
+    about = weights.read_info(args.model_path)
     for name in ("init_channels", "layers"):  # what was saved with the weights, then the paper's
         given, saved = getattr(args, name), about.get(name)
         if given is not None and saved is not None and given != saved:
@@ -83,7 +83,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
         setattr(args, name, given or saved or getattr(recipe, name))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
-        genotype = genotypes.from_dict(about["genotype"], weights.side_file(args.model_path))
+        genotype = genotypes.from_dict(about["genotype"], weights.info_path(args.model_path))
     else:
         genotype, _ = choose_genotype(args)
     device = devices.choose_device(args)

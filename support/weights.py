@@ -44,7 +44,7 @@ def load_weights(model, path):
     the model does not have. Anything else missing, unexpected or of another shape raises UserError with the first
     differing entries.
     """
-    side_file_of(path)
+    read_info(path)
     state = load_torch(path)
     if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
         state = state["state_dict"]
@@ -84,7 +84,7 @@ def find(path):
     return inside if inside.is_file() and not Path(path).is_file() else path
 
 
-def side_file(path):
+def info_path(path):
     return Path(path).with_suffix(".json")
 
 
@@ -94,25 +94,25 @@ def save_weights(model, path, about):
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
-    write_json(side_file(path), {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
+    write_json(info_path(path), {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
 
 
-def side_file_of(path):
+def read_info(path):
     """Return what was saved about the weights at `path`, {} where nothing was.
 
     Raises UserError if they are not those, and for a value that no network or normalisation can have.
     """
-    if not side_file(path).is_file():
+    if not info_path(path).is_file():
         return {}
-    about = read_json(side_file(path))
+    about = read_json(info_path(path))
     if not isinstance(about, dict) or about.get("sha256") != hashlib.sha256(read_bytes(path)).hexdigest():
         raise UserError(
-            f"{path} is damaged or was replaced: its checksum is not the one in {side_file(path)} "
+            f"{path} is damaged or was replaced: its checksum is not the one in {info_path(path)} "
             "(delete that file to use the weights all the same)"
         )
     for name, value in about.items():
         if name in POSSIBLE and not POSSIBLE[name](value):
-            raise UserError(f'{side_file(path)}: "{name}" cannot be {str(value)[:80]!r}')
+            raise UserError(f'{info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
     return about
 
 

@@ -302,7 +302,7 @@ def test_weights_carry_a_checksum(run):
     network = nn.Linear(3, 2)
     run.save_weights(network, "weights.pt", {"layers": 4})
     path = run.path / "weights" / "weights.pt"
-    assert weights.side_file_of(path)["layers"] == 4
+    assert weights.read_info(path)["layers"] == 4
     copy = nn.Linear(3, 2)
     weights.load_weights(copy, path)
     assert torch.equal(copy.weight, network.weight) and torch.equal(copy.bias, network.bias)
@@ -312,7 +312,7 @@ def test_weights_carry_a_checksum(run):
         path.write_bytes(damaged)
         with pytest.raises(UserError, match=r"weights\.pt is damaged or was replaced.*weights\.json"):
             weights.load_weights(copy, path)
-    weights.side_file(path).unlink()
+    weights.info_path(path).unlink()
     path.write_bytes(content)
     weights.load_weights(copy, path)  # published files have no side file
 

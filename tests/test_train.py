@@ -300,7 +300,7 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     assert tested["top1"] == line["test_top1"]
     assert tested["parameters_M"] * 1e6 == sum(p.numel() for n, p in network.named_parameters() if "aux" not in n)
     # Weights with the head fit a network without it; means are then computed from the training images.
-    weights.side_file(run / "weights/weights.pt").unlink()
+    weights.info_path(run / "weights/weights.pt").unlink()
     argv = ["--model_path", run / "weights/weights.pt", "--arch", "EvNASB", "--init_channels", 4, "--layers", 3]
     assert test_cifar.main(["--dataset", "folder", "--data", str(root), *map(str, argv)])["top1"] == line["test_top1"]
 
