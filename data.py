@@ -290,7 +290,7 @@ def search_splits(args):
 
 
 def check_in_memory(images):
-    """Raises UserError for images that a network of the CIFAR family cannot take."""
+    """Raise UserError for images that a network of the CIFAR family cannot take."""
     if isinstance(images, Files):
         first = images.paths[0]
         sizes = ((path, open_image(path).size) for path in images.paths)
@@ -303,7 +303,7 @@ def check_in_memory(images):
 
 
 def check_alike(name, one, other_name, other):
-    """Raises UserError where two descriptions, see `describe`, differ in their classes or the size of their images."""
+    """Raise UserError where two descriptions, see `describe`, differ in their classes or the size of their images."""
     both = ((name, one, other), (other_name, other, one))
     if one["classes"] != other["classes"]:
         found = [(where, [c for c in it["classes"] if c not in its["classes"]]) for where, it, its in both]

@@ -11,13 +11,13 @@ NODE_EDGES = [range(0, 2), range(2, 5), range(5, 9), range(9, 14)]  # the edges 
 
 
 def random_alphas(P, generator=None):
-    """P raw individuals (P, 2, 14, 8), entries uniform in [0, 1), drawn on the generator's device."""
+    """Draw P raw individuals (P, 2, 14, 8), entries uniform in [0, 1), on the generator's device."""
     device = generator and generator.device
     return torch.rand(P, 2, NODE_EDGES[-1].stop, len(PRIMITIVES), generator=generator, device=device)
 
 
 def _select(alphas):
-    """Best operation of each edge (..., 14), and a list with each node's edges, strongest first (..., n_edges)."""
+    """Return each edge's best operation (..., 14), and a list of each node's edges, strongest first (..., n_edges)."""
     candidates = torch.softmax(alphas, dim=-1)[..., 1:]  # `none` takes no part
     op = candidates.argmax(dim=-1) + 1  # argmax, unlike max, promises the lowest index among equals
     strength = candidates.amax(dim=-1)
@@ -29,7 +29,7 @@ def _select(alphas):
 
 
 def decode(alphas):
-    """One-hot form of raw alphas, same shape (EvNAS section 3): two edges a node keep one operation, all else is 0.
+    """Return the one-hot form of raw alphas, same shape (EvNAS section 3): two edges a node keep one operation each.
 
     Of each edge the best operation but `none` counts (the lowest index among equals), of each node the two edges
     strongest in the softmax of that operation (the lower edge among equals). Idempotent.
@@ -41,7 +41,7 @@ def decode(alphas):
 
 
 def genotype(alphas):
-    """The Genotype of one raw individual (2, 14, 8); a node's stronger edge comes first."""
+    """Return the Genotype of one raw individual (2, 14, 8); a node's stronger edge comes first."""
     op, ranked = _select(alphas)
     cells = []
     for g in range(2):

@@ -9,7 +9,7 @@ VARIANTS = ("evnas", "rand", "nd", "ndt", "ndf", "mut", "cross")
 
 
 def tournament(fitness, tsize, count, generator):
-    """`count` winners, indices (count,): each the fittest of `tsize` distinct individuals drawn uniformly from all P.
+    """Return `count` winners, (count,): each the fittest of `tsize` distinct individuals drawn uniformly from all P.
 
     Among equally fit entrants the first drawn wins, so each is as likely to.
     """
@@ -20,7 +20,7 @@ def tournament(fitness, tsize, count, generator):
 
 
 def crossover(parent1, parent2, generator):
-    """Children (N, G, E, O): each of the G * E rows comes whole from parent 1 or 2, with probability 1/2."""
+    """Return children (N, G, E, O): each of the G * E rows comes whole from parent 1 or 2, with probability 1/2."""
     take_first = torch.rand(parent1.shape[:-1], generator=generator) < 0.5
     return torch.where(take_first.unsqueeze(-1), parent1, parent2)
 

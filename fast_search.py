@@ -140,10 +140,3 @@ def add_edge(total, shared, ops, weights, bn_updates):
 def factorized_reduce(module, even, odd, bn_updates, weight=None):
     y = torch.cat([F.conv2d(even, module.conv_1.weight), F.conv2d(odd, module.conv_2.weight)], dim=1)
     return batch_norm(y, [module.bn], bn_updates, weight)
-
-
-def phases(x):
-    """(B, C, H, W) -> (4 B, C, H / 2, W / 2): dilation 2 becomes dilation 1 within each."""
-    B, C, H, W = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(4 * B, H // 2, W // 2, C).permute(0, 3, 1, 2)

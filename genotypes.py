@@ -82,14 +82,14 @@ NAMED = {name: value for name, value in globals().items() if isinstance(value, G
 
 
 def get(name):
-    """The named cell. Raises UserError listing the names."""
+    """Return the named cell. Raises UserError listing the names."""
     if name not in NAMED:
         raise UserError(f"unknown architecture {name!r}; known are {', '.join(NAMED)}")
     return NAMED[name]
 
 
 def _show(value):
-    """`value` for a message, short: a hostile file can hold nested values whose repr never ends."""
+    """Shorten `value` for a message: a hostile file can hold nested values whose repr never ends."""
     if isinstance(value, str):
         return repr(value[:80])
     short = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9)
@@ -97,7 +97,7 @@ def _show(value):
 
 
 def validate(genotype, source="genotype"):
-    """The same cell with plain lists and tuples. Raises UserError saying which entry of `source` is impossible."""
+    """Return the cell with plain lists and tuples. Raises UserError saying which entry of `source` is impossible."""
     if not (isinstance(genotype, tuple) and len(genotype) == 4):
         raise UserError(f"{source}: a genotype has the four parts {', '.join(Genotype._fields)}")
     parts = []
@@ -127,7 +127,7 @@ def validate(genotype, source="genotype"):
 
 
 def to_dict(genotype):
-    """The form written as JSON."""
+    """Return the form that is written as JSON."""
     parts = genotype._asdict().items()
     return {field: [list(v) if isinstance(v, tuple) else v for v in values] for field, values in parts}
 
@@ -138,14 +138,14 @@ def to_json(cell):
 
 
 def from_dict(value, source="genotype"):
-    """Genotype from its JSON form. Raises UserError."""
+    """Return the Genotype of its JSON form. Raises UserError."""
     if not isinstance(value, dict) or set(value) != set(Genotype._fields):
         raise UserError(f"{source}: a genotype is an object with {', '.join(Genotype._fields)}")
     return validate(Genotype(**value), source)
 
 
 def _reconstruct(cls, base, state):
-    """What pickles of protocol 0 and 1 call: copyreg._reconstructor, for a Genotype only."""
+    """Do what pickles of protocol 0 and 1 call: copyreg._reconstructor, for a Genotype only."""
     if cls is not Genotype or type(state) is not tuple:
         raise TypeError("not a Genotype")
     return Genotype(*state)
@@ -168,12 +168,12 @@ def load(path):
 
 
 def files_in(run_dir):
-    """The genotype files of a run, genotype.json before the legacy genotype.pickle."""
+    """Return the genotype files of a run, genotype.json before the legacy genotype.pickle."""
     return [path for path in map(Path(run_dir).joinpath, FILES) if path.is_file()]
 
 
 def file_in(run_dir):
-    """The first of them. Raises UserError where there is none."""
+    """Return the first of them. Raises UserError where there is none."""
     for path in files_in(run_dir):
         return path
     raise UserError(f"{run_dir} has neither {' nor '.join(FILES)}: it is no run, or its first step is not over")

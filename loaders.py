@@ -16,7 +16,7 @@ from support.images import open_image
 
 
 def make_loader(split, batch_size, augmentation, device, *, workers=0, cutout=0, **settings):
-    """The loader that `split` (Images or Files) needs; batches larger than the split are cut to it."""
+    """Return the loader that `split` (Images or Files) needs; batches larger than the split are cut to it."""
     batch_size = min(batch_size, len(split))
     if isinstance(split, Files):
         return FileLoader(split, batch_size, augmentation, device, workers=workers, **settings)
@@ -24,7 +24,7 @@ def make_loader(split, batch_size, augmentation, device, *, workers=0, cutout=0,
 
 
 def share_of(batch, shared, training):
-    """This process's share of a batch, if batches are `shared` out; never an empty one in training."""
+    """Return this process's share of a batch, if batches are `shared` out; never an empty one in training."""
     if not shared or (training and len(batch) < distributed.world_size()):
         return slice(None)
     return slice(distributed.rank(), None, distributed.world_size())
@@ -93,7 +93,7 @@ class Loader:
 
 
 def inside(center, length, size):
-    """Which of `size` pixels lie in [c - length // 2, c + length // 2), for each of the centers (N,): (N, size)."""
+    """Tell which of `size` pixels lie in [c - length // 2, c + length // 2) of each center c of (N,): (N, size)."""
     distance = torch.arange(size, device=center.device) - center.view(-1, 1)
     return (distance >= -(length // 2)) & (distance < length // 2)
 

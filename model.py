@@ -61,7 +61,7 @@ class _Network(nn.Module):
 
 
 def auxiliary_head(C, num_classes, imagenet):
-    """Classifier on the features behind the second reduction cell: (B, C, 8, 8) on CIFAR, (B, C, 7, 7) on ImageNet."""
+    """Make the classifier on the features behind the second reduction cell: 8x8 on CIFAR, 7x7 on ImageNet."""
     features = nn.Sequential(
         nn.ReLU(),  # not in place, or it would alter the main path
         nn.AvgPool2d(5, stride=2 if imagenet else 3, padding=0, count_include_pad=False),  # -> (B, C, 2, 2)

@@ -45,7 +45,7 @@ class ReLUConvBN(Sequence):
 
 
 def separable(C, kernel_size, stride, dilation, affine):
-    """ReLU, depthwise and 1x1 convolution, BatchNorm."""
+    """List the modules ReLU, depthwise and 1x1 convolution, BatchNorm."""
     padding = dilation * (kernel_size // 2)
     return [
         nn.ReLU(),
@@ -56,12 +56,12 @@ def separable(C, kernel_size, stride, dilation, affine):
 
 
 def sep_conv(C, kernel_size, stride, affine):
-    """Twice a separable convolution; only the first has the stride."""
+    """Make twice a separable convolution; only the first has the stride."""
     return Sequence(*separable(C, kernel_size, stride, 1, affine), *separable(C, kernel_size, 1, 1, affine))
 
 
 def conv_7x1_1x7(C, stride, affine):
-    """1x7, then 7x1 (AmoebaNet)."""
+    """Make a 1x7, then a 7x1 convolution (AmoebaNet)."""
     return nn.Sequential(
         nn.ReLU(),
         nn.Conv2d(C, C, (1, 7), stride=(1, stride), padding=(0, 3), bias=False),
@@ -108,7 +108,7 @@ class Classifier(nn.Linear):
 
 
 def make_cells(make, C_stem, C, layers, reduction_prev=False):
-    """`layers` cells behind a stem of C_stem channels. Those at layers // 3 and 2 * layers // 3 reduce and double C.
+    """Make `layers` cells behind a stem of C_stem channels; those at layers // 3 and 2 * layers // 3 reduce, C doubles.
 
     A cell is make(C_prev_prev, C_prev, C, reduction, reduction_prev); its attribute `channels` says what it puts out.
     """

@@ -17,7 +17,7 @@ from utils import CIFAR
 
 
 def choose_genotype(args, dir_first=False):
-    """The cell that --genotype, --arch or --dir names, and where it comes from. Raises UserError.
+    """Return the cell that --genotype, --arch or --dir names, and where it comes from. Raises UserError.
 
     As in the published scripts, --arch goes before the cell in --dir, or with `dir_first` behind it.
     """
@@ -34,7 +34,7 @@ def choose_genotype(args, dir_first=False):
 
 
 def make_network(genotype, images, args):
-    """The network of the family that the images need: in memory CIFAR's, in files ImageNet's. Raises UserError."""
+    """Make the network of the family that the images need: in memory CIFAR's, in files ImageNet's. Raises UserError."""
     if args.auxiliary and args.layers < 2:
         raise UserError("--auxiliary needs at least 2 --layers: the head stands behind the second reduction cell")
     family = NetworkImageNet
@@ -48,7 +48,7 @@ def make_network(genotype, images, args):
 
 
 def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50):
-    """The whole of a test script: evaluate weights on the test split of a data set, print the figures, return them."""
+    """Evaluate weights on the test split of a data set, print the figures, return them: the whole of a test script."""
     dataset = datasets[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
     cell = parser.add_argument_group("cell and weights")

@@ -73,7 +73,7 @@ def make_parser():
 
 
 def learning_rate(args, epoch, warmup):
-    """Of `epoch` (from 0): cosine to 0, or linear in two slopes, the last five epochs gently; warm-up multiplies it."""
+    """Return the learning rate of `epoch` (from 0): cosine to 0, or linear in two slopes; warm-up multiplies it."""
     lr, E, e = args.learning_rate, args.epochs, epoch
     if args.lr_scheduler == "cosine":
         lr *= (1 + math.cos(math.pi * e / E)) / 2
@@ -85,7 +85,7 @@ def learning_rate(args, epoch, warmup):
 
 
 def load_splits(args):
-    """(train, test, Augmentation); also fills in the defaults that depend on the data. Raises UserError."""
+    """Read (train, test, Augmentation), and fill in the defaults that depend on the data. Raises UserError."""
     if args.data is None:
         args.data = (IMAGENET if args.dataset == "imagenet" else CIFAR).data
     train, test = (data.load(args.dataset, args.data, split) for split in ("train", "test"))

@@ -150,7 +150,7 @@ def save_generation(run, space, state, entry, where, remarks):
 
 
 def cosine(high, low, progress):
-    """The cosine schedule from `high` to `low`, `progress` in [0, 1)."""
+    """Return the value of the cosine schedule from `high` to `low` at `progress` in [0, 1)."""
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -158,7 +158,7 @@ def cosine(high, low, progress):
 
 
 def search_parser(prog, description, datasets, **defaults):
-    """The flags both spaces have, in groups; the defaults are the paper's."""
+    """Make a parser with the flags both spaces have, in groups; the defaults are the paper's."""
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="../data", help="where the data set lies or is downloaded to")
@@ -210,7 +210,7 @@ def check_search(args):
 
 
 def search_loaders(args, train, valid, augmentation, device):
-    """The training and the validation loader, each with a generator of its own."""
+    """Return the training and the validation loader, each with a generator of its own."""
     data.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty")

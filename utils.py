@@ -38,12 +38,12 @@ def cost(images, start, device):
 
 
 def parameters_in_millions(model):
-    """Trainable parameters without the auxiliary head, as papers count them."""
+    """Count trainable parameters without the auxiliary head, as papers do."""
     return sum(p.numel() for name, p in model.named_parameters() if "auxiliary" not in name) / 1e6
 
 
 def mult_adds_in_millions(model, image_shape):
-    """Multiply-adds of convolutions and linear layers for one image (C, H, W); leaves `model` in evaluation mode."""
+    """Count multiply-adds of convolutions and linear layers for one image (C, H, W); leaves `model` in eval mode."""
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device
@@ -53,7 +53,7 @@ def mult_adds_in_millions(model, image_shape):
 
 
 def make_sgd(parameters, args, device, nesterov=False):
-    """SGD of the recipes: one parameter group, weight decay on everything."""
+    """Make the SGD of the recipes: one parameter group, weight decay on everything."""
     return torch.optim.SGD(
         parameters,
         args.learning_rate,

@@ -60,12 +60,12 @@ class Benchmark:
         return self._index[arch_string]
 
     def row(self, index):
-        """Six accuracies in the order of COLUMNS, NaN where there is none. Raises UserError as `accuracy`."""
+        """Return six accuracies in the order of COLUMNS, NaN where there is none. Raises UserError as `accuracy`."""
         self.arch(index)
         return self._read(index) if self.table is None else self.table[index]
 
     def accuracy(self, index, dataset, split):
-        """Accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
+        """Return the accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
 
         Raises UserError for a dataset not in DATASETS, a split not in SPLITS, an impossible index, a damaged record.
         """
@@ -75,7 +75,7 @@ class Benchmark:
         return None if math.isnan(value) else value
 
     def full_table(self):
-        """All rows (15625, 6), read now if need be. Raises UserError when a record is missing."""
+        """Return all rows (15625, 6), read now if need be. Raises UserError when a record is missing."""
         if self.missing:
             count = f"{len(self.missing)} of {len(self)} architectures"
             raise UserError(f"{self.path} is incomplete: {count} have no record, the first is index {self.missing[0]}")
@@ -105,7 +105,7 @@ def load(path):
 
 
 def _from_rows(path, lines):
-    """The Benchmark of a reader's header and (where, {column: cell}) of each architecture; figures can be left out.
+    """Make the Benchmark of a reader's header and (where, {column: cell}) of each architecture.
 
     Every source goes through this check: all architectures, each under one index, figures from 0 to 100.
     """
@@ -142,7 +142,7 @@ def _from_rows(path, lines):
 
 
 def _load_nats(folder):
-    """A NATS-Bench directory: `meta.pickle.pbz2`, and a record an architecture that is read when it is asked for."""
+    """Open a NATS-Bench directory: `meta.pickle.pbz2`, and a record an architecture, read when it is asked for."""
 
     def unpickle(name):
         path = os.path.join(folder, name)

@@ -35,7 +35,7 @@ SPLIT_KEYS = {"cifar10": ("train", "valid"), "cifar100": ("xvalid", "xtest"), "I
 
 
 def search_splits(args):
-    """(train, validation, Augmentation) of a search on args.dataset. Raises UserError.
+    """Return (train, validation, Augmentation) of a search on args.dataset. Raises UserError.
 
     cifar10, folder and digits share out the training images; cifar100 and ImageNet16-120 train on all of them and
     validate on a part of the test images. args.split and args.split_file say on which; args.split None is settled.
@@ -69,7 +69,7 @@ def search_splits(args):
 
 
 def fixed_split(dataset):
-    """The benchmark's own split of `dataset`, as `read_split` gives it: two index tensors, int64, in file order.
+    """Return the benchmark's own split of `dataset`, as `read_split` does: two index tensors, int64, in file order.
 
     splits.npz has a bit an image, 1 in the first list, from the index files of AutoDL-Projects (MIT licence).
     """
@@ -79,7 +79,7 @@ def fixed_split(dataset):
 
 
 def read_split(path, keys, count):
-    """Two index tensors, int64, from {"train": ["int", ["0", "5", ..]], "valid": [..]}; the keys are `keys`.
+    """Read two index tensors, int64, from {"train": ["int", ["0", "5", ..]], "valid": [..]}; the keys are `keys`.
 
     Raises UserError for anything but distinct whole numbers from 0 to `count` - 1, each in one of the two lists.
     """

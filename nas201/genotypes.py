@@ -18,12 +18,12 @@ _PATTERN = re.compile(re.escape(_TEMPLATE).replace(r"\{\}", r"([^~|+]*)"))
 
 
 def to_arch_string(ops):
-    """Arch string of six operation indices in edge order."""
+    """Return the arch string of six operation indices in edge order."""
     return _TEMPLATE.format(*(PRIMITIVES[op] for op in ops))
 
 
 def from_arch_string(text):
-    """Six operation indices in edge order. Raises UserError saying what is wrong with `text`."""
+    """Return six operation indices in edge order. Raises UserError saying what is wrong with `text`."""
     shown = repr(text if len(text) <= 150 else text[:150] + "...")
     match = _PATTERN.fullmatch(text)
     if match is None:

@@ -46,7 +46,7 @@ _BATCH_ALLOWED = {
 
 
 def load_imagenet16(root, workers=None):
-    """{"train": Images, "test": Images} (151,700 and 6,000 of 16x16) from the eleven files in `root`.
+    """Read {"train": Images, "test": Images} (151,700 and 6,000 of 16x16) from the eleven files in `root`.
 
     The first time every MD5 is checked and the 120 classes are picked; a cache in `root`, where that can be written,
     then stands for the files until the size or the time of one changes. Raises UserError naming the file.
@@ -81,7 +81,7 @@ def load_imagenet16(root, workers=None):
 
 
 def _read_batch(root, name):
-    """Images uint8 (n, 3, 16, 16) and labels int64 (n,) from 0 of the first 120 classes in file ROOT/NAME."""
+    """Read images, uint8 (n, 3, 16, 16), and labels, int64 (n,), of the first 120 classes from file ROOT/NAME."""
     path = root / name
     content = read_bytes(path)
     md5 = hashlib.md5(content, usedforsecurity=False).hexdigest()

@@ -40,7 +40,7 @@ def percent(value, name, where):
 
 
 def read_csv(path):
-    """Yields the header, then (where, {column: cell}) of each line."""
+    """Yield the header, then (where, {column: cell}) of each line."""
     try:
         reader = csv.reader(unpacked(path).decode("utf-8-sig").splitlines())
         header = next(reader, [])
@@ -86,7 +86,7 @@ ALLOWED = {
 
 
 def read_pth(path):
-    """As the other readers; the figures are picked at once, which gives the memory back."""
+    """Read the official file; the figures are picked at once, which gives the memory back."""
     import torch
 
     from support.weights import load_torch
@@ -96,7 +96,7 @@ def read_pth(path):
 
 
 def official_rows(path, content, records=None):
-    """Yields the header, then (where, {column: cell}) of `meta_archs`; `records` stands for the content's own."""
+    """Yield the header, then (where, {column: cell}) of `meta_archs`; `records` stands for the content's own."""
     content = content if isinstance(content, dict) else {}
     archs, records = content.get("meta_archs"), content.get("arch2infos") if records is None else records
     if not isinstance(archs, list) or not isinstance(records, dict):
@@ -109,7 +109,7 @@ def official_rows(path, content, records=None):
 
 
 def figures_of(record, key, arch, where):
-    """{column: mean over seeds} of a record that has the 200-epoch runs at `key`, without what no run has measured."""
+    """Return {column: mean over seeds} of a record with the 200-epoch runs at `key`, without what no run measured."""
     try:
         state, figures = record[key], {}
         if state["arch_str"] != arch:
@@ -127,7 +127,7 @@ def figures_of(record, key, arch, where):
 
 
 def unpacked(path):
-    """The bytes of a file, unpacked where it is an .xz or a .pbz2."""
+    """Return the bytes of a file, unpacked where it is an .xz or a .pbz2."""
     opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], contextlib.nullcontext)
     try:
         with open_regular(path) as packed, opener(packed) as file:

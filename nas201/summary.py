@@ -21,7 +21,7 @@ PUBLISHED_SECONDS = 20249.7
 
 
 def arguments(run):
-    """The saved arguments of a run. Raises UserError where they are not those of a search."""
+    """Return the saved arguments of a run. Raises UserError where they are not those of a search."""
     about = read_json(Path(run) / "args.json")
     args = about.get("args") if isinstance(about, dict) else None
     names = ("epochs", "pop_size", "init_channels", "num_cells", "api_path")
@@ -33,7 +33,7 @@ def arguments(run):
 
 
 def finished(run):
-    """The history of a run that has all its generations and its report, else None. Raises UserError."""
+    """Return the history of a run that has all its generations and its report, else None. Raises UserError."""
     run = Path(run)
     if not (run / "report.html").exists() or not (run / "history.jsonl").exists():
         return None
@@ -42,7 +42,7 @@ def finished(run):
 
 
 def read_run(run):
-    """The figures of a finished run. Raises UserError where it is not finished."""
+    """Return the figures of a finished run. Raises UserError where it is not finished."""
     history = finished(run)
     if history is None:
         raise UserError(f"{run} is not a finished search: start searchNAS201.sh again to continue it")
@@ -54,14 +54,14 @@ def read_run(run):
 
 
 def mean_std(values):
-    """{"mean", "std"} (n - 1 in the denominator), each None where there are too few values."""
+    """Return {"mean", "std"} (n - 1 in the denominator), each None where there are too few values."""
     values = [value for value in values if value is not None]
     mean = statistics.fmean(values) if values else None
     return {"mean": mean, "std": statistics.stdev(values) if len(values) > 1 else None}
 
 
 def summarise(folder, dataset):
-    """The dict that becomes summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
+    """Return what becomes summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
     paths = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
     runs = [read_run(path) for path in paths]
     args = arguments(paths[0])
@@ -84,7 +84,7 @@ def summarise(folder, dataset):
 
 
 def show(figures, digits=2):
-    """Mean ± std, a number, or a dash."""
+    """Return mean ± std, a number, or a dash."""
     mean, std = (figures["mean"], figures["std"]) if isinstance(figures, dict) else (figures, None)
     return "-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 

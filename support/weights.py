@@ -14,7 +14,7 @@ from support.files import UserError, atomic_write, check_unpacked_size, open_reg
 
 
 def load_torch(path, what="weights file"):
-    """What torch.save wrote to `path`, on the CPU, nothing in it executed. Raises UserError naming the file."""
+    """Read what torch.save wrote to `path`, on the CPU, executing nothing in it. Raises UserError naming the file."""
     try:
         with open_regular(path) as file:
             return unpickle_tensors(file)
@@ -29,7 +29,7 @@ def load_torch(path, what="weights file"):
 
 
 def unpickle_tensors(file):
-    """What torch.save, which does not compress, wrote to an open file. Raises nearly anything for a damaged one."""
+    """Read what torch.save, which does not compress, wrote to an open file. Raises nearly anything if it is damaged."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             check_unpacked_size(archive, file.seek(0, os.SEEK_END))
@@ -79,7 +79,7 @@ def problems(value, expected):
 
 
 def find(path):
-    """`path`, or where that is no file, the one of this name in weights/ beside it: published runs lack that folder."""
+    """Return `path`, or where that is no file, the one of this name in weights/ beside it, as published runs lack."""
     inside = Path(path).parent / "weights" / Path(path).name
     return inside if inside.is_file() and not Path(path).is_file() else path
 
@@ -89,7 +89,7 @@ def info_path(path):
 
 
 def save_weights(model, path, about):
-    """The plain state dict at `path`, and beside it a JSON file: `about` (network, normalisation) and a checksum."""
+    """Write the plain state dict to `path`, and beside it a JSON file: `about` (network, normalisation), a checksum."""
     content = io.BytesIO()  # torch.save does not say that a disk is full
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     with atomic_write(path) as file:
@@ -121,7 +121,7 @@ def is_count(value):
 
 
 def are_channels(values):
-    """Whether a mean or a standard deviation of three channels."""
+    """Return whether `values` can be a mean or a standard deviation of three channels."""
     return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
 
 
