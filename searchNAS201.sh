@@ -55,6 +55,6 @@ for seed in 18 19 20; do
     place=(--dir "$output" --run_name "${run##*/}")
   fi
   run_module nas201.train_search "${place[@]}" --dataset "$dataset" --data "${DATA:-$data}" "${device[@]}" \
-    --seed "$seed" "$@"
+    --track_running_stats --seed "$seed" "$@"
 done
 run_module nas201.summary "$output" "$dataset"

@@ -59,8 +59,9 @@ class Cell(nn.Module):
 class Network(nn.Module):
     """Three stages of N cells with C, 2C and 4C channels, residual blocks between them.
 
-    `track_running_stats=False` takes the running statistics from the BatchNorms of the searched cells alone; stem,
-    blocks and `lastact` always keep theirs. BatchNorm in the searched cells has no affine parameters.
+    `track_running_stats=False` takes the running statistics from the BatchNorms of the searched cells alone: these
+    normalise by the batch in eval mode too. Stem, blocks and `lastact` always keep theirs. BatchNorm in the searched
+    cells has no affine parameters.
     """
 
     def __init__(self, C, N, num_classes, max_nodes=4, *, track_running_stats=True):

@@ -12,7 +12,6 @@ from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
 from support import devices, distributed, runs
 from support.cli import Published, command, number
-from support.files import UserError
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
@@ -73,8 +72,8 @@ def main(argv=None):
     group = parser.add_argument_group("NAS-Bench-201")
     group.add_argument("--num_cells", type=number(int, 1), default=5, help="cells in each of the three stages")
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help="nodes of a cell, as in the benchmark")
-    text = "BatchNorm of the searched cells keeps running statistics; --no-track_running_stats needs --bn batch"
-    group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=True, help=text)
+    text = "BatchNorm of the searched cells keeps running statistics; else it always uses the batch's"
+    group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "the benchmark's own split, or one drawn from SEED (default: fixed for its three data sets)"
     group.add_argument("--split", choices=["fixed", "seeded"], help=text)
     group.add_argument("--split_file", help="an index file in the benchmark's format instead, for the same data sets")
@@ -87,8 +86,6 @@ def main(argv=None):
     group.add_argument("--config_path", action=Published, why=why)
     args = runs.parse(parser, argv)
     check_search(args)
-    if args.bn == "running" and not args.track_running_stats:
-        raise UserError("--no-track_running_stats leaves no running statistics to measure with: add --bn batch")
     if args.resume and finished(args.resume):
         distributed.say(f"{args.resume} is finished")
         return

@@ -10,7 +10,7 @@ import fast_ops
 import nas201.fast_search as fast_search
 from engine import batch_norm_mode
 from nas201.encoding import decode
-from nas201.model_search import Network
+from nas201.model_search import Cell, Network
 
 from golden import REFERENCE, TRAJECTORIES, assert_close, assert_matches, fill, images, seeded_alphas, trajectory
 
@@ -140,6 +140,21 @@ def test_population_fitness_equals_one_by_one_and_moves_nothing(bn, track, monke
         assert torch.equal(actual.argmax(1)[clear], expected.argmax(1)[clear])
     assert of.training is training
     assert all(torch.equal(value, before[name]) for name, value in of.state_dict().items())
+
+
+def test_without_running_statistics_the_searched_cells_alone_use_the_batch():
+    tracked, untracked, x = network(True), network(False), images(3, (8, 3, 16, 16))
+    with torch.no_grad():  # other running statistics than 0 and 1
+        for of in (tracked, untracked):
+            of.train()(images(4, (8, 3, 16, 16)), seeded_alphas(1, (1, 6, 5)))
+    tracked.eval()
+    for cell in tracked.cells:
+        cell.train(isinstance(cell, Cell))
+    for alphas in population(2):
+        with torch.no_grad():
+            expected = tracked(x, alphas)
+        assert_close(plain_logits(untracked, x, alphas, "running"), expected)
+        assert_close(fast_evaluator(untracked, "running", x).logits(alphas), expected)
 
 
 @both_modes

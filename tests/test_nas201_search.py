@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from scipy import stats
+from torch import nn
 
 import train_search
 from nas201 import encoding, summary
@@ -158,7 +159,8 @@ def test_the_shared_table(tmp_path, shared_data):
 
 
 def test_equal_fitness_has_no_correlation(tmp_path, table):
-    run = search(tmp_path, "--api_path", table(), "--epochs", 1, "--learning_rate", 0, "--learning_rate_min", 0)
+    flags = ["--epochs", 1, "--learning_rate", 0, "--learning_rate_min", 0, "--track_running_stats"]
+    run = search(tmp_path, "--api_path", table(), *flags)
     entry = history(run)[0]  # nothing is learnt, and fresh running statistics see one class in everything
     assert entry["fitness_std"] == 0 and entry["kendall_tau"] is None and entry["spearman_rho"] is None
 
@@ -212,7 +214,7 @@ def test_resume_with_other_arguments(whole, fails):
     for flags, words in (
         (["--bn", "batch"], "--bn batch"),
         (["--epochs", "4"], "--epochs 4"),
-        (["--no-track_running_stats"], "--track_running_stats False"),
+        (["--track_running_stats"], "--track_running_stats True"),
     ):
         assert words in fails(main, ["--resume", run, *flags])
 
@@ -234,12 +236,16 @@ def test_defaults(tmp_path, monkeypatch):
     expected = dict(
         batch_size=64, valid_batch_size=1024, epochs=50, pop_size=50, tsize=10, num_elites=1, mutate_rate=0.1, seed=18,
         learning_rate=0.025, learning_rate_min=0.001, momentum=0.9, weight_decay=3e-4, grad_clip=5, num_cells=5,
-        max_nodes=4, track_running_stats=True, bn="running", valid_transform="test", cutout=False, workers=2,
+        max_nodes=4, track_running_stats=False, bn="running", valid_transform="test", cutout=False, workers=2,
     )  # fmt: skip
     assert expected.items() <= seen.items()
     space, network, (train, valid), *_ = seen["rest"]
     assert space.nesterov and len(network.cells) == 17 and (train.cutout, valid.augment) == (0, False)
+    norms = {name: m.track_running_stats for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert all(tracked is ("edges" not in name) for name, tracked in norms.items())
     main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4", "--cutout", "--track_running_stats"])
+    norms = [m.track_running_stats for m in seen["rest"][1].modules() if isinstance(m, nn.BatchNorm2d)]
+    assert all(norms) and len(norms) == 15 * 6 * 2 + 1 + 4 + 1
     assert seen["rest"][2][0].cutout == 4  # 16, held to a quarter of a digit's image
 
 
@@ -269,9 +275,10 @@ def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
 
 
 def test_no_running_statistics_and_no_momentum(tmp_path):
-    run = search(tmp_path, "--no-track_running_stats", "--bn", "batch", "--momentum", 0, "--epochs", 1)
-    weights = torch.load(run / "weights/weights.pt", weights_only=True)
-    assert not any("edges" in name and "running" in name for name in weights)
+    run = search(tmp_path, "--momentum", 0, "--epochs", 1)
+    names = torch.load(run / "weights/weights.pt", weights_only=True)
+    assert {name.split(".")[0] for name in names if "running" in name} == {"stem", "cells", "lastact"}
+    assert not any("edges" in name and "running" in name for name in names)
 
 
 # Three seeds
@@ -292,6 +299,7 @@ def test_three_seeds_and_their_summary(tmp_path, table, monkeypatch):
     """One run is finished, one was interrupted, one ended before its first checkpoint."""
     path, tiny = table(), [*TINY[4:], "--epochs", "2"]  # --dataset and --device are the script's
     flags = [*tiny, "--api_path", str(path), "--data", "../data", "--device", "cpu", "--dataset", "digits"]
+    flags += ["--track_running_stats"]  # as the script
     folder = tmp_path / "out put"
     names = [f"search-digits-seed{seed}" for seed in (18, 19, 20)]
     main([*flags, "--seed", "18", "--dir", str(folder), "--run_name", names[0]])
@@ -397,7 +405,6 @@ def test_bad_arguments(fails, table, tmp_path_factory):
         (["--dataset", "mnist"], "mnist"),
         (["--max_nodes", "5"], "--max_nodes"),
         (["--workers", "0"], "--workers"),
-        (["--no-track_running_stats"], "--bn batch"),
         (["--tsize", "7"], "--tsize 7"),
         (["--num_elites", "7"], "--num_elites 7"),
         (["--batch_size", "401"], "--batch_size 401"),
