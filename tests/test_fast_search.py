@@ -86,8 +86,9 @@ def test_several_steps_in_float64_leave_equal_weights_and_buffers(layers, side):
     torch.testing.assert_close(fast_logits, logits, rtol=1e-9, atol=1e-9)
     for actual, expected in zip(fast_gradients, gradients, strict=True):
         assert (actual - expected).norm() <= 1e-8 * expected.norm()
+    state = fast.state_dict()
     for name, expected in plain.state_dict().items():
-        torch.testing.assert_close(fast.state_dict()[name], expected, rtol=1e-8, atol=1e-9, msg=name)
+        torch.testing.assert_close(state[name], expected, rtol=1e-8, atol=1e-9, msg=name)
         assert not torch.equal(expected, before[name]), name
 
 
@@ -128,9 +129,18 @@ def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, si
     assert all(torch.equal(value, before[name]) for name, value in of.state_dict().items())
 
 
+@pytest.fixture(scope="module")
+def trained():
+    """A supernet in which architectures differ; measuring leaves it as it is."""
+    torch.manual_seed(0)
+    of = Network(4, 10, 3)
+    train(Fast(of), of, 40, side=8)
+    return of
+
+
 @both_modes
 @pytest.mark.parametrize("decoded", [False, True], ids=["raw", "decoded"])
-def test_fitness_of_a_population_equals_the_plain_one(bn, decoded):
+def test_fitness_of_a_population_equals_the_plain_one(trained, bn, decoded):
     """8x8 images as the handwritten digits are, two batches, the second smaller, one individual twice."""
 
     class Loader(list):
@@ -140,10 +150,9 @@ def test_fitness_of_a_population_equals_the_plain_one(bn, decoded):
     raw = seeded_alphas(7, (4, 2, 14, 8))
     population = torch.cat([raw, raw[:1]])
     population = decode(population) if decoded else population
-    torch.manual_seed(0)
-    of = Network(4, 10, 3)
-    train(Fast(of), of, 40, side=8)
-    plain, fast = (measure_fitness(of, population, loader, bn, way) for way in (PlainEvaluator, fast_search.Evaluator))
+    plain, fast = (
+        measure_fitness(trained, population, loader, bn, way) for way in (PlainEvaluator, fast_search.Evaluator)
+    )
     assert torch.equal(fast, plain)
     assert len(plain.unique()) > 1 or not decoded  # raw individuals are all alike
 
@@ -206,5 +215,6 @@ def test_compiled_cells_compute_the_same_and_equal_ones_are_compiled_once(monkey
     x, alphas = images(3, (2, 3, 8, 8)), seeded_alphas(1, (2, 5, 8))
     assert_close(fast_search.forward(fast, x, alphas, compile=True), plain(x, alphas))
     assert len(graphs) == 5  # of 8 cells: with C, 2 C and 4 C channels, and where these double
+    state = fast.state_dict()
     for name, expected in plain.state_dict().items():
-        assert_close(fast.state_dict()[name].double(), expected.double())
+        assert_close(state[name].double(), expected.double())

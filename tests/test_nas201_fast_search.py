@@ -80,8 +80,9 @@ def test_several_steps_in_float64_leave_equal_weights_and_buffers(track):
     logits, _ = train(plain, plain, 3, torch.float64)
     fast_logits, _ = train(Fast(fast), fast, 3, torch.float64)
     torch.testing.assert_close(fast_logits, logits, rtol=1e-9, atol=1e-9)
+    state = fast.state_dict()
     for name, expected in plain.state_dict().items():
-        torch.testing.assert_close(fast.state_dict()[name], expected, rtol=1e-8, atol=1e-9, msg=name)
+        torch.testing.assert_close(state[name], expected, rtol=1e-8, atol=1e-9, msg=name)
         assert not torch.equal(expected, before[name]), name
 
 
