@@ -36,8 +36,10 @@ def choose_device(args):
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     set_up(device)
-    if args.amp and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise UserError(f"{torch.cuda.get_device_name(device)} does not compute with bfloat16: leave --amp out")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if args.amp and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise UserError(f"{torch.cuda.get_device_name(device)} does not compute with bfloat16: leave --amp out")
     if args.compile and device.type == "cpu":
         raise UserError("--compile is not for the CPU: leave it out")
     distributed.join_process_group(device)
@@ -47,7 +49,6 @@ def choose_device(args):
 def set_up(device):
     """Make the libraries below PyTorch fast, with float32 as it is."""
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
         torch.backends.cudnn.allow_tf32 = False  # the default rounds what convolutions multiply, though nothing else
     else:
