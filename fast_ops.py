@@ -1,25 +1,27 @@
 """BatchNorm, depthwise convolutions and pools computed faster, for the supernets of both spaces."""
 
-import functools
-
 import torch
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from support.devices import memory_format
+
 PIXELS = 2**14  # whose statistics are computed at a time where there are no gradients
 
 
-@functools.cache
-def compiled(cell):
-    # Cells of several sizes, with and without gradients, and a last, smaller batch: more shapes than the default limit.
-    # Newer releases call the setting recompile_limit and keep this name, the only one of torch 2.6, for it.
-    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
-    return torch.compile(cell, dynamic=False)
+def on_cpu(x):
+    """Whether to take what is fast on a CPU. A test that says no runs a GPU's kernels on the CPU."""
+    return x.device.type == "cpu"
+
+
+def concatenate(tensors):
+    """Concatenate along channels. The gradients handed back are dense, in the layout that everything before expects."""
+    if torch.is_grad_enabled():
+        return Concatenate.apply(*tensors)
+    return torch.cat(tensors, dim=1)  # compiled without gradients, a Function of two inputs returns one of them
 
 
 class Concatenate(torch.autograd.Function):
-    """Along channels. The gradients handed back are dense and channels-last, as everything before expects."""
-
     @staticmethod
     def forward(ctx, *tensors):
         return torch.cat(tensors, dim=1)
@@ -27,37 +29,36 @@ class Concatenate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         parts = grad.chunk(len(ctx.needs_input_grad), dim=1)
-        return tuple(part.contiguous(memory_format=torch.channels_last) for part in parts)
+        return tuple(part.contiguous(memory_format=memory_format(part.device)) for part in parts)
 
 
 def every_second(x, first):
-    """x[:, :, first::2, first::2], channels-last in both directions."""
-    return x.permute(0, 2, 3, 1)[:, first::2, first::2].contiguous().permute(0, 3, 1, 2)
+    """Return x[:, :, first::2, first::2], dense in both directions."""
+    if memory_format(x.device) == torch.channels_last:
+        return x.permute(0, 2, 3, 1)[:, first::2, first::2].contiguous().permute(0, 3, 1, 2)
+    return x[:, :, first::2, first::2].contiguous()
 
 
-def batch_norm(x, norms, bn_updates, weight=None):
-    """x through any of `norms`, which are alike, times the mixing weight (C,), which takes the place of their scale.
+def batch_norm(x, bn, bn_updates):
+    """Apply the module `bn` with the batch's statistics, or the running ones where `bn_updates` is None.
 
-    With the batch's statistics, which `bn_updates` gets with the norms; with the running ones where it is None.
+    To the list `bn_updates` is added what `move_statistics` needs.
     """
-    bn = norms[0]
-    scale, shift = (bn.weight, bn.bias) if weight is None else (weight, None)
     if bn_updates is None:
-        return F.batch_norm(x, bn.running_mean, bn.running_var, scale, shift, False, 0.0, bn.eps)
-    y, mean, var = batch_norm_stats(x, scale, shift, bn.eps)
-    bn_updates += [(bn, mean, var, x.numel() // x.shape[1]) for bn in norms]
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
+    y, mean, inverse_std = batch_norm_stats(x, bn.weight, bn.bias, bn.eps)
+    bn_updates.append((bn, mean, inverse_std, x.numel() // x.shape[1]))
     return y
 
 
 def batch_norm_stats(x, scale, shift, eps):
-    """BatchNorm with the batch's statistics, and these: (y, mean, biased variance).
+    """BatchNorm with the batch's statistics, and these: (y, mean, 1 / sqrt(biased variance + eps)).
 
     On a CPU torch sums a channels-last tensor up in one float32 accumulator, which errs by 1e-5 in the variance.
     Without gradients it is given fewer pixels at a time; with them see ExactBatchNormCPU.
     """
-    if x.is_cuda:
-        y, mean, inverse_std = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
-        return y, mean, inverse_std.square().reciprocal() - eps
+    if not on_cpu(x):
+        return torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
     if torch.is_grad_enabled():
         return ExactBatchNormCPU.apply(x, scale, shift, eps)
     parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(max(1, PIXELS // x[0, 0].numel()))
@@ -66,7 +67,7 @@ def batch_norm_stats(x, scale, shift, eps):
     shares = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
     mean = (shares * means).sum(0)
     var = (shares * (variances + (means - mean).square())).sum(0)
-    return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, var
+    return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, torch.rsqrt(var + eps)
 
 
 class ExactBatchNormCPU(torch.autograd.Function):
@@ -78,10 +79,11 @@ class ExactBatchNormCPU(torch.autograd.Function):
         rows = rows.to(torch.promote_types(x.dtype, torch.float32))
         mean = rows.mean(0)
         var = (rows - mean).square_().mean(0)
-        ctx.save_for_backward(x, scale, mean, torch.rsqrt(var + eps))
+        inverse_std = torch.rsqrt(var + eps)
+        ctx.save_for_backward(x, scale, mean, inverse_std)
         ctx.eps = eps
-        ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, var
+        ctx.mark_non_differentiable(mean, inverse_std)
+        return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, inverse_std
 
     @staticmethod
     def backward(ctx, gradient, *_):
@@ -94,10 +96,15 @@ class ExactBatchNormCPU(torch.autograd.Function):
 
 @torch.no_grad()
 def move_statistics(bn_updates):
-    """Move the running statistics as training does, from [(module, mean, biased variance, count)], in few kernels."""
+    """Move the running statistics as training does, in few kernels.
+
+    `bn_updates` has for each BatchNorm (module, mean, inverse standard deviation as in `batch_norm_stats`, values).
+    """
     bn_updates = [update for update in bn_updates if update[0].running_mean is not None]
-    norms, means, variances, counts = zip(*bn_updates, strict=True)
-    variances = torch._foreach_mul(variances, [count / (count - 1) for count in counts])
+    norms, means, inverse_stds, counts = zip(*bn_updates, strict=True)
+    variances = torch._foreach_pow(inverse_stds, -2)
+    torch._foreach_sub_(variances, norms[0].eps)
+    torch._foreach_mul_(variances, [count / (count - 1) for count in counts])
     torch._foreach_lerp_([bn.running_mean for bn in norms], means, norms[0].momentum)
     torch._foreach_lerp_([bn.running_var for bn in norms], variances, norms[0].momentum)
     torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
@@ -105,21 +112,21 @@ def move_statistics(bn_updates):
 
 def average_pool(x, stride=1):
     """The 3x3 average over the neighbours that exist."""
-    if x.is_cuda:
+    if not on_cpu(x):
         return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
     # On a CPU a depthwise convolution costs a fraction of the pooling.
     count = F.avg_pool2d(x.new_ones(1, 1, *x.shape[2:]), 3, stride, 1, divisor_override=1)
     return F.conv2d(x, x.new_ones(x.shape[1], 1, 3, 3), None, stride, 1, groups=x.shape[1]) / count
 
 
-def depthwise(x, conv, even=None):
-    """conv(x), where `even` is every second pixel of x if conv has a stride."""
-    settings = conv.stride[0], conv.padding[0], conv.dilation[0]
-    if even is not None and settings[2] == 2:  # stride and dilation 2, even padding: no other pixel counts
-        x, settings = even, (1, conv.padding[0] // 2, 1)
-    if x.requires_grad and x.device.type == "cpu" and x.dtype == conv.weight.dtype:
-        return Depthwise.apply(x, conv.weight, *settings)
-    return F.conv2d(x, conv.weight, None, *settings, conv.groups)
+def depthwise(x, kernel, dilation=1, even=None):
+    """Depthwise convolution with a kernel (C, 1, k, k): with stride 2 where every second pixel of x is given."""
+    stride, padding = 1 if even is None else 2, dilation * (kernel.shape[-1] // 2)
+    if even is not None and dilation == 2:  # stride and dilation 2, even padding: no other pixel counts
+        x, stride, padding, dilation = even, 1, padding // 2, 1
+    if on_cpu(x) and x.requires_grad and x.dtype == kernel.dtype:
+        return Depthwise.apply(x, kernel, stride, padding, dilation)
+    return F.conv2d(x, kernel, None, stride, padding, dilation, len(kernel))
 
 
 class Depthwise(torch.autograd.Function):

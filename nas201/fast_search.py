@@ -14,9 +14,10 @@ A cell is a function of tensors alone, so that `compile=True` compiles it once f
 import torch
 from torch.nn import functional as F
 
-from fast_ops import average_pool, batch_norm, batch_norm_stats, compiled, move_statistics
+from fast_ops import average_pool, batch_norm, batch_norm_stats, move_statistics, on_cpu
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell
+from support.devices import compiled, memory_format
 
 SKIP, CONV1, CONV3, POOL = (
     PRIMITIVES.index(name) for name in ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -40,7 +41,7 @@ def mixing_weights(alphas):
 def mixed_cell(x, weights, kernels, eps):
     """A cell with batch statistics: x (B, C, H, W), weights (E, O), `kernels` as `outgoing_kernels` returns them.
 
-    Returns the output and the (mean, variance) of each BatchNorm of concatenated channels.
+    Returns the output and the (mean, inverse standard deviation) of each BatchNorm of concatenated channels.
     """
     nodes, statistics = [x] + [None] * len(kernels), []
     for source, of_ops in enumerate(kernels):
@@ -50,8 +51,7 @@ def mixed_cell(x, weights, kernels, eps):
         active, pooled, out = torch.relu(x), average_pool(x), 0
         for op, kernel in zip(CONVS, of_ops, strict=True):
             y = F.conv2d(active, kernel, padding=kernel.shape[-1] // 2)  # (B, targets * C, H, W)
-            scale = w[:, op].repeat_interleave(x.shape[1])
-            y, *moments = batch_norm_stats(y, scale, torch.zeros_like(scale), eps)
+            y, *moments = batch_norm_stats(y, w[:, op].repeat_interleave(x.shape[1]), None, eps)
             out = out + y
             statistics.append(moments)
         w = w.to(out.dtype)
@@ -89,7 +89,7 @@ def forward(network, x, alphas, *, compile=False):
         return out
 
     def norm_of(norm, x):
-        return batch_norm(x, [norm], bn_updates)
+        return batch_norm(x, norm, bn_updates)
 
     logits = after_stem(network, stem(network, x, norm_of), searched_cell, norm_of)
     move_statistics(bn_updates)
@@ -164,7 +164,7 @@ class Evaluator:
     def set_batch(self, x):
         """Do what all individuals share on a batch of images (B, 3, H, W)."""
         s = stem(self.network, x, self.norm_of)
-        cut = self.folding and s.device.type == "cpu"
+        cut = self.folding and on_cpu(s)
         self.parts = s.split(IMAGES_PER_THREAD * torch.get_num_threads()) if cut else [s]
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class Evaluator:
         return torch.cat([part_logits(part) for part in self.parts])
 
     def norm_of(self, norm, x):
-        return batch_norm(x, [norm], [] if self.bn == "batch" else None)
+        return batch_norm(x, norm, [] if self.bn == "batch" else None)
 
 
 # ---- the network around the searched cells; `norm_of(norm, x)` stands for calling the BatchNorm module
@@ -196,7 +196,7 @@ class Evaluator:
 
 def stem(network, x, norm_of):
     conv, norm = network.stem
-    return norm_of(norm, conv(x.contiguous(memory_format=torch.channels_last)))
+    return norm_of(norm, conv(x.contiguous(memory_format=memory_format(x.device))))
 
 
 def after_stem(network, s, searched_cell, norm_of):

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import resource
 import sys
 
@@ -68,6 +69,22 @@ def autocast(device, enabled):
     if not (enabled or torch.amp.is_autocast_available(device.type)):  # on the meta device, say
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if enabled else None, enabled=enabled)
+
+
+CHANNELS_LAST = ("cpu", "cuda")  # the devices whose images, feature maps and kernels have this layout
+
+
+def memory_format(device):
+    return torch.channels_last if device.type in CHANNELS_LAST else torch.contiguous_format
+
+
+@functools.cache
+def compiled(function):
+    """Return torch.compile(function): one and the same for each function, with a graph for each shape of its inputs."""
+    # Cells of several sizes, with and without gradients, and a last, smaller batch: more shapes than the default limit,
+    # whose name is recompile_limit in newer versions.
+    torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
+    return torch.compile(function, dynamic=False)
 
 
 def describe_device(device):

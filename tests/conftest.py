@@ -30,6 +30,20 @@ def shared_data():
     return find
 
 
+@pytest.fixture(params=["cpu", "gpu", "gpu-nchw"])
+def kernels(request, monkeypatch):
+    """The fast paths as they are on the CPU; with the kernels that GPUs run; with these and the other layout."""
+    import fast_ops
+    import nas201.fast_search
+    from support import devices
+
+    if request.param != "cpu":
+        for module in (fast_ops, nas201.fast_search):
+            monkeypatch.setattr(module, "on_cpu", lambda x: False)
+    if request.param == "gpu-nchw":
+        monkeypatch.setattr(devices, "CHANNELS_LAST", ())
+
+
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
     """`fails(main, argv)`: main must end with exit code 2, one line and no new file; returns the line."""

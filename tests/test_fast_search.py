@@ -73,8 +73,10 @@ def test_training_step_equals_the_plain_one(layers, C, side):
     assert (actual - expected).norm() <= 1e-3 * expected.norm()
 
 
-@pytest.mark.parametrize("layers, side", [(2, 8), (3, 12)])
-def test_several_steps_in_float64_leave_equal_weights_and_buffers(layers, side):
+@pytest.mark.parametrize(
+    "layers, side, kernels", [(2, 8, "cpu"), (3, 12, "cpu"), (2, 8, "gpu"), (2, 8, "gpu-nchw")], indirect=["kernels"]
+)
+def test_several_steps_in_float64_leave_equal_weights_and_buffers(layers, side, kernels):
     """In float64 no rounding flips a ReLU, so nothing but the algebra can make a difference.
 
     12 becomes odd behind the reductions, where dilated convolutions have another backward pass.
@@ -116,8 +118,19 @@ def test_golden_eval_logits():
 
 
 @both_modes
-@pytest.mark.parametrize("layers, C, side", [(1, 4, 8), (2, 4, 8), (5, 4, 12), (8, 16, 16)])
-def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, side):
+@pytest.mark.parametrize(
+    "layers, C, side, kernels",
+    [
+        (1, 4, 8, "cpu"),
+        (2, 4, 8, "cpu"),
+        (5, 4, 12, "cpu"),
+        (8, 16, 16, "cpu"),
+        (2, 4, 8, "gpu"),
+        (2, 4, 8, "gpu-nchw"),
+    ],
+    indirect=["kernels"],
+)
+def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, side, kernels):
     of, x = network(layers, C), images(3, (16, 3, side, side))
     before, training = copy.deepcopy(of.state_dict()), of.training
     evaluator = fast_evaluator(of, bn, x)
@@ -182,7 +195,8 @@ def test_depthwise_gradients(kernel, stride, dilation, side):
     conv = torch.nn.Conv2d(4, 4, kernel, stride, kernel // 2 * dilation, dilation, groups=4, bias=False).double()
     x = images(0, (2, 4, side, side)).double().contiguous(memory_format=torch.channels_last).requires_grad_()
     gradients = []
-    for y in (conv(x), fast_ops.depthwise(x, conv)):
+    even = fast_ops.every_second(x, 0) if stride == 2 else None
+    for y in (conv(x), fast_ops.depthwise(x, conv.weight, dilation, even)):
         gradients.append(torch.autograd.grad(y.square().sum(), (x, conv.weight)))
     torch.testing.assert_close(gradients[1], gradients[0])
 
