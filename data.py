@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from support import distributed
-from support.files import UserError
+from support.files import UserError, no_empty_folders
 from support.images import SUFFIXES, open_image, to_rgb
 
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
@@ -116,7 +116,7 @@ def load_cifar(dataset, root, split):
 
     kind = getattr(torchvision.datasets, dataset.upper())
     try:
-        with distributed.one_after_the_other():
+        with distributed.one_after_the_other(), no_empty_folders(root):
             source = kind(root, train=split == "train", download=True)
     except (OSError, RuntimeError) as error:
         raise UserError(f"{dataset} is not in {root} and cannot be downloaded: {error}") from error
@@ -317,6 +317,18 @@ def check_alike(name, one, other_name, other):
         raise UserError(f"the sizes of the images differ: {', '.join(said)} pixels")
 
 
-def check_batch(batch_size, train):
+def check_batch(batch_size, train, auxiliary=False):
+    """Raises UserError for a training batch that cannot be filled, or normalised."""
     if batch_size > len(train):
         raise UserError(f"--batch_size {batch_size} is larger than the training split of {len(train)} images")
+    check_statistics("--batch_size", batch_size, train, distributed.world_size(), auxiliary)
+
+
+def check_statistics(flag, batch_size, split, processes=1, auxiliary=False):
+    """Raises UserError where BatchNorm, for its statistics, would get one value a channel: one pixel of one image."""
+    last = len(split) % batch_size or batch_size
+    one_pixel = isinstance(split, Images) and tuple(split.images.shape[2:]) == (4, 4)  # behind two reductions
+    if (auxiliary or one_pixel) and any(1 in (size, size // processes) for size in (batch_size, last)):
+        what = "--auxiliary" if auxiliary else "a network for 4x4 pixels"
+        made = f"{flag} {batch_size} makes such a batch of {len(split)} images"
+        raise UserError(f"{what} cannot train on one image, nor be measured with its statistics alone: {made}")

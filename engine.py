@@ -16,23 +16,40 @@ from support.files import UserError
 
 @dataclass
 class Progress:
-    """How far an epoch is: steps, seconds, and the sums, float64 (3,), of loss, right answers and images.
+    """How far an epoch is: steps, seconds, and a row for each process of sums and of buffers.
 
-    The sums are over all processes. A checkpoint within an epoch holds what `state_dict` returns.
+    The sums, float64 (processes, 3), are those of loss, right answers and images; the buffers (processes, elements) are
+    its running statistics. A checkpoint within an epoch holds what `state_dict` returns.
     """
 
     steps: int = 0
-    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 3, dtype=torch.float64))
+    buffers: torch.Tensor | None = None
     seconds: float = 0.0
 
     def __post_init__(self):
         self.start = time.perf_counter() - self.seconds
 
     def state_dict(self):
-        return {"steps": self.steps, "sums": self.sums, "seconds": time.perf_counter() - self.start}
+        seconds = time.perf_counter() - self.start
+        return {"steps": self.steps, "sums": self.sums, "buffers": self.buffers, "seconds": seconds}
+
+    def resume(self, buffers):
+        """Return this process's sums, float64 (3,), and give `buffers` the values that they had in it.
+
+        Where there are more or fewer processes than before, the first one's are the total and the buffers the mean.
+        """
+        rank, same = distributed.rank(), len(self.sums) == distributed.world_size()
+        if self.buffers is not None:
+            distributed.fill(buffers, self.buffers[rank] if same else self.buffers.mean(0))
+        return self.sums[rank].clone() if same else self.sums.sum(0) * (rank == 0)
+
+    def update(self, steps, sums, buffers):
+        self.steps = steps
+        self.sums, self.buffers = distributed.stack_over_ranks([sums]), distributed.stack_over_ranks(buffers)
 
     def means(self):
-        loss, correct, images = self.sums.tolist()
+        loss, correct, images = self.sums.sum(0).tolist()
         return {"train_loss": loss / images, "train_top1": 100 * correct / images}
 
 
@@ -85,17 +102,15 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     device, steps, stop = parameters[0].device, progress.steps, False
-    sums = torch.zeros(3, dtype=torch.float64)  # on the CPU, since not every device computes with float64
-    if distributed.rank() == 0:
-        sums += progress.sums
+    buffers = [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+    sums = progress.resume(buffers)  # on the CPU, since not every device computes with float64
     unread, loader.skip = [], steps
     bar = distributed.progress(loader, where, steps)
     for step, (x, y) in enumerate(bar, start=steps):
         optimizer.zero_grad(set_to_none=True)
-        with distributed.together():
-            with devices.autocast(device, args.amp):
-                loss, logits = loss_of(step, x, y)
-            loss.backward()
+        with devices.autocast(device, args.amp):
+            loss, logits = loss_of(step, x, y)
+        loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
             distributed.average_over_ranks([p.grad for p in parameters])
         nn.utils.clip_grad_norm_(parameters, args.grad_clip)
@@ -123,11 +138,11 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
                 log(f"{where}, step {steps}/{len(loader)}: {report}")
         if stop:
             break
-    # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
-    distributed.average_over_ranks([buffer for buffer in network.buffers() if buffer.is_floating_point()])
-    progress.steps, progress.sums = steps, distributed.sum_over_ranks(sums)
+    progress.update(steps, sums, buffers)
     if stop:
         raise signals.Interrupted(f"{where}, step {steps}/{len(loader)}")
+    # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
+    distributed.fill(buffers, progress.buffers.mean(0))
     return progress.means()
 
 

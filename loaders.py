@@ -6,6 +6,9 @@ are read and augmented by worker processes, each sample under a seed of its own.
 """
 
 import os
+import re
+import signal
+import threading
 
 import torch
 
@@ -136,11 +139,24 @@ class FileLoader:
         first, self.skip = self.skip * self.batch_size, 0
         batches = (samples[i : i + self.batch_size] for i in range(first, self.size, self.batch_size))
         self.batches[:] = [batch[share_of(batch, self.shared, self.augment)] for batch in batches]
-        for batch in self.loader:
-            if isinstance(batch, UserError):
-                raise batch
-            x, y = (t.to(self.device, non_blocking=True) for t in batch)
-            yield x.contiguous(memory_format=torch.channels_last), y
+        try:
+            batches = iter(self.loader)
+            if threading.current_thread() is threading.main_thread():
+                # Of a lost worker torch tells by an exception wherever this process is; here it is noticed as well.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for batch in batches:
+                if isinstance(batch, UserError):
+                    raise batch
+                x, y = (t.to(self.device, non_blocking=True) for t in batch)
+                yield x.contiguous(memory_format=torch.channels_last), y
+        except (RuntimeError, OSError, EOFError) as error:
+            reason = str(error).strip()
+            if isinstance(error, RuntimeError) and not re.search("DataLoader worker .pid|shared memory", reason):
+                raise
+            raise UserError(
+                "a process that reads images was lost, most often for want of memory or of shared memory (/dev/shm; "
+                f"docker run --shm-size=2g): give fewer, --workers 0 for none ({reason.rpartition(chr(10))[2]})"
+            ) from error
 
 
 class _Samples(torch.utils.data.Dataset):

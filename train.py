@@ -3,7 +3,10 @@
 One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
 """
 
-import contextlib
+from support.cli import Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
+
+# isort: split
+
 import math
 import time
 from pathlib import Path
@@ -19,7 +22,6 @@ import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
 from support import devices, distributed, runs
-from support.cli import Parser, Published, command, file_name, number
 from support.files import UserError
 from testing import choose_genotype, make_network
 from utils import CIFAR, IMAGENET
@@ -97,10 +99,7 @@ def load_splits(args):
             setattr(args, name, value)
     augmentation = data.augmentation(args.dataset, train)
     train = data.subsample(train, args.train_samples, torch.Generator().manual_seed(args.seed))
-    data.check_batch(args.batch_size, train)
-    last = len(train) % args.batch_size or args.batch_size
-    if args.auxiliary and not large and 1 in (last, last // distributed.world_size()):
-        raise UserError(f"--auxiliary cannot train on one image, the last share of {len(train)}: change --batch_size")
+    data.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
     return train, test, augmentation
@@ -122,7 +121,9 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
         for cell in network.cells:
             cell.compile()
     if distributed.world_size() > 1:
-        trained = DistributedDataParallel(network, device_ids=[device] if device.type == "cuda" else None)
+        # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
+        own = [device] if device.type == "cuda" else None
+        trained = DistributedDataParallel(network, device_ids=own, broadcast_buffers=False)
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"
@@ -200,7 +201,7 @@ def main(argv=None):
     else:
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
         run = runs.Run.create(args.dir or ".", name, args, "train.py", kind="eval")
-    with contextlib.closing(run):
+    with run:
         if run.writes and not run.state:
             genotypes.save(genotype, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")

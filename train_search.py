@@ -1,6 +1,9 @@
 """Search for a cell in the DARTS space with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
-import contextlib
+from support.cli import Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
+
+# isort: split
+
 import functools
 import math
 import time
@@ -20,7 +23,6 @@ from evolution import VARIANTS, next_generation
 from model_search import Network
 from reporting import report
 from support import devices, distributed, runs
-from support.cli import Parser, Published, command, file_name, number
 from support.files import UserError, atomic_write
 
 
@@ -214,6 +216,8 @@ def search_loaders(args, train, valid, augmentation, device):
     data.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty")
+    if args.bn == "batch":
+        data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
     one, two = (torch.Generator().manual_seed(args.seed + i) for i in (1, 2))
     first = dict(generator=one, cutout=cutout, augment=True)
@@ -231,7 +235,7 @@ def run_search(args, space, network, loaders, device, prog):
         name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
         new_name = not args.run_name
         run = runs.Run.create(args.dir, name, args, prog, new_name=new_name, kind="search", space=space.name)
-    with contextlib.closing(run):
+    with run:
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         sizes, classes = [loader.size for loader in loaders], network.classifier.out_features
         run.log(f"{sizes[0]} training and {sizes[1]} validation images of {classes} classes")

@@ -1,12 +1,15 @@
 """Draw cells as SVG or PNG, and rebuild the report of a run. matplotlib draws, without a display."""
 
+from support.cli import command  # first: it ends Ctrl-C in one line
+
+# isort: split
+
 import argparse
 import os
 
 import genotypes
 import nas201.report  # noqa: F401  registers its space
 from reporting import cells, report
-from support.cli import command
 from support.files import UserError
 
 

@@ -10,6 +10,10 @@ architecture was trained with; other training lengths never stand in for them. R
 contains. torch is imported for the .pth alone.
 """
 
+from support.cli import command  # first: it ends Ctrl-C in one line
+
+# isort: split
+
 import functools
 import lzma
 import math
@@ -32,7 +36,6 @@ from nas201.sources import (
     read_pth,
     unpacked,
 )
-from support.cli import command
 from support.files import UserError, atomic_write, restricted_unpickle
 
 

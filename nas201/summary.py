@@ -3,6 +3,10 @@
 python -m nas201.summary OUTPUT_DIR DATASET     reads OUTPUT_DIR/search-DATASET-seed*, writes OUTPUT_DIR/summary.json
 """
 
+from support.cli import Parser, command  # first: it ends Ctrl-C in one line
+
+# isort: split
+
 import statistics
 from pathlib import Path
 
@@ -13,7 +17,6 @@ from nas201.report import PUBLISHED, SPREAD
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from reporting.charts import column, finite_values
 from reporting.report import read_history
-from support.cli import Parser, command
 from support.files import UserError, read_json, write_json
 
 SEEDS = (18, 19, 20)

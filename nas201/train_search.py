@@ -1,5 +1,9 @@
 """Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
 
+from support.cli import Published, command, number  # first: it ends Ctrl-C in one line
+
+# isort: split
+
 import argparse
 import os
 
@@ -11,7 +15,6 @@ from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
 from support import devices, distributed, runs
-from support.cli import Published, command, number
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it

@@ -3,32 +3,77 @@
 import argparse
 import functools
 import operator
+import os
 import re
 import sys
 from pathlib import Path
 
-from support.files import UserError
+from support.files import UserError, emit
+
+# What ends a run without a fault in the program: a part of the message that torch gives, what it means, what to do.
+SMALLER = "memory ran out: give a smaller --batch_size, --valid_batch_size or --init_channels"
+REMEDIES = {
+    "can't allocate memory": SMALLER,
+    "out of memory": SMALLER,
+    "could not create a primitive": SMALLER,  # in oneDNN
+    "can't start new thread": SMALLER,
+    "gloo": "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
+    "with as many processes as you like",
+}
 
 
 def command(main):
-    """Decorate `main(argv=None)`: a UserError or OSError ends in one line on stderr and exit code 2, Ctrl-C in 130."""
+    """Decorate `main(argv=None)`: an error that the user can mend ends in one line on stderr and exit code 2.
+
+    Such are a UserError, an OSError, want of memory and what REMEDIES knows. Ctrl-C ends in a line and exit code 130.
+    """
 
     @functools.wraps(main)
     def wrapper(argv=None):
+        for name in ("stdin", "stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed by the caller; a file of the run must not get its number
+                setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
         if hasattr(sys.stdout, "reconfigure"):  # names that the locale cannot write are shown with backslashes
             sys.stdout.reconfigure(errors="backslashreplace")
         try:
             return main(argv)
         except UserError as error:
-            text, code = f"error: {' '.join(str(error).split())}", 2
+            text, code = f"error: {error}", 2
         except OSError as error:
             text, code = f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
+        except (RuntimeError, MemoryError) as error:
+            text, code = remedy(error), 2
+            if text is None:
+                raise
         except KeyboardInterrupt:
-            text, code = "interrupted; what was saved can be continued with --resume RUN_DIR", 130
-        print(text, file=sys.stderr)
+            text, code = "interrupted", 130
+        emit(" ".join(text.split()), sys.stderr)
         raise SystemExit(code)
 
     return wrapper
+
+
+def remedy(error):
+    """The line that REMEDIES has for an exception or one that led to it, or None."""
+    while error is not None:
+        for line in ["out of memory"] if isinstance(error, MemoryError) else str(error).splitlines():
+            for part, text in REMEDIES.items():
+                if part in line:
+                    return f"error: {text} ({line:.200})"
+        error = error.__context__
+    return None
+
+
+def end_in_one_line(kind, error, traceback):
+    """A sys.excepthook: Ctrl-C while a script is still importing torch, where `command` cannot catch it."""
+    if kind is KeyboardInterrupt:
+        emit("interrupted", sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, traceback)
+
+
+if Path(__file__).parents[1] in Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parents:
+    sys.excepthook = end_in_one_line
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -78,6 +123,9 @@ def file_name(text):
     return last
 
 
+LARGEST = 3.4028235e38  # of float32
+
+
 def number(kind, low=None, high=None, above=None):
     """An argparse type: `kind` (int or float), at least `low`, greater than `above`, at most `high`."""
     bounds = [("at least", operator.ge, low), ("greater than", operator.gt, above), ("at most", operator.le, high)]
@@ -88,8 +136,8 @@ def number(kind, low=None, high=None, above=None):
             value = kind(re.sub(r"^(\d+)\.0*$", r"\1", text))  # so that int takes 50.0
         except ValueError:
             raise argparse.ArgumentTypeError(f"{text!r} is not a {'whole ' if kind is int else ''}number") from None
-        if not abs(value) < float("inf"):
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if not abs(value) <= LARGEST:
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number of float32")
         if not all(holds(value, bound) for _, holds, bound in bounds):
             raise argparse.ArgumentTypeError(f"{text} must be {' and '.join(f'{word} {at}' for word, _, at in bounds)}")
         return value

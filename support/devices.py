@@ -33,7 +33,7 @@ def choose_device(args):
         name = f"cuda:{distributed.local_rank(args.gpu)}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # read, since a tensor on the device meta has no values
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} cannot be used: {str(error).splitlines()[0]}") from error
     set_up(device)

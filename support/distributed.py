@@ -8,25 +8,33 @@ import sys
 import torch
 from tqdm import tqdm
 
-from support.files import UserError
+from support.files import UserError, emit
+
+
+def from_torchrun(name, default):
+    """The number in a variable that torchrun sets. Raises UserError."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        raise UserError(f"the variable {name} is {os.environ[name]!r}: unset it, or start with torchrun") from None
 
 
 def rank():
-    return int(os.environ.get("RANK", 0))
+    return from_torchrun("RANK", 0)
 
 
 def world_size():
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return from_torchrun("WORLD_SIZE", 1)
 
 
 def local_rank(default=0):
-    return int(os.environ.get("LOCAL_RANK", default))
+    return from_torchrun("LOCAL_RANK", default)
 
 
 def say(text, file=None):
     """Print a line on rank 0, above any progress bar."""
     if rank() == 0:
-        tqdm.write(text, file=file)
+        emit(text, file or sys.stdout, tqdm.write)
 
 
 def progress(batches, title, done=0):
@@ -36,9 +44,14 @@ def progress(batches, title, done=0):
 
 
 def join_process_group(device):
-    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs."""
+    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs. Raises UserError."""
+    if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank() < world_size():
+        raise UserError("the variables RANK and WORLD_SIZE do not fit each other: unset both, or start with torchrun")
     if world_size() > 1 and not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"cannot meet the other processes, start with torchrun ({error!s:.200})") from error
         atexit.register(leave_process_group)
 
 
@@ -47,9 +60,11 @@ def one_after_the_other():
     """The first process of each machine goes through the block before the others: for downloads."""
     if world_size() > 1 and local_rank() > 0:
         torch.distributed.barrier()
-    yield
-    if world_size() > 1 and local_rank() == 0:
-        torch.distributed.barrier()
+    try:
+        yield
+    finally:  # the others are let in also where it failed: they find out for themselves
+        if world_size() > 1 and local_rank() == 0:
+            torch.distributed.barrier()
 
 
 def leave_process_group():
@@ -57,34 +72,30 @@ def leave_process_group():
         torch.distributed.destroy_process_group()
 
 
-@contextlib.contextmanager
-def together():
-    """For code in which the processes wait for each other. Raises UserError if one is gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        # What gloo and NCCL raise when a connection ends.
-        if world_size() == 1 or not (isinstance(error, torch.distributed.DistError) or "gloo" in str(error)):
-            raise
-        raise UserError(
-            "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
-            "with as many processes as you like"
-        ) from error
-
-
 def sum_over_ranks(tensor):
-    """The sum of every process's `tensor`. Raises UserError if a process is gone."""
+    """The sum of every process's `tensor`."""
     if world_size() > 1:
-        with together():
-            if torch.distributed.get_backend() == "nccl":
-                tensor = tensor.cuda()  # NCCL sums on GPUs only
-            torch.distributed.all_reduce(tensor)
+        if torch.distributed.get_backend() == "nccl":
+            tensor = tensor.cuda()  # NCCL sums on GPUs only
+        torch.distributed.all_reduce(tensor)
     return tensor
 
 
+def stack_over_ranks(tensors):
+    """Every process's `tensors`, flattened to a row: (processes, elements)."""
+    row = torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
+    rows = row.new_zeros(world_size(), len(row))
+    rows[rank()] = row
+    return sum_over_ranks(rows)
+
+
+def fill(tensors, row):
+    """Copy into `tensors` what a row of `stack_over_ranks` holds."""
+    for tensor, part in zip(tensors, row.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def average_over_ranks(tensors):
-    """Replace each floating-point tensor by its mean over the processes: gradients of the shared weights, buffers."""
+    """Replace each floating-point tensor by its mean over the processes: the gradients of the shared weights."""
     if world_size() > 1:
-        flat = sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size()
-        for tensor, mean in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
-            tensor.copy_(mean.view_as(tensor))
+        fill(tensors, sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size())

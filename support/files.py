@@ -8,6 +8,7 @@ import os
 import pickle
 import pickletools
 import stat
+from pathlib import Path
 
 
 class UserError(ValueError):
@@ -57,6 +58,19 @@ def atomic_write(path, mode="wb"):
         raise
 
 
+@contextlib.contextmanager
+def no_empty_folders(path):
+    """If the block fails, remove what it made of the folders on the way to `path` and left empty."""
+    missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
+    try:
+        yield
+    except BaseException:
+        for folder in missing:
+            with contextlib.suppress(OSError):  # it holds something, or is still missing
+                folder.rmdir()
+        raise
+
+
 def write_json(path, value):
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
@@ -70,6 +84,15 @@ def append_line(path, line):
             file.write(f"{line}\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def emit(text, stream, write=print):
+    """Print a line at once. A stream that is lost (a closed pipe, a full disk) is given up: nothing ends for it."""
+    try:
+        write(text, file=stream)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in its buffer goes there too
 
 
 def read_bytes(path):

@@ -25,7 +25,7 @@ import torch
 from support import distributed, signals, weights
 from support.files import UserError, append_line, atomic_write, open_regular, read_bytes, read_json, write_json
 
-MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
+MAGIC = b"EvNAS checkpoint 2 "  # the number changes when a checkpoint's content does
 # Arguments that cannot change the result: a resumed run may have other ones.
 FREE_ARGUMENTS = {"resume", "device", "gpu", "workers", "report_freq"}
 
@@ -124,6 +124,16 @@ class Run:
             raise
         return run
 
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, *_):
+        """Close the run; after a second Ctrl-C, say how to continue and exit with 130."""
+        with contextlib.closing(self):
+            if kind is KeyboardInterrupt and (self.path / "checkpoint.pt").exists():
+                self.log_interruption("at once")
+                raise SystemExit(130)
+
     def close(self):
         signals.release(self._signals)
         if self._board:
@@ -134,8 +144,8 @@ class Run:
     def log(self, text, file=None):
         """Print a line, above any progress bar, and add it to log.txt."""
         if self.writes:
-            distributed.say(text, file)
             append_line(self.path / "log.txt", f"{datetime.datetime.now():%Y-%m-%d %H:%M:%S} {text}")
+            distributed.say(text, file)
 
     def record(self, step, entry):
         """Add one line to history.jsonl, and its numbers to TensorBoard."""
@@ -197,11 +207,14 @@ class Run:
             yield
         except signals.Interrupted as place:
             self.save_checkpoint(self.completed, state())
-            if self.writes:
-                prog = read_json(self.path / "args.json")["prog"]
-                command = continue_command(prog, self.path)
-                self.log(f"interrupted in {place}; continue with: {command}", file=sys.stderr)
+            self.log_interruption(f"in {place}")
             raise SystemExit(128 + (signals.received or signal.SIGTERM)) from None
+
+    def log_interruption(self, place):
+        """Say that the run is interrupted, and with which command it continues."""
+        if self.writes:
+            prog = read_json(self.path / "args.json")["prog"]
+            self.log(f"interrupted {place}; continue with: {continue_command(prog, self.path)}", file=sys.stderr)
 
 
 def continue_command(prog, path):

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM stop a run at the end of its step or batch, which is then saved; a second one stops at once."""
+"""Ctrl-C, SIGTERM and SIGHUP stop a run at the end of its step or batch and save it; a second one stops at once."""
 
 import signal
 import threading
@@ -15,11 +15,11 @@ class Interrupted(Exception):
 
 
 def catch():
-    """Take Ctrl-C and SIGTERM over, where this is the main thread; returns what `release` needs."""
+    """Take the signals over, where this is the main thread; returns what `release` needs."""
     if threading.current_thread() is not threading.main_thread():
         return {}
-    # One that is ignored, as in a background job of a script, stays ignored.
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) != signal.SIG_IGN]
+    # One that is ignored, as in a background job of a script or under nohup, stays ignored.
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]
     return {number: signal.signal(number, _receive) for number in numbers}
 
 
@@ -28,15 +28,15 @@ def release(handlers):
     global received
     received = None
     for number, handler in handlers.items():
-        # Under torchrun not SIGTERM: it comes when a process is lost, and must not cut short what this one says of it.
+        # Under torchrun Ctrl-C alone: SIGTERM comes when a process is lost, and must not cut short what this one says.
         if number == signal.SIGINT or distributed.world_size() == 1:
             signal.signal(number, handler)
 
 
 def _receive(number, frame):
     global received
-    # torchrun passes a SIGTERM on, also one that its processes have got already, and sends one when a process is lost.
-    if received and not (number == signal.SIGTERM and distributed.world_size() > 1):
+    # torchrun passes signals on, also ones that its processes have got already, and sends SIGTERM for a lost process.
+    if received and (number == signal.SIGINT or distributed.world_size() == 1):
         raise KeyboardInterrupt
     received = received or number
 

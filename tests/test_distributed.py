@@ -1,5 +1,7 @@
 """Two gloo processes on the CPU: the same fitness as one, a lost process, another number of processes on resume."""
 
+import argparse
+import contextlib
 import json
 import os
 import signal
@@ -10,15 +12,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 import data
 import loaders
 import train
 import train_search
 from encoding import decode, random_alphas
-from engine import measure_fitness
+from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
-from support import runs
+from support import devices, distributed, runs
+from support.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
@@ -36,33 +41,97 @@ def torchrun(*command, **settings):
 
 def measure():
     """The fitness of seven individuals, two of them equal, on the digits."""
-    digits = data.load("digits", None, "test")
-    loader = loaders.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=False)
     torch.manual_seed(3)
     network = Network(2, 10, 2)
     alphas = random_alphas(7, generator=torch.Generator().manual_seed(4))
     alphas[5] = alphas[1]
-    return measure_fitness(network, decode(alphas), loader, "batch")
+    return measure_fitness(network, decode(alphas), digits_loader(shared=False), "batch")
 
 
-@pytest.mark.slow
-def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
-    script = tmp_path / "measure.py"
+def of_two(tmp_path, call):
+    """What a call of a function in this file returns in either of two processes."""
+    script = tmp_path / "call.py"
     script.write_text(
         "import sys, torch\n"
         "from support import distributed\n"
         f"sys.path.insert(0, {str(ROOT / 'tests')!r})\n"
-        "from test_distributed import measure\n"
+        "import test_distributed\n"
         "torch.set_num_threads(1)\n"
         "distributed.join_process_group(torch.device('cpu'))\n"
-        f"torch.save(measure(), {str(tmp_path)!r} + f'/fitness{{distributed.rank()}}.pt')\n"
+        f"torch.save(test_distributed.{call}, {str(tmp_path)!r} + f'/result{{distributed.rank()}}.pt')\n"
         "distributed.leave_process_group()\n"
     )
     assert torchrun(script).wait(timeout=300) == 0
+    return [torch.load(tmp_path / f"result{rank}.pt") for rank in (0, 1)]
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
     expected = measure()
     assert len(expected.unique()) > 1
-    for rank in (0, 1):
-        assert torch.equal(torch.load(tmp_path / f"fitness{rank}.pt"), expected)
+    for result in of_two(tmp_path, "measure()"):
+        assert torch.equal(result, expected)
+
+
+def digits_loader(shared=True):
+    digits = data.load("digits", None, "test")
+    return loaders.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=shared)
+
+
+def train_one_layer(wrapped):
+    """(running mean and variance after an epoch, each process's own), of a BatchNorm behind the images."""
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
+    trained = DistributedDataParallel(network, broadcast_buffers=False) if wrapped else network
+    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, report_freq=1), Progress()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+
+    def loss_of(step, x, y):
+        logits = trained(x)
+        return nn.functional.cross_entropy(logits, y), logits
+
+    train_one_epoch(loss_of, trained, digits_loader(), optimizer, args, progress, where="", log=lambda text: None)
+    return torch.cat([network[0].running_mean, network[0].running_var]), progress.buffers
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_running_statistics_are_the_mean_of_the_processes(tmp_path, wrapped):
+    own = [nn.BatchNorm2d(3), nn.BatchNorm2d(3)]
+    for x, _ in digits_loader(shared=False):
+        for rank, norm in enumerate(own):
+            norm(x[rank::2])
+    expected = torch.stack([torch.cat([norm.running_mean, norm.running_var]) for norm in own])
+    assert (expected[0] - expected[1]).abs().min() > 1e-4
+    for buffers, rows in of_two(tmp_path, f"train_one_layer({wrapped})"):
+        torch.testing.assert_close(rows, expected)
+        assert torch.equal(buffers, rows.mean(0))
+
+
+@pytest.mark.parametrize("rank, order", [(0, ["block", "barrier"]), (1, ["barrier", "block"])])
+def test_one_after_the_other(monkeypatch, rank, order):
+    """Also where the block fails: the others must not wait for ever."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    events = []
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: events.append("barrier"))
+    for failure in (None, UserError("no download")):
+        events.clear()
+        with pytest.raises(UserError) if failure else contextlib.nullcontext(), distributed.one_after_the_other():
+            events.append("block")
+            if failure:
+                raise failure
+        assert events == order
+
+
+@pytest.mark.parametrize("device", [None, "cuda"])
+def test_each_process_has_a_card_of_its_own(monkeypatch, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = argparse.Namespace(device=device, gpu=98, amp=False, compile=False)
+    for variables, expected in (({}, "cuda:98"), ({"LOCAL_RANK": "99"}, "cuda:99")):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=f"device {expected} cannot be used"):  # there are not so many
+            devices.choose_device(args)
 
 
 def wait_for_lines(process, path, count):
@@ -104,7 +173,7 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_continues_it(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script, argv", SCRIPTS)
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_torchrun_is_interrupted(tmp_path, script, argv, number):
     """It passes the signal on; both processes stop at the same step, and one of them saves."""
     process = torchrun(script.__file__, *argv, "--epochs", 40, "--dir", tmp_path, stderr=subprocess.PIPE)

@@ -8,15 +8,16 @@ import shutil
 import subprocess
 import sys
 import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 from PIL import Image
 
 import data
 import genotypes
+import nas201.train_search
 import test_cifar
 import test_cifar100
 import test_imagenet
@@ -265,13 +266,13 @@ def test_splits_of_different_classes(fails, make_images):
 
 
 def test_cifar_that_cannot_be_downloaded(fails, monkeypatch):
-    def offline(self):
+    def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
-    for dataset, name in (("cifar10", "CIFAR10"), ("cifar100", "CIFAR100")):
-        monkeypatch.setattr(getattr(torchvision.datasets, name), "download", offline)
-        line = fails(train_search.main, ["--dataset", dataset, "--data", "nowhere"])
-        assert f"{dataset} is not in nowhere and cannot be downloaded" in line and "no network" in line
+    monkeypatch.setattr(urllib.request, "urlopen", offline)
+    for dataset in ("cifar10", "cifar100"):
+        line = fails(train_search.main, ["--dataset", dataset, "--data", "no/where"])
+        assert f"{dataset} is not in no/where and cannot be downloaded" in line and "no network" in line
 
 
 def test_more_images_than_there_are(fails):
@@ -399,12 +400,51 @@ def test_float32_is_the_default_on_a_card(card, parser):
         ("--device toaster", "device toaster cannot be used"),
         ("--run_name .", "--run_name: '.' does not end in a name"),
         ("--run_name out/..", "--run_name: 'out/..' does not end in a name"),
+        ("--device meta", "device meta cannot be used"),
+        ("--weight_decay 1e39", "--weight_decay: 1e39 is not a finite number"),
         ("--train_portion 1", "the validation split is empty"),
         ("--dir /dev/null/x", "cannot make the run directory /dev/null/x"),
     ],
 )
 def test_arguments(fails, flags, message):
     assert message in fails(train_search.main, [*SEARCH, *flags.split()])
+
+
+def test_a_single_pixel_that_batch_norm_would_normalise(fails, make_images, tmp_path):
+    root = make_images("train", 4, [(4, 4)])
+    make_images("test", 1, [(4, 4)])
+    argv = "--init_channels 2 --epochs 1 --device cpu --dataset folder --data".split() + [root]  # 12 images
+    search = [*argv, "--layers", 2, "--pop_size", 2, "--tsize", 2, "--train_portion", 0.75]  # 9 and 3 of them
+    for flags in ([], ["--plain"]):
+        assert "--batch_size 4 makes" in fails(train_search.main, [*search, "--batch_size", 4, *flags])
+        line = fails(train_search.main, [*search, "--batch_size", 3, "--valid_batch_size", 2, *flags])
+        assert "4x4 pixels" in line and "--valid_batch_size 2 makes" in line
+    s2 = [*argv, "--num_cells", 1, "--pop_size", 2, "--tsize", 2, "--batch_size", 5]  # 6 and 6 of them
+    assert "--batch_size 5 makes" in fails(nas201.train_search.main, s2)
+    retraining = [*argv, *EVNASA, "--layers", 3, "--batch_size"]
+    assert "4x4 pixels cannot train on one image" in fails(train.main, [*retraining, 11])
+    train.main([str(word) for word in [*retraining, 10, "--dir", tmp_path]])
+    train_search.main([str(word) for word in [*search, "--batch_size", 5, "--bn", "running", "--dir", tmp_path]])
+
+
+@pytest.mark.parametrize(
+    "variables, message",
+    [
+        ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
+        ({"RANK": "0"}, "RANK and WORLD_SIZE"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
+        ({"RANK": "x", "WORLD_SIZE": "1"}, "RANK is 'x'"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
+    ],
+)
+def test_variables_of_torchrun_that_do_not_fit(fails, monkeypatch, variables, message):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for main, argv in MAINS[:3]:
+        line = fails(main, argv)
+        assert message in line and "torchrun" in line
 
 
 # ---- resume
@@ -437,3 +477,15 @@ def test_a_process_ends_in_one_line(tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: --tsize 3 is larger than --pop_size 2\n"
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_process_whose_streams_are_lost(tmp_path):
+    """A closed stderr and a reader that goes after a line: training goes on."""
+    command = f"{sys.executable} {train_search.__file__} {' '.join(SEARCH)} --dir {tmp_path} --run_name"
+    for name, streams in (("a", "2>&- | head -1"), ("b", ">&- 2>&- <&-"), ("c", ">/dev/full 2>&1")):
+        script = f"set -o pipefail; {command} {name} {streams}"
+        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+        assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == (name == "a")
+        lines = (tmp_path / name / "log.txt").read_text().splitlines()
+        assert len(lines) > 3 and lines[-1].endswith("report.html")

@@ -7,6 +7,7 @@ import argparse
 import bz2
 import collections
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import io
@@ -19,9 +20,11 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zipfile
 import zlib
@@ -50,7 +53,7 @@ import visualize
 from nas201 import benchmark, imagenet16, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
 from reporting import report
-from support import files, images, runs, weights
+from support import files, images, runs, signals, weights
 from support.files import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,7 +113,20 @@ def work(script, argv, output, conditions):
         for name in [name for name in sys.modules if f".{name}.".find(f".{package}.") >= 0]:
             del sys.modules[name]
         sys.modules[package] = None
+    multiprocessing.set_start_method("fork", force=True)  # as in a script; here it would be this one's own
     os.environ.pop("DISPLAY", None)
+    os.environ.update(conditions.get("environment", {}))
+    for number in conditions.get("ignored", []):
+        signal.signal(number, signal.SIG_IGN)
+    if "signal_at" in conditions:
+        signal_at(*conditions["signal_at"])
+    for name, how in conditions.get("lost", {}).items():
+        lose(name, how)
+    if "shared_memory" in conditions:  # KiB
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+        size = f"size={conditions['shared_memory']}k"
+        for mount in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", size, "tmpfs", "/dev/shm"]):
+            subprocess.run(["mount", *mount], check=True)
     if "memory" in conditions:  # bytes more than there are
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + conditions["memory"],) * 2)
@@ -159,6 +175,49 @@ def die_at(call, steps_file=None):
     for name in ("replace", "fsync", "link"):
         function = getattr(os, name)
         setattr(os, name, lambda *args, function=function: step(lambda: function(*args)))
+
+
+def signal_at(call, number):
+    """Send this process a signal when it asks for the `call`-th time whether to stop."""
+    requested, calls = signals.requested, itertools.count(1)
+
+    def asked(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return requested(*args, **kwargs)
+
+    signals.requested = asked
+
+
+def lose(name, how):
+    """Lose stdout or stderr: closed from the start, a full disk behind it, or a pipe whose reader goes after a line."""
+    number = {"stdout": 1, "stderr": 2}[name]
+    if how == "closed":
+        os.close(number)
+        setattr(sys, name, None)
+    elif how == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    else:
+        reader, writer = os.pipe()
+        os.dup2(writer, number)
+        os.close(writer)
+        threading.Thread(target=lambda: (os.read(reader, 1), os.close(reader)), daemon=True).start()
+
+
+def in_two(process, script, argv, output, last=None):
+    """Exit codes of two processes, as torchrun starts them; `last` are conditions of the second."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    conditions = [{"environment": ranks[0]}, {"environment": ranks[1], **(last or {})}]
+    both = [process(script, argv, output, **each) for each in conditions]
+    for running in both:
+        running.join(120)
+        if running.exitcode is None:
+            running.kill()
+    return [running.exitcode for running in both]
 
 
 @pytest.fixture(scope="module", params=["train_search", "train"] if FULL else ["train"])
@@ -733,7 +792,7 @@ def test_missing_files(whole, process, tmp_path):
 @pytest.mark.parametrize(
     "name, change, says",
     [
-        ("checkpoint.pt", lambda content: content.replace(b"checkpoint 1", b"checkpoint 2", 1), "another version"),
+        ("checkpoint.pt", lambda content: content.replace(b"checkpoint ", b"checkpoint 9", 1), "another version"),
         ("checkpoint.pt", lambda content: checkpoint(saved({"completed": 3})), "does not fit"),
         ("checkpoint.pt", lambda content: checkpoint(saved([3])), "another version"),
         ("args.json", lambda content: content.replace(b'"momentum"', b'"moment"'), "another version"),
@@ -834,3 +893,146 @@ def test_without_tensorboard_and_display(whole, process, tmp_path):
     assert not (run / "runs").exists()
     assert_same_run(run, expected)
     COUNTS["without TensorBoard and display"]["works, says what is missing"] += 1
+
+
+# ---- 9. several processes
+
+
+def test_two_processes_interrupted_and_continued(whole, process, tmp_path):
+    """Interrupted within an epoch, at its end and while it is measured, by the signal of one: as if it had not been."""
+    script, output = whole[0], tmp_path / "output"
+    argv = [*ARGUMENTS[script], "--report_freq", 1]
+    assert in_two(process, script, [*argv, "--dir", tmp_path / "whole"], output) == [0, 0], output.read_text()
+    (expected,) = (tmp_path / "whole").iterdir()
+    place, calls = [*argv, "--dir", tmp_path / "part"], few([2, 4, 3, 1, 5], [2, 4])
+    for call in calls:
+        codes = in_two(process, script, place, output, last={"signal_at": (call, signal.SIGTERM)})
+        assert codes == [143, 143], output.read_text()
+        (run,) = (tmp_path / "part").iterdir()
+        place = ["--resume", run]
+    assert in_two(process, script, place, output) == [0, 0], output.read_text()
+    assert (run / "log.txt").read_text().count("interrupted in ") == len(calls)
+    assert_same_run(run, expected)
+    COUNTS["two processes interrupted"]["continued, bit-identical"] += len(calls)
+
+
+# ---- 10. lost streams and terminals
+
+LOST = [(name, how) for name in ("stdout", "stderr") for how in ("head -1", "full disk", "closed")]
+
+
+def test_lost_streams(whole, process, tmp_path):
+    script, expected, _, _ = whole
+    for i, (name, how) in enumerate(few(LOST, LOST[:1])):
+        running = process(script, [*ARGUMENTS[script], "--dir", tmp_path / f"{i}"], lost={name: how})
+        running.join(120)
+        assert running.exitcode == 0, (name, how)
+        (run,) = (tmp_path / f"{i}").iterdir()
+        assert_same_run(run, expected)
+        logs = [(folder / "log.txt").read_text().splitlines() for folder in (run, expected)]
+        assert len(logs[0]) == len(logs[1]) > 5 and logs[0][-1].endswith(f"report: {run}/report.html")
+        COUNTS["stdout or stderr lost"]["training goes on, every line in log.txt"] += 1
+
+
+def test_closed_terminals(whole, process, tmp_path):
+    """SIGHUP, and nothing can be printed any more; under nohup it is ignored."""
+    script, expected, _, _ = whole
+    gone = dict.fromkeys(("stdout", "stderr"), "head -1")
+    for i, call in enumerate(few([1, 2, 4, 7], [3])):
+        argv = [*ARGUMENTS[script], "--dir", tmp_path / f"{i}"]
+        running = process(script, argv, lost=gone, signal_at=(call, signal.SIGHUP))
+        running.join(120)
+        assert running.exitcode == 129
+        (run,) = (tmp_path / f"{i}").iterdir()
+        assert "interrupted in " in (run / "log.txt").read_text().splitlines()[-1]
+        running = process(script, ["--resume", run], ignored=[signal.SIGHUP], signal_at=(1, signal.SIGHUP))
+        running.join(120)
+        assert running.exitcode == 0
+        assert_same_run(run, expected)
+        COUNTS["terminal closed (SIGHUP)"]["saved, exit 129; continued, bit-identical"] += 1
+
+
+def test_ctrl_c_while_torch_is_imported(tmp_path):
+    luck, script = random.Random(3), ROOT / "train_search.py"
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    for _ in range(few(15, 1)):
+        starting = subprocess.Popen(
+            [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heed
+        )
+        while "numpy" not in Path(f"/proc/{starting.pid}/maps").read_text():  # torch comes after it
+            time.sleep(0.005)
+        time.sleep(luck.uniform(0, 1))
+        starting.send_signal(signal.SIGINT)
+        assert starting.communicate(timeout=60) == ("", "interrupted\n") and starting.returncode in (-2, 130)
+        COUNTS["Ctrl-C during the imports"]["one line"] += 1
+
+
+# ---- 11. too little memory
+
+
+@pytest.fixture(scope="module")
+def photographs(process, tmp_path_factory):
+    """(arguments of a retraining whose images two worker processes read, its directory when it was left alone)."""
+    tmp_path, luck = tmp_path_factory.mktemp("photographs"), np.random.RandomState(5)
+    root = tmp_path / "images"
+    for place in [f"train/{i % 3}/{i}" for i in range(24)] + [f"val/{i % 3}/{i}" for i in range(6)]:
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(luck.randint(0, 256, (70, 90, 3)).astype(np.uint8)).save(root / f"{place}.png")
+    argv = "--arch EvNASB --dataset imagenet --batch_size 4 --init_channels 2 --layers 1 --device cpu".split()
+    argv += ["--epochs", 2, "--data", root, "--report_freq", 1, "--workers", 2]
+    running = process("train", [*argv, "--dir", tmp_path / "whole"])
+    running.join(120)
+    assert running.exitcode == 0
+    return argv, next((tmp_path / "whole").iterdir())
+
+
+def test_killed_workers(photographs, process, tmp_path):
+    (argv, expected), luck = photographs, random.Random(4)
+    for i in range(few(8, 1)):
+        output = tmp_path / f"output{i}"
+        running = process("train", [*argv, "--dir", tmp_path / f"{i}"], output)
+        while not output.exists() or "step" not in output.read_text():
+            time.sleep(0.01)
+        time.sleep(luck.uniform(0, 0.2))
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(int(luck.choice(children)), signal.SIGKILL)
+        running.join(120)
+        assert running.exitcode == 2 and "--workers" in one_line(output), output.read_text()
+        (run,) = (tmp_path / f"{i}").iterdir()
+        running = process("train", ["--resume", run], output)
+        running.join(120)
+        assert running.exitcode == 0
+        assert_same_run(run, expected)
+        COUNTS["image-reading process killed"]["one line, exit 2; continued, bit-identical"] += 1
+
+
+def test_small_shared_memory(photographs, process, tmp_path):
+    with disk(tmp_path / "disk", 1):  # or this test cannot mount a small one either
+        pass
+    argv, expected = photographs
+    for i, size in enumerate(few([4, 64, 1024, 2048], [1024])):  # KiB; a batch has 2352
+        output = tmp_path / f"output{i}"
+        line = refused_write(process, "train", [*argv, "--dir", tmp_path / f"{i}"], output, shared_memory=size)
+        assert "/dev/shm" in line and "--workers 0" in line
+        (run,) = (tmp_path / f"{i}").iterdir()
+        running = process("train", ["--resume", run, "--workers", 0], shared_memory=size)
+        running.join(120)
+        assert running.exitcode == 0
+        assert_same_run(run, expected)
+        COUNTS["too little shared memory"]["one line, exit 2; continued with --workers 0, bit-identical"] += 1
+
+
+def test_too_little_memory(whole, process, tmp_path):
+    script = whole[0]
+    argv = [*ARGUMENTS[script], "--init_channels", 128, "--epochs", 1, "--dir", tmp_path / "runs"]
+    for size in few(range(0, 320, 20), [40]):  # MiB
+        output = tmp_path / f"output{size}"
+        running = process(script, argv, output, memory=size << 20)
+        running.join(120)
+        if running.exitcode == -signal.SIGSEGV:  # C++ code that does not look whether it got its memory: torch's fault
+            COUNTS["too little memory"]["torch crashed"] += 1
+            continue
+        assert running.exitcode == 2, output.read_text()
+        assert "memory ran out" in one_line(output) and "--batch_size" in one_line(output)
+        COUNTS["too little memory"]["one line, exit 2"] += 1
+    assert COUNTS["too little memory"]["one line, exit 2"] >= few(12, 0)

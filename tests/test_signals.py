@@ -109,7 +109,7 @@ def test_a_retraining_interrupted_within_an_epoch(retrained, tmp_path, number, c
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_workers_that_read_files_are_not_disturbed(make_images, tmp_path, number, code):
     root = make_images("train", 8, [(90, 70)])
     make_images("val", 2, [(90, 70)])
@@ -214,11 +214,25 @@ def test_a_second_signal_stops_at_once(searched, tmp_path, monkeypatch, capsys, 
         signal_at(patch, 8, numbers)
         test_search.search(tmp_path, cutout_length=4, num_elites=1)
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "interrupted; what was saved can be continued with --resume RUN_DIR\n"
+    how = f"continue with: python train_search.py --resume {run}"
+    assert capsys.readouterr().err == f"interrupted at once; {how}\n" and how in (run / "log.txt").read_text()
     checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["completed"] == 1 and "partial" not in checkpoint
     train_search.main(["--resume", str(run)])
     test_search.assert_same_runs(run, searched)
+
+
+def test_ctrl_c_promises_no_more_than_there_is(tmp_path, monkeypatch, capsys):
+    """Before the first checkpoint of a new run, and so before there is a run, nothing can be continued."""
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    for owner, name in ((data, "load"), (runs.Run, "restore")):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+            patch.setattr(owner, name, stop)
+            test_search.search(tmp_path)
+        assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
 def test_torchrun_passes_a_sigterm_on_that_is_no_second_one(monkeypatch):
@@ -236,13 +250,21 @@ def test_torchrun_passes_a_sigterm_on_that_is_no_second_one(monkeypatch):
 
 
 def test_signals_are_taken_over_while_a_run_is_open(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    handlers = lambda: [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]  # noqa: E731
+    before = handlers()
     run = make_run(tmp_path)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == [signals._receive] * 2
+    assert handlers() == [signals._receive] * 3
     run.close()
     with pytest.raises(Exception, match="first checkpoint"):
         runs.Run.resume(run.path)
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert handlers() == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
+    try:
+        with make_run(tmp_path, "ignoring"):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert handlers() == [signals._receive] * 2 + [signal.SIG_IGN] and signals.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before[2])
     thread = threading.Thread(target=lambda: make_run(tmp_path, "other").close())  # cannot, and need not
     thread.start()
     thread.join()
