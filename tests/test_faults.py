@@ -40,7 +40,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_genotypes import Call, bomb
-from test_runs import assert_same
+from test_resume import assert_same_run
 from test_visualize import make_run
 
 import data
@@ -234,18 +234,6 @@ def whole(request, process, tmp_path_factory):
     seconds = time.monotonic() - started
     (run,) = [path for path in folder.iterdir() if path.is_dir()]
     return request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()]
-
-
-def assert_same_run(run, expected):
-    """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
-    assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)))
-    assert test_search.history(run) == test_search.history(expected)
-    for path in [*expected.glob("weights/*.pt"), *expected.glob("genotype.*"), *expected.glob("*.svg")]:
-        same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
-        assert same, path
-    for path in expected.glob("population/*.npz"):
-        with np.load(path) as a, np.load(run / path.relative_to(expected)) as b:
-            assert all(np.array_equal(a[name], b[name]) for name in ("alphas", "fitness"))
 
 
 # ---- 1. kill -9

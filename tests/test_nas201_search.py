@@ -41,19 +41,19 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
+def write_table(folder, absent=()):
+    """Write a whole table; with absent=("valid",) one without columns whose name holds such a word. Return its path."""
+    kept = [k for k, name in enumerate(COLUMNS) if not any(word in name for word in absent)]
+    rows = [",".join(["index", "arch", *(COLUMNS[k] for k in kept)])]
+    rows += [f"{i},{arch}," + ",".join(map(str, TRUTH[i, kept])) for i, arch in enumerate(ARCHS)]
+    path = folder / "table.csv"
+    path.write_text("\n".join(rows))
+    return path
+
+
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """`table()` writes a whole table; `table(absent=("valid",))` one without columns whose name holds such a word."""
-
-    def write(absent=()):
-        kept = [k for k, name in enumerate(COLUMNS) if not any(word in name for word in absent)]
-        path = tmp_path_factory.mktemp("table") / "table.csv"
-        rows = [",".join(["index", "arch", *(COLUMNS[k] for k in kept)])]
-        rows += [f"{i},{arch}," + ",".join(map(str, TRUTH[i, kept])) for i, arch in enumerate(ARCHS)]
-        path.write_text("\n".join(rows))
-        return path
-
-    return write
+    return lambda absent=(): write_table(tmp_path_factory.mktemp("table"), absent)
 
 
 def search(folder, *flags):
@@ -64,12 +64,6 @@ def search(folder, *flags):
 
 def history(run):
     return [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
-
-
-def deterministic(run):
-    """The history without what a clock or the memory has measured."""
-    measured = ("seconds", "images_per_second", "peak_memory_mb")
-    return [{key: value for key, value in entry.items() if key not in measured} for entry in history(run)]
 
 
 def same(a, b):
@@ -165,52 +159,11 @@ def test_equal_fitness_has_no_correlation(tmp_path, table):
     assert entry["fitness_std"] == 0 and entry["kendall_tau"] is None and entry["spearman_rho"] is None
 
 
-# Resume
+# Resume; see also test_resume.py
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, table):
-    """An uninterrupted run with a table."""
-    torch.set_num_threads(1)
-    path = table()
-    return search(tmp_path_factory.mktemp("whole"), "--api_path", path, "--cutout", "--cutout_length", 4), path
-
-
-@pytest.mark.parametrize("generation", [0, 1, 2, 3])
-@pytest.mark.parametrize("saved", [True, False])
-def test_resume_is_bit_identical(tmp_path, whole, monkeypatch, generation, saved):
-    """Interrupted right after a checkpoint, or right before, when the generation's other files are there already."""
-    expected, path = whole
-    save = runs.Run.save_checkpoint
-
-    def interrupt(self, completed, state):
-        if saved or completed != generation:
-            save(self, completed, state)
-        if completed == generation:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(runs.Run, "save_checkpoint", interrupt)
-        search(tmp_path, "--api_path", path, "--cutout", "--cutout_length", 4)
-    assert stopped.value.code == 130
-    run = tmp_path / "run"
-    if generation == 0 and not saved:
-        with pytest.raises(SystemExit):
-            main(["--resume", str(run)])  # no checkpoint yet
-        return
-    torch.manual_seed(1), torch.rand(5)  # the global generator is in another state
-    main(["--resume", str(run), "--workers", "1", "--report_freq", "1"])
-    assert deterministic(run) == deterministic(expected)
-    assert same(runs.load_checkpoint(run / "checkpoint.pt"), runs.load_checkpoint(expected / "checkpoint.pt"))
-    for name in ("001.npz", "002.npz", "003.npz"):
-        with np.load(run / "population" / name) as a, np.load(expected / "population" / name) as b:
-            assert np.array_equal(a["alphas"], b["alphas"]) and np.array_equal(a["fitness"], b["fitness"])
-    for name in ("genotype.json", "cell.svg"):
-        assert (run / name).read_bytes() == (expected / name).read_bytes()
-
-
-def test_resume_with_other_arguments(whole, fails):
-    run, _ = whole
+def test_resume_with_other_arguments(tmp_path, fails):
+    run = search(tmp_path / "run", "--epochs", 1)
     for flags, words in (
         (["--bn", "batch"], "--bn batch"),
         (["--epochs", "4"], "--epochs 4"),

@@ -48,72 +48,12 @@ def raw_individuals(alphas):
     return sorted(individual.numpy().tobytes() for individual in alphas)
 
 
-# ---- stopped and resumed
+# ---- a finished run; stopped ones are in test_resume.py
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
     return search(tmp_path_factory.mktemp("uninterrupted"), cutout_length=4, num_elites=1)
-
-
-def stop_at_checkpoint(monkeypatch, generation, before):
-    save = runs.Run.save_checkpoint
-
-    def stopping(run, completed, state):
-        if before and completed == generation:
-            raise KeyboardInterrupt
-        save(run, completed, state)
-        if completed == generation:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs.Run, "save_checkpoint", stopping)
-
-
-def stop_while_measuring(monkeypatch, generation):
-    calls = []
-
-    def stopping(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == generation:
-            raise KeyboardInterrupt
-        return measure_fitness(*args, **kwargs)
-
-    monkeypatch.setattr(train_search, "measure_fitness", stopping)
-
-
-def assert_same_runs(run, expected):
-    saved, reference = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected))
-    assert saved["network"].keys() == reference["network"].keys()
-    assert all(torch.equal(saved["network"][name], value) for name, value in reference["network"].items())
-    momenta = [[p["momentum_buffer"] for p in s["optimizer"]["state"].values()] for s in (saved, reference)]
-    assert len(momenta[0]) == len(momenta[1]) > 0
-    assert all(torch.equal(*pair) for pair in zip(*momenta, strict=True))
-    assert all(torch.equal(state, reference["generators"][name]) for name, state in saved["generators"].items())
-    weights = [torch.load(folder / "weights/weights.pt", weights_only=True) for folder in (run, expected)]
-    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-    for pair in zip(populations(run), populations(expected), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
-    assert history(run) == history(expected)
-    for name in ("genotype.json", "genotype.pickle", "cell_normal.svg"):
-        assert (run / name).read_bytes() == (expected / name).read_bytes()
-
-
-@pytest.mark.parametrize(
-    "stop",
-    [
-        *(pytest.param(lambda m, g=g: stop_at_checkpoint(m, g, False), id=f"after generation {g}") for g in (1, 2)),
-        pytest.param(lambda m: stop_at_checkpoint(m, 2, True), id="before the checkpoint of generation 2"),
-        pytest.param(lambda m: stop_while_measuring(m, 2), id="within generation 2"),
-    ],
-)
-def test_a_stopped_search_continues_as_if_it_had_not_been(uninterrupted, tmp_path, monkeypatch, stop):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        stop(patch)
-        search(tmp_path, cutout_length=4, num_elites=1)
-    assert stopped.value.code == 130
-    torch.manual_seed(12345)  # the global generator of another process
-    train_search.main(["--resume", str(tmp_path / "run")])
-    assert_same_runs(tmp_path / "run", uninterrupted)
 
 
 def test_a_finished_search_can_be_resumed(uninterrupted, capsys):

@@ -1,111 +1,20 @@
-"""Ctrl-C and SIGTERM: the step is finished and saved, the resumed run ends as if it had never stopped."""
+"""Signals: who takes them over, and what processes that read files notice; see also test_resume.py."""
 
 import os
-import re
 import signal
-import subprocess
-import sys
 import threading
-from pathlib import Path
 
 import pytest
-import test_nas201_search
 import test_search
-import test_train
 import torch
-from test_runs import assert_same, make_run
+from test_resume import assert_same_run, interrupted_at, start, stop_at
+from test_runs import make_run
 
 import data
 import loaders
-import nas201.train_search
 import train
 import train_search
 from support import runs, signals
-
-ROOT = Path(__file__).resolve().parents[1]
-SEARCH = test_search.command_line(cutout_length=4, num_elites=1)
-# Six batches an epoch, 23 to test; drop path draws from torch's global generator.
-RETRAIN = test_train.command_line("--cutout", drop_path_prob=0.5, batch_size=16)
-
-
-def start(script, *argv):
-    """A process of its own group, that Ctrl-C can stop even where the tests run in a script's background."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    heed = lambda: (os.setpgrp(), signal.signal(signal.SIGINT, signal.SIG_DFL))  # noqa: E731
-    return subprocess.Popen([sys.executable, ROOT / script, *map(str, argv)], **settings, preexec_fn=heed)
-
-
-def interrupted_at(process, line, number):
-    """Sends the signal to the process' group at a line of its output that contains `line`; returns stderr."""
-    for text in process.stdout:
-        if line in text:
-            os.killpg(process.pid, number)
-            break
-    else:
-        raise AssertionError(f"no {line}: {process.communicate()}")
-    return process.communicate(timeout=120)[1]
-
-
-@pytest.fixture(scope="module")
-def searched(tmp_path_factory):
-    """An uninterrupted search."""
-    train_search.main([*SEARCH, "--dir", str(tmp_path_factory.mktemp("search")), "--run_name", "run"])
-    return tmp_path_factory.getbasetemp() / "search0/run"
-
-
-@pytest.fixture(scope="module")
-def retrained(tmp_path_factory):
-    """An uninterrupted retraining."""
-    folder = tmp_path_factory.mktemp("retrain")
-    train.main([*RETRAIN, "--dir", str(folder)])
-    return next(folder.glob("eval-*"))
-
-
-def assert_same_retraining(run, expected):
-    saved, reference = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected))
-    assert saved.keys() == reference.keys() and saved["completed"] == reference["completed"]
-    assert all(torch.equal(saved["network"][name], value) for name, value in reference["network"].items())
-    for i, momentum in reference["optimizer"]["state"].items():
-        assert torch.equal(saved["optimizer"]["state"][i]["momentum_buffer"], momentum["momentum_buffer"])
-    assert torch.equal(saved["generators"]["train"], reference["generators"]["train"])
-    for name in ("weights.pt", "best_weights.pt"):
-        weights = [torch.load(folder / "weights" / name, weights_only=True) for folder in (run, expected)]
-        assert all(torch.equal(weights[0][key], value) for key, value in weights[1].items())
-    assert test_train.history(run) == test_train.history(expected)
-
-
-# ---- processes
-
-
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
-def test_a_search_interrupted_within_a_generation(searched, tmp_path, number, code):
-    process = start("train_search.py", *SEARCH, "--dir", tmp_path, "--run_name", "run", "--report_freq", 1)
-    errors = interrupted_at(process, "generation 2/3, step 1/3", number)
-    run = tmp_path / "run"
-    how = f"continue with: python train_search.py --resume {run}"
-    assert re.fullmatch(rf"interrupted in generation [23]/3, (step \d/3|fitness); {re.escape(how)}\n", errors), errors
-    assert process.returncode == code
-    assert "partial" in runs.load_checkpoint(run / "checkpoint.pt")
-    assert errors.strip() in (run / "log.txt").read_text()
-    train_search.main(["--resume", str(run)])
-    test_search.assert_same_runs(run, searched)
-
-
-@pytest.mark.parametrize(
-    "number, code", [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
-)
-def test_a_retraining_interrupted_within_an_epoch(retrained, tmp_path, number, code):
-    process = start("train.py", *RETRAIN, "--dir", tmp_path, "--report_freq", 1)
-    errors = interrupted_at(process, "epoch 2/3, step 2/6", number)
-    (run,) = tmp_path.glob("eval-*")
-    how = f"continue with: python train.py --resume {run}"
-    assert re.fullmatch(rf"interrupted in epoch [23]/3, (step \d/6|test); {re.escape(how)}\n", errors), errors
-    assert process.returncode == code
-    train.main(["--resume", str(run)])
-    assert_same_retraining(run, retrained)
 
 
 @pytest.mark.slow
@@ -124,102 +33,20 @@ def test_workers_that_read_files_are_not_disturbed(make_images, tmp_path, number
     )
     (run,) = (tmp_path / "stopped").iterdir()
     train.main(["--resume", str(run), "--workers", "0"])
-    assert_same_retraining(run, next((tmp_path / "whole").iterdir()))
+    assert_same_run(run, next((tmp_path / "whole").iterdir()))
 
 
-# ---- at every kind of moment, in this process
-
-
-def signal_at(monkeypatch, call, numbers):
-    """Sends this process signals when a loop asks for the `call`-th time whether to stop."""
-    requested, calls = signals.requested, []
-
-    def asked(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == call:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-        return requested(*args, **kwargs)
-
-    monkeypatch.setattr(signals, "requested", asked)
-
-
-@pytest.mark.parametrize(
-    "call, place",
-    [(1, "1/3, step 1/3"), (8, "2/3, step 2/3"), (9, "2/3, step 3/3"), (10, "2/3, fitness"), (18, "3/3, fitness")],
-)
-def test_every_moment_of_a_search(searched, tmp_path, monkeypatch, capsys, call, place):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        signal_at(patch, call, [signal.SIGTERM])
-        test_search.search(tmp_path, cutout_length=4, num_elites=1)
-    assert stopped.value.code == 143
-    assert capsys.readouterr().err.startswith(
-        f"interrupted in generation {place}; continue with: python train_search.py"
-    )
-    run = tmp_path / "run"
-    assert runs.load_checkpoint(run / "checkpoint.pt")["completed"] == len(runs.read_history(run)) == int(place[0]) - 1
-    train_search.main(["--resume", str(run)])
-    test_search.assert_same_runs(run, searched)
-
-
-@pytest.mark.parametrize(
-    "call, place",
-    [(1, "1/3, step 1/6"), (60, "3/3, step 2/6"), (35, "2/3, step 6/6"), (36, "2/3, test"), (50, "2/3, test")],
-)
-def test_every_moment_of_a_retraining(retrained, tmp_path, monkeypatch, capsys, call, place):
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        signal_at(patch, call, [signal.SIGINT])
-        train.main([*RETRAIN, "--dir", str(tmp_path)])
-    assert stopped.value.code == 130
-    assert capsys.readouterr().err.startswith(f"interrupted in epoch {place}; continue with: python train.py --resume")
-    (run,) = tmp_path.glob("eval-*")
-    torch.manual_seed(12345)  # the global generator of another process
-    train.main(["--resume", str(run)])
-    assert_same_retraining(run, retrained)
-
-
-def test_a_search_of_the_other_space(tmp_path, monkeypatch, capsys):
-    test_nas201_search.search(tmp_path / "whole")
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        signal_at(patch, 8, [signal.SIGTERM])
-        test_nas201_search.search(tmp_path / "stopped")
-    assert stopped.value.code == 143
-    run, whole = (next((tmp_path / name).iterdir()) for name in ("stopped", "whole"))
-    line = capsys.readouterr().err
-    assert line.startswith("interrupted in generation ") and "partial" in runs.load_checkpoint(run / "checkpoint.pt")
-    assert line.endswith(f"continue with: python -m nas201.train_search --resume {run}\n")
-    nas201.train_search.main(["--resume", str(run)])
-    assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, whole)))
-    assert test_search.history(run) == test_search.history(whole)
-
-
-def test_a_run_interrupted_again_and_again(searched, tmp_path, monkeypatch, capsys):
-    argv, stops = [*SEARCH, "--dir", str(tmp_path), "--run_name", "run"], 0
-    for call in (2, 1, 1, 1, 4, 3, 2, 1, 1, 99):
-        with monkeypatch.context() as patch:
-            signal_at(patch, call, [signal.SIGINT])
-            try:
-                train_search.main(argv)
-            except SystemExit as stopped:
-                stops += stopped.code == 130
-        argv = ["--resume", str(tmp_path / "run")]
-    assert stops == 9, capsys.readouterr()
-    test_search.assert_same_runs(tmp_path / "run", searched)
+# ---- in this process
 
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT], [signal.SIGTERM] * 2])
-def test_a_second_signal_stops_at_once(searched, tmp_path, monkeypatch, capsys, numbers):
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        signal_at(patch, 8, numbers)
-        test_search.search(tmp_path, cutout_length=4, num_elites=1)
-    assert stopped.value.code == 130
-    how = f"continue with: python train_search.py --resume {run}"
-    assert capsys.readouterr().err == f"interrupted at once; {how}\n" and how in (run / "log.txt").read_text()
-    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
-    assert checkpoint["completed"] == 1 and "partial" not in checkpoint
-    train_search.main(["--resume", str(run)])
-    test_search.assert_same_runs(run, searched)
+def test_a_second_signal_stops_at_once(tmp_path, capsys, numbers):
+    argv = test_search.command_line(dir=tmp_path, run_name="run")
+    stop_at("generation 1/3: batch 1", numbers, train_search.main, argv)
+    how = f"continue with: python train_search.py --resume {tmp_path / 'run'}"
+    assert capsys.readouterr().err == f"interrupted at once; {how}\n" and how in (tmp_path / "run/log.txt").read_text()
+    checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    assert checkpoint["completed"] == 0 and "partial" not in checkpoint
 
 
 def test_ctrl_c_promises_no_more_than_there_is(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,225 @@
+"""Runs that are stopped, at any moment and again and again, and resumed end as if they had not been: bit by bit."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import pytest
+import test_nas201_search
+import test_search
+import test_train
+import torch
+from test_runs import assert_same
+
+import genotypes
+import nas201.train_search
+import train
+import train_search
+from support import distributed, runs
+
+ROOT = Path(__file__).resolve().parents[1]
+Script = namedtuple("Script", "module argv command unit measuring steps batches")
+SCRIPTS = {
+    "search": Script(
+        *(train_search, test_search.command_line(cutout_length=4, num_elites=1), "train_search.py"),
+        *("generation", "fitness", 3, 3),
+    ),
+    "NAS-Bench-201": Script(  # 13 batches an epoch
+        nas201.train_search,
+        [*test_nas201_search.TINY, "--cutout", "--cutout_length", "4", "--valid_batch_size", "40"],
+        *("-m nas201.train_search", "generation", "fitness", 13, 3),
+    ),
+    "retraining": Script(  # drop path draws from torch's global generator
+        *(train, test_train.command_line("--cutout", drop_path_prob=0.5), "train.py", "epoch", "test", 6, 23),
+    ),
+}
+STOP, AT_ONCE = [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]
+
+
+def moments(unit, measuring, steps, batches):
+    """[(event, signals)] in an order in which they can follow each other in one run."""
+    one, two, three = (f"{unit} {i}/3" for i in (1, 2, 3))
+    return [
+        ("after checkpoint 0", AT_ONCE),
+        (f"{one}: batch 0", STOP),
+        (f"{one}: batch 1", [signal.SIGINT]),
+        ("before checkpoint 1", AT_ONCE),  # the other files of the epoch are there already
+        ("after checkpoint 1", AT_ONCE),
+        (f"{two}: batch 1", [signal.SIGINT] * 2),
+        (f"{two}: batch 1", STOP),
+        (f"{two}: batch {steps - 1}", [signal.SIGHUP]),
+        (f"{two}, {measuring}: batch 0", STOP),
+        (f"{two}, {measuring}: batch {batches - 1}", AT_ONCE),
+        (f"{two}, {measuring}: batch {batches - 1}", [signal.SIGINT]),
+        ("before checkpoint 2", AT_ONCE),
+        (f"{three}: batch 0", STOP),
+        (f"{three}, {measuring}: batch 0", AT_ONCE),
+        ("after checkpoint 3", AT_ONCE),
+    ]
+
+
+def signal_at(monkeypatch, event, numbers):
+    """Send this process signals at an event: when a loop gets "WHERE: batch I", or "before" or "after checkpoint N"."""
+    progress, save_checkpoint = distributed.progress, runs.Run.save_checkpoint
+
+    def happens(this):
+        if this == event:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+
+    class Watched:
+        def __init__(self, batches, where, done):
+            self.batches, self.where, self.done = batches, where, done
+
+        def __len__(self):
+            return len(self.batches)
+
+        def __iter__(self):
+            for i, batch in enumerate(self.batches, start=self.done):
+                happens(f"{self.where}: batch {i}")
+                yield batch
+
+    def saving(run, completed, state):
+        happens(f"before checkpoint {completed}")
+        save_checkpoint(run, completed, state)
+        happens(f"after checkpoint {completed}")
+
+    watched = lambda batches, where, done=0: progress(Watched(batches, where, done), where, done)  # noqa: E731
+    monkeypatch.setattr(distributed, "progress", watched)
+    monkeypatch.setattr(runs.Run, "save_checkpoint", saving)
+
+
+def stop_at(event, numbers, main, argv):
+    """Call `main(argv)`, which signals at `event` must end with the right exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        signal_at(patch, event, numbers)
+        main([str(word) for word in argv])
+    assert stopped.value.code == (130 if len(numbers) == 2 else 128 + numbers[0]), event
+
+
+def assert_same_run(run, expected):
+    """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
+    assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)))
+    assert test_search.history(run) == test_search.history(expected)
+    for path in [*expected.glob("weights/*.pt"), *expected.glob("genotype.*"), *expected.glob("*.svg")]:
+        same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
+        assert same, path
+    for path in expected.glob("population/*.npz"):
+        with np.load(path) as a, np.load(run / path.relative_to(expected)) as b:
+            assert all(np.array_equal(a[name], b[name]) for name in ("alphas", "fitness"))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    return test_nas201_search.write_table(tmp_path_factory.mktemp("table"))
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def whole(request, tmp_path_factory, table):
+    """(script with its whole command line, the directory of an uninterrupted run)."""
+    script = SCRIPTS[request.param]
+    if request.param == "NAS-Bench-201":
+        script = script._replace(argv=[*script.argv, "--api_path", str(table)])
+    folder = tmp_path_factory.mktemp("whole")
+    script.module.main([*script.argv, "--dir", str(folder)])
+    (run,) = folder.iterdir()
+    return script, run
+
+
+def stopped_run(script, folder, stops, capsys):
+    """Start a run below `folder`, stop it at one moment after the other, resume it; checks what it left each time."""
+    argv, left = [*script.argv, "--dir", folder], None
+    for event, numbers in stops:
+        stop_at(event, numbers, script.module.main, argv)
+        errors = capsys.readouterr().err
+        (run,) = folder.iterdir()
+        place, number = re.fullmatch(r"(.*) (\d+)", event).groups()
+        if place == "after checkpoint":
+            left = (int(number), 0)
+        else:
+            unit = int(re.search(r"\d+", event)[0]) - 1
+            left = left if left and left[0] == unit else (unit, 0)
+            if len(numbers) == 1:
+                left = (unit, script.steps if script.measuring in place else int(number) + 1)
+                words = script.measuring if script.measuring in place else f"step {left[1]}/{script.steps}"
+                assert f"{script.unit} {unit + 1}/3, {words};" in errors
+        checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+        assert (checkpoint["completed"], checkpoint.get("partial", {"steps": 0})["steps"]) == left, event
+        torch.manual_seed(12345)  # the global generator of another process
+        argv = ["--resume", run, "--report_freq", 1]
+    script.module.main([str(word) for word in argv])
+    return run
+
+
+def test_a_run_stopped_again_and_again(whole, tmp_path, capsys):
+    script, expected = whole
+    stops = moments(script.unit, script.measuring, script.steps, script.batches)
+    assert_same_run(stopped_run(script, tmp_path, stops, capsys), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("i", range(15))
+def test_a_run_stopped_once(whole, tmp_path, i, capsys):
+    script, expected = whole
+    stop = moments(script.unit, script.measuring, script.steps, script.batches)[i]
+    assert_same_run(stopped_run(script, tmp_path, [stop], capsys), expected)
+
+
+def test_a_resumed_run_keeps_its_own_cell(tmp_path):
+    """The search it took the cell from may have gone on, or be elsewhere, since."""
+    genotypes.save(genotypes.EvNASB, tmp_path / "genotype.json")
+    argv = test_train.command_line(dir=tmp_path)
+    i = argv.index("--arch")
+    del argv[i : i + 2]
+    stop_at("after checkpoint 2", AT_ONCE, train.main, argv)
+    run = next(tmp_path.glob("eval-*"))
+    genotypes.save(genotypes.EvNASA, tmp_path / "genotype.json")
+    train.main(["--resume", str(run)])
+    assert len(test_train.history(run)) == 3 and genotypes.load(run / "genotype.json") == genotypes.EvNASB
+
+
+# ---- processes
+
+
+def start(*argv):
+    """A process of its own group, whose output comes line by line."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    return subprocess.Popen([sys.executable, *map(str, argv)], **settings, start_new_session=True)
+
+
+def interrupted_at(process, line, number):
+    """Sends the signal to the process' group at a line of its output that contains `line`; returns stderr."""
+    for text in process.stdout:
+        if line in text:
+            os.killpg(process.pid, number)
+            break
+    else:
+        raise AssertionError(f"no {line}: {process.communicate()}")
+    return process.communicate(timeout=120)[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "whole",
+    [name if name == "search" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
+    indirect=True,
+)
+def test_a_process_interrupted_within_an_epoch(whole, tmp_path, number):
+    script, expected = whole
+    process = start(*script.command.split(), *script.argv, "--dir", tmp_path, "--report_freq", 1)
+    errors = interrupted_at(process, f"{script.unit} 2/3, step 1/{script.steps}", number)
+    (run,) = tmp_path.iterdir()
+    place = rf"{script.unit} [23]/3, (step \d+/{script.steps}|{script.measuring})"
+    how = re.escape(f"continue with: python {script.command} --resume {run}")
+    assert re.fullmatch(rf"interrupted in {place}; {how}\n", errors), errors
+    assert process.returncode == 128 + number
+    assert "partial" in runs.load_checkpoint(run / "checkpoint.pt")
+    assert errors.strip() in (run / "log.txt").read_text()
+    script.module.main(["--resume", str(run)])
+    assert_same_run(run, expected)
