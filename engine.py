@@ -28,6 +28,7 @@ class Progress:
     seconds: float = 0.0
 
     def __post_init__(self):
+        self.sums = torch.tensor(self.sums.tolist(), dtype=torch.float64).view(-1, 3)  # older checkpoints: (3,)
         self.start = time.perf_counter() - self.seconds
 
     def state_dict(self):
@@ -43,6 +44,13 @@ class Progress:
         if self.buffers is not None:
             distributed.fill(buffers, self.buffers[rank] if same else self.buffers.mean(0))
         return self.sums[rank].clone() if same else self.sums.sum(0) * (rank == 0)
+
+    def check(self, steps, network):
+        """Raises ValueError, or what torch raises, for what no epoch of `steps` steps of `network` leaves behind."""
+        shape = len(self.sums), sum(buffer.numel() for buffer in network.buffers() if buffer.is_floating_point())
+        possible = self.buffers is None or (self.buffers.shape == shape and self.buffers.isfinite().all())
+        if not possible or type(self.steps) is not int or not 0 <= self.steps <= steps:
+            raise ValueError(f"no epoch of {steps} steps is interrupted like that")
 
     def update(self, steps, sums, buffers):
         self.steps = steps
@@ -61,8 +69,9 @@ class TrainingState:
 
     saved = ()
 
-    def __init__(self, network, optimizer, **generators):
-        self.network, self.optimizer, self.generators = network, optimizer, generators
+    def __init__(self, network, optimizer, train_loader, **generators):
+        self.network, self.optimizer, self.train_loader = network, optimizer, train_loader
+        self.generators = {"train": train_loader.generator, **generators}
         self.partial = None
 
     def generator_states(self):
@@ -82,13 +91,24 @@ class TrainingState:
         return self.state_dict() | {"generators": self.generators_before, "partial": self.progress.state_dict()}
 
     def load_state_dict(self, state):
+        """Take over what `state_dict` returned; the optimizer's settings are the arguments'.
+
+        Raises ValueError, or what a dict and torch raise, for what it cannot have returned.
+        """
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        momentum, settings = state["optimizer"]["state"], self.optimizer.state_dict()["param_groups"]
+        parameters = self.optimizer.param_groups[0]["params"]
+        for i, values in momentum.items():
+            if values.keys() != {"momentum_buffer"} or values["momentum_buffer"].shape != parameters[i].shape:
+                raise ValueError(f"momentum {i} does not have the shape of its parameter")
+        self.optimizer.load_state_dict({"state": momentum, "param_groups": settings})
         for name in self.saved:
             setattr(self, name, state[name])
         for name, generator in self.generators.items():
             generator.set_state(state["generators"][name])
         self.partial = Progress(**state["partial"]) if "partial" in state else None
+        if self.partial:
+            self.partial.check(len(self.train_loader), self.network)
 
 
 def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, where, log):

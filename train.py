@@ -114,7 +114,7 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
     """Train `network` for args.epochs epochs, testing after each; `about` is saved beside the weights."""
     device = next(network.parameters()).device
     optimizer = utils.make_sgd(network.parameters(), args, device)
-    state = RetrainingState(network, optimizer, train=train_loader.generator)
+    state = RetrainingState(network, optimizer, train_loader)
     run.restore(state)
     trained = network
     if args.compile:
@@ -196,11 +196,12 @@ def main(argv=None):
         "std": augmentation.std,
         **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
     }
+    bound = {"kind": "eval", "cell": about["genotype"], "data": data.describe(train=train, test=test)}
     if args.resume:
-        run = runs.Run.resume(args.resume)
+        run = runs.Run.resume(args.resume, args, **bound)
     else:
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir or ".", name, args, "train.py", kind="eval")
+        run = runs.Run.create(args.dir or ".", name, args, "train.py", **bound)
     with run:
         if run.writes and not run.state:
             genotypes.save(genotype, run.path / "genotype.json")

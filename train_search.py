@@ -62,10 +62,14 @@ class SearchState(TrainingState):
         device = next(network.parameters()).device
         optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
         self.breeding = torch.Generator().manual_seed(args.seed)
-        generators = dict(breeding=self.breeding, train=train_loader.generator, valid=valid_loader.generator)
-        super().__init__(network, optimizer, **generators)
+        super().__init__(network, optimizer, train_loader, breeding=self.breeding, valid=valid_loader.generator)
         self.alphas = space.encoding.random_alphas(args.pop_size, generator=self.breeding)
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if not ((self.alphas >= 0) & (self.alphas < 1)).all() or ((self.fitness < 0) | (self.fitness > 100)).any():
+            raise ValueError("genes outside [0, 1), or fitness outside 0 to 100 %")
 
     def set_fitness(self, fitness):
         """Sort the population by `fitness` (P,), best first; among equals the earlier individual stays ahead."""
@@ -140,8 +144,7 @@ def save_generation(run, space, state, entry, where, remarks):
         with atomic_write(run.path / "population" / f"{generation:03d}.npz") as file:
             np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
         if "best_genotype" in entry:
-            for name in space.genotype_files:
-                genotypes.save(space.cell(state.alphas[0]), run.path / name)
+            save_cell(run, space, state.alphas[0])
     run.save_weights(state.network, "weights.pt", {"space": space.name})
     run.record(generation, entry)
     run.save_checkpoint(generation, state.state_dict())
@@ -149,6 +152,12 @@ def save_generation(run, space, state, entry, where, remarks):
     if "fitness_best" in entry:
         text += f", fitness best {entry['fitness_best']:.2f} mean {entry['fitness_mean']:.2f}"
     run.log(f"{text}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{remarks}")
+
+
+def save_cell(run, space, alphas):
+    """Save the cell of one raw individual (G, E, O) in the formats of its space."""
+    for name in space.genotype_files if run.writes else ():
+        genotypes.save(space.cell(alphas), run.path / name)
 
 
 def cosine(high, low, progress):
@@ -227,20 +236,21 @@ def search_loaders(args, train, valid, augmentation, device):
     return train_loader, loaders.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
 
 
-def run_search(args, space, network, loaders, device, prog):
-    """Open the run directory, search, and write what a run ends with."""
+def run_search(args, space, network, loaders, device, prog, bound):
+    """Open the run directory, search, and write what a run ends with; `bound` is what must be the same on resume."""
+    bound = {"kind": "search", "space": space.name, **bound}
     if args.resume:
-        run = runs.Run.resume(args.resume)
+        run = runs.Run.resume(args.resume, args, **bound)
     else:
         name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
-        new_name = not args.run_name
-        run = runs.Run.create(args.dir, name, args, prog, new_name=new_name, kind="search", space=space.name)
+        run = runs.Run.create(args.dir, name, args, prog, new_name=not args.run_name, **bound)
     with run:
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         sizes, classes = [loader.size for loader in loaders], network.classifier.out_features
         run.log(f"{sizes[0]} training and {sizes[1]} validation images of {classes} classes")
         best, fitness = search(args, space, network, *loaders, run)
         run.log(f"best fitness {fitness:.2f} %: {space.cell(best)}")
+        save_cell(run, space, best)
         report.finish(run, space.cell(best))
 
 
@@ -258,7 +268,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=torch.channels_last)
-    run_search(args, S1(), network, loaders, device, parser.prog)
+    run_search(args, S1(), network, loaders, device, parser.prog, {"data": data.describe(train=train, valid=valid)})
 
 
 if __name__ == "__main__":

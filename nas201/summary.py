@@ -16,8 +16,7 @@ from nas201.benchmark import load
 from nas201.report import PUBLISHED, SPREAD
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from reporting.charts import column, finite_values
-from reporting.report import read_history
-from support.files import UserError, read_json, write_json
+from support.files import UserError, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
 PUBLISHED_SECONDS = 20249.7
@@ -38,10 +37,8 @@ def arguments(run):
 def finished(run):
     """Return the history of a run that has all its generations and its report, else None. Raises UserError."""
     run = Path(run)
-    if not (run / "report.html").exists() or not (run / "history.jsonl").exists():
-        return None
-    history, epochs = read_history(run / "history.jsonl"), arguments(run)["epochs"]
-    return history if history and history[-1].get("generation") == epochs else None
+    history = read_history(run) if (run / "report.html").exists() else []
+    return history if history and history[-1].get("generation") == arguments(run)["epochs"] else None
 
 
 def read_run(run):

@@ -10,11 +10,13 @@ import os
 import numpy as np
 import torch
 
+from data import describe
 from nas201 import benchmark, data, encoding, fast_search
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
 from support import devices, distributed, runs
+from support.files import digest
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
@@ -97,6 +99,8 @@ def main(argv=None):
             args.api_path = PUBLISHED_TABLE
         else:
             distributed.say(f"no true accuracies: {PUBLISHED_TABLE} is not there, and --api_path names no table")
+    if args.resume and not args.split_file:
+        args.split = args.split or "seeded"  # before there was --split
     device = devices.choose_device(args)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
@@ -105,7 +109,9 @@ def main(argv=None):
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
     network = network.to(device, memory_format=torch.channels_last)
-    run_search(args, space, network, loaders, device, parser.prog)
+    bound = {"data": describe(train=train, valid=valid)}
+    bound |= {name: path and digest(path) for name, path in (("table", args.api_path), ("split", args.split_file))}
+    run_search(args, space, network, loaders, device, parser.prog, bound)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
 from reporting.charts import chart, column, finite_values, pairs, show, step_of, wide
-from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json
+from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_history, read_json
 
 CSS = """
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b1f27;--soft:#5a6270;--rule:#dde1e7}
@@ -68,27 +68,6 @@ SPACES = {"s1": Space()}  # by the name in args.json
 
 
 # ---- reading a run
-
-
-def read_history(path):
-    """Return the lines of history.jsonl. Raises UserError naming file and line of one that is malformed."""
-    rows = []
-    for number, line in enumerate(read_bytes(path).splitlines(), start=1):
-        if not line.strip():
-            continue
-        where = f"{path} line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{where} is not valid JSON: {error}; remove the line, or resume the run") from error
-        step = row.get(step_of([*rows, row])) if isinstance(row, dict) else None
-        if type(step) is not int or not 0 < step < 10**6:
-            raise UserError(f"{where} does not have a generation, or an epoch, that is a positive whole number")
-        for key in row.keys() - {"best_genotype", "true_accuracy", "truth"}:
-            if row[key] is not None and type(row[key]) not in (int, float):
-                raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
-        rows.append(row)
-    return rows
 
 
 def operation_shares(path, space):
@@ -227,8 +206,7 @@ def write_report(run_dir):
     history.jsonl, and where the report cannot be written.
     """
     files = ("args.json", "history.jsonl", "genotype.json")
-    here = [name for name in files if os.path.isfile(os.path.join(run_dir, name))]
-    if not here:
+    if not any(os.path.isfile(os.path.join(run_dir, name)) for name in files):
         raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(files)}")
     missing = []
     try:
@@ -239,7 +217,7 @@ def write_report(run_dir):
         missing.append(f"Settings are left out: {error}.")
         args = {}
     flags, space = args.get("args", {}), SPACES.get(str(args.get("space")))
-    rows = read_history(os.path.join(run_dir, "history.jsonl")) if "history.jsonl" in here else []
+    rows = read_history(run_dir)
     step = step_of(rows) if rows else "epoch" if args.get("kind") == "eval" else "generation"
     rows = sorted({row[step]: row for row in rows}.values(), key=lambda row: row[step])
     if space is None:

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import hashlib
 import io
+import itertools
 import json
 import os
 import pickle
@@ -111,6 +113,46 @@ def read_json(path):
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from error
+
+
+def read_history(run_dir, count=None):
+    """Return the first `count` lines of RUN_DIR/history.jsonl, or all, as dicts. Raises UserError naming a bad line.
+
+    Behind the lines that a checkpoint counts, a crash may have left others, the last of them cut off.
+    """
+    path, rows = os.path.join(run_dir, "history.jsonl"), []
+    hint = "" if count else "; remove the line, or resume the run"
+    lines = enumerate(read_bytes(path).splitlines() if os.path.exists(path) else [], start=1)
+    for number, line in itertools.islice((line for line in lines if line[1].strip()), count):
+        where = f"{path} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where} is not valid JSON: {error}{hint}") from error
+        first = rows[0] if rows else row
+        step = row.get("generation" if "generation" in first else "epoch") if isinstance(row, dict) else None
+        if type(step) is not int or not 0 < step < 10**6 or (count and step != len(rows) + 1):
+            raise UserError(f"{where} does not have a generation, or an epoch, that is a positive whole number")
+        for key in row.keys() - {"best_genotype", "true_accuracy", "truth"}:
+            if row[key] is not None and type(row[key]) not in (int, float):
+                raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
+        rows.append(row)
+    if count and len(rows) < count:
+        raise UserError(f"{path} has {len(rows)} lines, but the checkpoint is of line {count}")
+    return rows
+
+
+def digest(path):
+    """Return the SHA-256 of a file's content, or of the names and sizes of the files in a folder. Raises OSError."""
+    sha = hashlib.sha256()
+    if os.path.isdir(path):
+        for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
+            sha.update(os.fsencode(f"{entry.name} {entry.stat().st_size}\n"))
+    else:
+        with open_regular(path) as file:
+            while part := file.read(1 << 20):
+                sha.update(part)
+    return sha.hexdigest()
 
 
 def check_unpacked_size(archive, limit):

@@ -3,13 +3,14 @@
 args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  runs/  (and what the script adds)
 """
 
-import argparse
 import contextlib
+import copy
 import datetime
 import fcntl
 import hashlib
 import importlib.metadata
 import io
+import itertools
 import json
 import os
 import platform
@@ -23,37 +24,112 @@ from pathlib import Path
 import torch
 
 from support import distributed, signals, weights
-from support.files import UserError, append_line, atomic_write, open_regular, read_bytes, read_json, write_json
+from support.files import (
+    UserError,
+    append_line,
+    atomic_write,
+    open_regular,
+    read_bytes,
+    read_history,
+    read_json,
+    write_json,
+)
 
-MAGIC = b"EvNAS checkpoint 2 "  # the number changes when a checkpoint's content does
+MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
+PATH_ARGUMENTS = {"data", "api_path", "split_file"}  # a run is bound to what lies there
 # Arguments that cannot change the result: a resumed run may have other ones.
-FREE_ARGUMENTS = {"resume", "device", "gpu", "workers", "report_freq"}
+FREE_ARGUMENTS = {"resume", "device", "gpu", "workers", "report_freq"} | PATH_ARGUMENTS
+NAME_ARGUMENTS = {"dir", "run_name", "save"}  # where a run was made: it may have been moved since
 
 
 def parse(parser, argv):
-    """Parse a command line; with --resume RUN_DIR the saved arguments are the defaults.
+    """Parse a command line; with --resume RUN_DIR the saved arguments are the defaults, before those of new flags.
 
-    Raises UserError for an argument that is given, differs from the saved one and could change the result.
+    Raises UserError for an argument that is given, differs from the saved one and could change the result, and where
+    args.json holds what the parser refuses or the checkpoint was not made with.
     """
     args = parser.parse_args(argv)
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
     with needed():
-        saved = read_json(path)
-    if not isinstance(saved, dict) or saved.get("prog") != parser.prog or not isinstance(saved.get("args"), dict):
+        content = read_json(path)
+    saved = content.get("args") if isinstance(content, dict) and content.get("prog") == parser.prog else None
+    if not isinstance(saved, dict):
         raise UserError(f"{args.resume} holds no run of {parser.prog}: {path} says otherwise")
-    if set(saved["args"]) != set(vars(args)):
-        different = ", ".join(sorted(set(saved["args"]) ^ set(vars(args))))
-        raise UserError(f"{args.resume} was started by another version of the program, which differs in {different}")
-    args = parser.parse_args(argv, argparse.Namespace(**saved["args"]))  # what is given replaces what was saved
-    for name, before in saved["args"].items():
-        value = getattr(args, name)
+    unknown = ", ".join(f"--{name:.40}" for name in saved if name not in args)
+    if unknown:
+        raise UserError(f"{args.resume} was started by another version of the program, which had {unknown:.200}")
+    try:
+        saved = parser.parse_args(command_line(parser, saved))
+    except UserError as error:
+        raise UserError(f"{path} is damaged or of another version of the program: {str(error):.200}") from error
+    args = parser.parse_args(argv, copy.copy(saved))  # what is given replaces what was saved
+    for name, value in vars(args).items():
+        before = getattr(saved, name)
         if name not in FREE_ARGUMENTS and value != before:
             raise UserError(f"--{name} {value}: {args.resume} was started with {before}; leave the argument out")
     # Sums are split by threads, so a CPU run is bit-identical only with as many of them.
-    torch.set_num_threads(int(saved.get("threads", torch.get_num_threads())))
+    threads = content.get("threads", torch.get_num_threads())
+    if type(threads) is not int or not 0 < threads < 10_000:
+        raise UserError(f'{path} is damaged: "threads" is no number of threads')
+    now = {name: value for name, value in bound_arguments(saved).items() if name in content["args"]}
+    before = load_checkpoint(path.with_name("checkpoint.pt"))["bound"]
+    check_bound(path, difference({"args": now, "threads": threads}, before, plain))
+    torch.set_num_threads(threads)
     return args
+
+
+def command_line(parser, values):
+    """Return the words that `parser` turns into `values`, {name: value}, so that they pass its types and choices."""
+    words = []
+    for name, value in values.items():
+        if isinstance(value, (dict, list)):
+            raise UserError(f"--{name} is no single value")
+        if isinstance(value, bool):
+            if value is not parser.get_default(name):
+                words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def bound_arguments(args):
+    """Return the arguments that a run is bound to, {name: value}."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_ARGUMENTS | NAME_ARGUMENTS}
+
+
+def difference(now, before, view, name=""):
+    """Return, as text, the first place where `now` and `before`, nested dicts and lists, differ by `view`, or None.
+
+    What one of two dicts lacks is not compared. `before` may be hostile, `now` is not.
+    """
+    if isinstance(now, dict) and isinstance(before, dict):
+        pairs = [(key, now[key], before[key]) for key in now if key in before]
+    elif isinstance(now, list) and isinstance(before, list):
+        pairs = [(i, *pair) for i, pair in enumerate(itertools.zip_longest(now, before))]
+    elif view(now) == view(before):
+        return None
+    else:
+        return f"{name} is {view(before)!r:.100} in its checkpoint, but {view(now)!r:.100} now"
+    found = (difference(new, old, view, f"{name}/{key}".lstrip("/")) for key, new, old in pairs)
+    return next(filter(None, found), None)
+
+
+def plain(value):
+    return value if value is None or isinstance(value, (str, int, float)) else type(value)
+
+
+def kind(value):
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {value.layout} {list(value.shape)}"
+    return type(value)
+
+
+def check_bound(path, differing):
+    """Raises UserError if there is a difference to what a run is bound to."""
+    if differing:
+        raise UserError(f"{path}: {differing}; a run goes on only as it began: restore that, or start a new run")
 
 
 @contextlib.contextmanager
@@ -80,8 +156,8 @@ class Run:
         self._signals = signals.catch()
 
     @classmethod
-    def create(cls, parent, name, args, prog, *, new_name=True, **about):
-        """Make PARENT/NAME and write args.json. Raises UserError.
+    def create(cls, parent, name, args, prog, *, new_name=True, **bound):
+        """Make PARENT/NAME and write args.json, with `bound`: what it is bound to beside them. Raises UserError.
 
         Where it exists, with `new_name` -2, -3 .. is put behind the name; else only a run without a checkpoint may be
         there, which begins anew.
@@ -90,13 +166,15 @@ class Run:
         if distributed.rank() == 0:
             path = make_directory(path, new_name)
         run = cls(path)
+        run.bind(args, bound)
         if run.writes:
             here = set(os.listdir(path)) - {".lock"}
             if here and ("args.json" not in here or "checkpoint.pt" in here):
                 run.close()
                 what = "a run; continue it with --resume" if "checkpoint.pt" in here else "other files"
                 raise UserError(f"{path} holds {what}, or choose another name")
-            about |= {"prog": prog, "command": " ".join(sys.argv), "args": vars(args)}
+            paths = {name: os.path.abspath(p) for name, p in vars(args).items() if name in PATH_ARGUMENTS and p}
+            about = bound | {"prog": prog, "command": " ".join(sys.argv), "args": vars(args) | paths}
             about |= {"threads": torch.get_num_threads(), "processes": distributed.world_size()}
             about |= {"versions": versions(), "git": git_revision()}
             about["started"] = datetime.datetime.now().isoformat(timespec="seconds")
@@ -104,21 +182,23 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, path):
-        """Open an earlier run and cut its history back to its checkpoint. Raises UserError."""
+    def resume(cls, path, args, **bound):
+        """Open an earlier run and cut its history back to its checkpoint. Raises UserError, also for other `bound`."""
         run = cls(path)
         try:
+            run.bind(args, bound)
             run.state = load_checkpoint(run.path / "checkpoint.pt")
+            differing = difference(json.loads(run.bound), run.state["bound"], plain)
+            if distributed.sum_over_ranks(torch.tensor(float(differing is not None))).item():
+                check_bound(run.path, differing or "another process has other data")
             run.completed = run.state["completed"]
-            lines = read_history(run.path)[: run.completed]
-            if len(lines) < run.completed:
-                raise UserError(
-                    f"{run.path}/history.jsonl has {len(lines)} whole lines, the checkpoint {run.completed}: "
-                    "restore the file, or start a new run"
-                )
+            with needed():
+                lines = read_history(run.path, run.completed)
             if run.writes:
                 with atomic_write(run.path / "history.jsonl", "w") as file:
                     file.writelines(json.dumps(line) + "\n" for line in lines)
+            if not run.state["bound"]:
+                run.log("note: this run is of an older version: whether its data have changed since is not known")
         except BaseException:
             run.close()
             raise
@@ -133,6 +213,10 @@ class Run:
             if kind is KeyboardInterrupt and (self.path / "checkpoint.pt").exists():
                 self.log_interruption("at once")
                 raise SystemExit(130)
+
+    def bind(self, args, bound):
+        """Have checkpoints hold the arguments and `bound`: as JSON, which does no harm when it is read."""
+        self.bound = json.dumps({"args": bound_arguments(args), "threads": torch.get_num_threads(), **bound})
 
     def close(self):
         signals.release(self._signals)
@@ -171,7 +255,7 @@ class Run:
         if not self.writes:
             return
         content = io.BytesIO()
-        torch.save({**state, "completed": completed}, content)
+        torch.save({**state, "completed": completed, "bound": self.bound}, content)
         content = content.getbuffer()
         path = self.path / "checkpoint.pt"
         if path.exists():
@@ -193,11 +277,15 @@ class Run:
         if not self.state:
             return self.save_checkpoint(0, state.state_dict())
         try:
+            expected = state.state_dict()
+            expected.pop("optimizer")  # it has no momentum yet
+            if differing := difference(expected, self.state, kind):
+                raise ValueError(differing)
             state.load_state_dict(self.state)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
             raise UserError(
                 f"{self.path}/checkpoint.pt does not fit the arguments in args.json or this version of the program: "
-                f"restore the files, or start a new run ({' '.join(str(error).split())[:100]})"
+                f"restore the files, or start a new run ({' '.join(str(error).split()):.200})"
             ) from error
 
     @contextlib.contextmanager
@@ -272,20 +360,13 @@ def load_checkpoint(path):
         state = weights.unpickle_tensors(io.BytesIO(content))
     except Exception as error:  # a checksum does not say who wrote it
         raise UserError(f"{path} does not hold tensors and numbers alone{hint}") from error
-    if not isinstance(state, dict) or type(state.get("completed")) is not int:
-        raise UserError(f"{path} is damaged or was written by another version{hint}")
-    return state
-
-
-def read_history(path):
-    """The whole lines of PATH/history.jsonl as dicts; a line cut off by a crash ends it."""
-    path, entries = path / "history.jsonl", []
-    for line in read_bytes(path).splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            break
-    return entries
+    try:
+        bound = json.loads(state.get("bound", "{}"))
+        if type(state["completed"]) is int and state["completed"] >= 0 and isinstance(bound, dict):
+            return state | {"bound": bound}
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError):
+        pass  # neither is what save_checkpoint writes
+    raise UserError(f"{path} is damaged or was written by another version{hint}")
 
 
 def open_board(run, step):
@@ -308,8 +389,9 @@ def versions():
 
 def git_revision():
     """The project's commit, with a + where files differ from it, or None outside a checkout."""
-    command = "git describe --always --exclude=* --abbrev=12 --dirty=+".split()
-    settings = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL, timeout=10)
+    # Without --git-dir, git would also find a repository that the code merely lies in.
+    command = "git --git-dir=.git describe --always --exclude=* --abbrev=12 --dirty=+".split()
+    settings = dict(cwd=Path(__file__).parents[1], text=True, stderr=subprocess.DEVNULL, timeout=10)
     try:
         return subprocess.check_output(command, **settings).strip()
     except (OSError, subprocess.SubprocessError):

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_runs import checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -145,9 +147,10 @@ def wait_for_lines(process, path, count):
 
 def finish(main, run, epochs):
     """Resumes a run, shortened so that the test ends, in this process."""
-    args = json.loads((run / "args.json").read_text())
-    args["args"]["epochs"] = epochs
+    args, state = json.loads((run / "args.json").read_text()), runs.load_checkpoint(run / "checkpoint.pt")
+    args["args"]["epochs"] = state["bound"]["args"]["epochs"] = epochs
     (run / "args.json").write_text(json.dumps(args))
+    (run / "checkpoint.pt").write_bytes(checkpoint({**state, "bound": json.dumps(state["bound"])}))
     main(["--resume", str(run)])
     assert len((run / "history.jsonl").read_text().splitlines()) == epochs
 
@@ -188,3 +191,29 @@ def test_torchrun_is_interrupted(tmp_path, script, argv, number):
     )
     assert checkpoint["completed"] == completed and checkpoint["partial"]["steps"] > 0
     finish(script.main, history.parent, completed + 1)
+
+
+@pytest.mark.slow
+def test_all_processes_refuse_data_that_changed_for_one(tmp_path, make_images):
+    """As on two machines, each with a copy of its own."""
+    for split in ("train", "test"):
+        images = make_images(split, 2, [(8, 8)], (".png",))
+    argv = "--dataset folder --arch EvNASB --init_channels 2 --layers 3 --device cpu --batch_size 6 --epochs 1".split()
+    train.main([*argv, "--data", str(images), "--dir", str(tmp_path / "parent")])
+    (run,) = (tmp_path / "parent").iterdir()
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    for rank in (0, 1):
+        shutil.copytree(images, tmp_path / f"{rank}")
+    (tmp_path / "1/train/bee/0.png").rename(tmp_path / "1/train/bee/new.png")
+    script = tmp_path / "resume.py"
+    script.write_text(
+        "import train\n"
+        "from support import distributed\n"
+        f"train.main(['--resume', {str(run)!r}, '--data', {str(tmp_path)!r} + f'/{distributed.rank()}'])\n"
+    )
+    process = torchrun(script, stderr=subprocess.PIPE)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in errors, errors
+    lines = [line for line in errors.splitlines() if line.startswith(f"error: {run}: ")]
+    assert lines and all("data/source/train is" in line or "another process" in line for line in lines), errors
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before

@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +171,21 @@ def test_resume_with_other_arguments(tmp_path, fails):
         (["--track_running_stats"], "--track_running_stats True"),
     ):
         assert words in fails(main, ["--resume", run, *flags])
+
+
+def test_a_run_is_bound_to_its_table_wherever_that_lies(tmp_path, table, monkeypatch, fails):
+    path = table()
+    run = search(tmp_path, "--api_path", path, "--epochs", 1)
+    (run / "report.html").unlink()
+    shutil.copy(path, tmp_path / "moved.csv")
+    monkeypatch.chdir(tmp_path)
+    main(["--resume", "run", "--api_path", "moved.csv"])
+    (run / "report.html").unlink()
+    figures = [line.split(",") for line in path.read_text().splitlines()]
+    figures[7][3] = "1.5"
+    (tmp_path / "moved.csv").write_text("\n".join(map(",".join, figures)))
+    assert "run: table is '" in fails(main, ["--resume", "run", "--api_path", "moved.csv"])
+    assert "no such" in fails(main, ["--resume", "run", "--api_path", "nowhere.csv"]).lower()
 
 
 def test_resume_keeps_what_differs_from_this_spaces_defaults(tmp_path):

@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import copy
 import errno
+import hashlib
+import io
 import json
 import os
 import subprocess
@@ -17,10 +20,15 @@ from support import cli, files, runs, weights
 from support.cli import Parser, number
 from support.files import UserError, atomic_write, write_json
 
+DATA = {"classes": ["ant", "bee"], "images": {"train": 6, "valid": 4}, "source": {"train": "3f", "valid": "3f"}}
+
 
 def make_run(folder, name="search-1", **args):
-    run = runs.Run.create(folder, name, argparse.Namespace(**args), "prog.py", kind="search")
-    return run
+    return runs.Run.create(folder, name, argparse.Namespace(**args), "prog.py", kind="search", data=DATA)
+
+
+def resume(path, found=DATA, **args):
+    return runs.Run.resume(path, argparse.Namespace(**args), kind="search", data=found)
 
 
 def state(seed):
@@ -30,6 +38,12 @@ def state(seed):
         "optimizer": {"state": {0: {"momentum_buffer": torch.rand(4)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
         "generators": {"train": generator.get_state()},
     }
+
+
+def checkpoint(state):
+    """The bytes of a checkpoint file with the right checksum, whatever it holds."""
+    torch.save(state, content := io.BytesIO())
+    return runs.MAGIC + hashlib.sha256(content.getvalue()).hexdigest().encode() + b"\n" + content.getvalue()
 
 
 def assert_same(a, b):
@@ -88,8 +102,10 @@ def test_checkpoint_round_trip_keeps_the_one_before(run):
     states = [state(seed) for seed in range(3)]
     for completed, content in enumerate(states):
         run.save_checkpoint(completed, content)
-    assert_same(runs.load_checkpoint(run.path / "checkpoint.pt"), {**states[2], "completed": 2})
-    assert_same(runs.load_checkpoint(run.path / "checkpoint.prev.pt"), {**states[1], "completed": 1})
+    for name, completed in (("checkpoint.pt", 2), ("checkpoint.prev.pt", 1)):
+        loaded = runs.load_checkpoint(run.path / name)
+        assert loaded.pop("bound") == {"args": {}, "threads": torch.get_num_threads(), "kind": "search", "data": DATA}
+        assert_same(loaded, {**states[completed], "completed": completed})
     assert sorted(path.name for path in run.path.iterdir()) == [
         ".lock",
         "args.json",
@@ -129,9 +145,9 @@ def test_runs_of_the_same_second_get_a_directory_each(tmp_path):
 def test_lock_keeps_a_second_process_out(run):
     run.save_checkpoint(0, state(0))
     with pytest.raises(UserError, match="search-1 is in use by another process"):
-        runs.Run.resume(run.path)
+        resume(run.path)
     run.close()
-    runs.Run.resume(run.path).close()
+    resume(run.path).close()
 
 
 def test_a_name_that_was_given_is_kept(tmp_path):
@@ -163,7 +179,7 @@ def test_nothing_is_written_through_a_link(run, tmp_path, name):
     (tmp_path / "precious").write_text("mine")
     (run.path / name).unlink(missing_ok=True)
     (run.path / name).symlink_to(tmp_path / "precious")
-    with contextlib.suppress(UserError), contextlib.closing(runs.Run.resume(run.path)) as resumed:
+    with contextlib.suppress(UserError), contextlib.closing(resume(run.path)) as resumed:
         resumed.log("line")
         resumed.record(1, {"generation": 1})
     assert (tmp_path / "precious").read_text() == "mine"
@@ -181,29 +197,98 @@ def test_what_is_no_file_is_not_read(tmp_path, kind):
 def test_a_failed_resume_leaves_no_lock(run):
     run.close()
     with pytest.raises(UserError) as failure:  # holds the frames, and what they refer to
-        runs.Run.resume(run.path)
+        resume(run.path)
     run.save_checkpoint(0, state(0))
-    runs.Run.resume(run.path).close()
+    resume(run.path).close()
     assert "first checkpoint" in str(failure.value)
 
 
 def test_history_is_cut_back_to_the_checkpoint(run):
-    lines = [{"generation": g, "loss": 1 / (g + 1)} for g in range(4)]
-    for g, line in enumerate(lines[:2]):
-        run.record(g, line)
+    lines = [{"generation": g, "loss": 1 / g} for g in range(1, 5)]
+    for line in lines[:2]:
+        run.record(line["generation"], line)
     run.save_checkpoint(2, state(0))
-    run.record(2, lines[2])
+    run.record(3, lines[2])
     with open(run.path / "history.jsonl", "a") as file:
-        file.write('{"generation": 3, "lo')  # a crash
+        file.write('{"generation": 4, "lo')  # a crash
     run.close()
-    resumed = runs.Run.resume(run.path)
+    resumed = resume(run.path)
     assert resumed.completed == 2 and runs.read_history(run.path) == lines[:2]
-    resumed.record(2, lines[3])
+    resumed.record(3, lines[3])
     assert runs.read_history(run.path) == [*lines[:2], lines[3]]
     resumed.close()
     (run.path / "history.jsonl").write_text(json.dumps(lines[0]) + "\n")
-    with pytest.raises(UserError, match="history.jsonl has 1 whole lines, the checkpoint 2"):
-        runs.Run.resume(run.path)
+    with pytest.raises(UserError, match="history.jsonl has 1 lines, but the checkpoint is of line 2"):
+        resume(run.path)
+
+
+@pytest.mark.parametrize("bad", ["", "[]", "{", '{"generation": 3}', '{"generation": 2, "loss": "x"}', '{"epoch": 2}'])
+def test_a_bad_line_of_the_history_is_found_at_resume(run, bad):
+    run.save_checkpoint(3, state(0))
+    run.close()
+    path = run.path / "history.jsonl"
+    path.write_text(f'{{"generation": 1}}\n{bad}\n{{"generation": 3}}\n')
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=rf"{path} (line 2|has 2 lines|line 3).*restore it, or start a new run"):
+        resume(run.path)
+    assert path.read_bytes() == before
+
+
+# ---- what a run is bound to
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda data: data["classes"].insert(1, "asp"), "data/classes/1 is 'bee' in its checkpoint, but 'asp' now"),
+        (lambda data: data["classes"].pop(), "data/classes/1 is 'bee' in its checkpoint, but None now"),
+        (lambda data: data["images"].update(valid=3), "data/images/valid is 4 in its checkpoint, but 3 now"),
+        (lambda data: data["source"].update(valid="40"), "data/source/valid is '3f' in its checkpoint, but '40' now"),
+    ],
+)
+def test_other_data_are_refused_with_the_first_difference(run, change, says):
+    run.save_checkpoint(1, state(0))
+    run.close()
+    other = copy.deepcopy(DATA)
+    change(other)
+    before = {path: path.read_bytes() for path in run.path.iterdir()}
+    with pytest.raises(UserError, match=f"{run.path}: {says}"):
+        resume(run.path, found=other)
+    assert {path: path.read_bytes() for path in run.path.iterdir()} == before
+
+
+def test_arguments_are_bound_but_for_free_ones(tmp_path):
+    args = dict(bn="batch", data="here", device="cpu", dir=".")
+    run = make_run(tmp_path, **args)
+    run.save_checkpoint(0, state(0))
+    run.close()
+    (run.path / "history.jsonl").touch()
+    assert json.loads((run.path / "args.json").read_text())["args"] == {**args, "data": os.path.abspath("here")}
+    resume(run.path, bn="batch", data="there", device="cuda", dir=None, new=3).close()
+    with pytest.raises(UserError, match="args/bn is 'batch' in its checkpoint, but 'running' now"):
+        resume(run.path, bn="running")
+
+
+def test_a_run_of_an_older_version_is_bound_from_its_next_checkpoint_on(run, capsys):
+    (run.path / "checkpoint.pt").write_bytes(checkpoint({**state(0), "completed": 0}))
+    run.close()
+    resumed = resume(run.path, found={"classes": ["cat"]})
+    assert "of an older version" in capsys.readouterr().out
+    resumed.save_checkpoint(0, state(0))
+    resumed.close()
+    with pytest.raises(UserError, match="data/classes/0 is 'cat'"):
+        resume(run.path)
+
+
+def test_the_parent_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
+    for command in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m c"):
+        subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
+    code = tmp_path / "code/support/runs.py"
+    code.parent.mkdir(parents=True)
+    monkeypatch.setattr(runs, "__file__", str(code))
+    assert runs.git_revision() is None
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "support/runs.py"))
+    assert len(runs.git_revision()) == 12
 
 
 def test_log_and_args(run, capsys):
@@ -237,6 +322,9 @@ def parser(prog="prog.py", **defaults):
     parser.add_argument("--epochs", type=number(int, 1), default=5)
     parser.add_argument("--dataset", default="cifar10")
     parser.add_argument("--cutout", action="store_true")
+    parser.add_argument("--bn", choices=["batch", "running"], default="batch")
+    parser.add_argument("--fold", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--data", default=".")
     parser.add_argument("--device")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--report_freq", type=int, default=50)
@@ -246,9 +334,10 @@ def parser(prog="prog.py", **defaults):
 
 @pytest.fixture
 def saved(tmp_path):
-    """A run directory started with --epochs 7 --cutout."""
-    args = parser().parse_args(["--epochs", "7", "--cutout"])
+    """A run directory started with --epochs 7 --cutout --no-fold."""
+    args = parser().parse_args(["--epochs", "7", "--cutout", "--no-fold"])
     run = make_run(tmp_path, **vars(args))
+    run.save_checkpoint(0, state(0))
     run.close()
     return str(run.path)
 
@@ -256,7 +345,8 @@ def saved(tmp_path):
 def test_a_resumed_run_has_the_saved_arguments(saved):
     for defaults in ({}, {"epochs": 9, "dataset": "digits"}):  # also when the defaults have changed since
         args = runs.parse(parser(**defaults), ["--resume", saved])
-        assert (args.epochs, args.cutout, args.dataset, args.workers) == (7, True, "cifar10", 4)
+        assert (args.epochs, args.cutout, args.dataset, args.workers, args.fold) == (7, True, "cifar10", 4, False)
+        assert args.data == os.getcwd()
 
 
 def test_arguments_that_change_no_result_are_free(saved):
@@ -272,18 +362,65 @@ def test_other_arguments_are_refused(saved):
         runs.parse(parser(), ["--resume", saved, "--dataset", "digits"])
     with pytest.raises(UserError, match="holds no run of other.py"):
         runs.parse(parser("other.py"), ["--resume", saved])
+
+
+def test_flags_of_another_version(saved):
     newer = parser()
-    newer.add_argument("--flag")
-    with pytest.raises(UserError, match="another version of the program, which differs in flag"):
+    newer.add_argument("--flag", default=3)
+    newer.add_argument("--workers2", dest="workers", type=int)
+    assert runs.parse(newer, ["--resume", saved]).flag == 3
+    with pytest.raises(UserError, match="--flag 4: .* was started with 3"):
+        runs.parse(newer, ["--resume", saved, "--flag", "4"])
+    edit_args(saved, moment=0.9)
+    with pytest.raises(UserError, match="another version of the program, which had --moment"):
         runs.parse(newer, ["--resume", saved])
 
 
-def test_a_resumed_run_computes_with_as_many_threads(saved, monkeypatch):
-    about = json.loads(open(f"{saved}/args.json").read())
-    write_json(f"{saved}/args.json", {**about, "threads": 3})
+def edit_args(run, **values):
+    content = json.loads(open(f"{run}/args.json").read())
+    write_json(f"{run}/args.json", {**content, "args": {**content["args"], **values}})
+
+
+@pytest.mark.parametrize(
+    "values, says",
+    [
+        ({"bn": "junk"}, "--bn: invalid choice: 'junk'"),
+        ({"bn": "running"}, "args/bn is 'batch' in its checkpoint, but 'running' now"),
+        ({"bn": ["batch"]}, "--bn is no single value"),
+        ({"bn": None, "epochs": None}, "args/epochs is 7 in its checkpoint, but 5 now"),
+        ({"epochs": 0}, "--epochs: 0 must be at least 1"),
+        ({"epochs": "many"}, "--epochs: 'many' is not a whole number"),
+        ({"epochs": True}, "--epochs: expected one argument"),
+        ({"epochs": False}, "unrecognized arguments: --no-epochs"),
+        ({"cutout": 1}, "--cutout: ignored explicit argument '1'"),
+        ({"cutout": False}, "args/cutout is True in its checkpoint, but False now"),
+        ({"fold": True}, "args/fold is False in its checkpoint, but True now"),
+        ({"workers": "x"}, "--workers: invalid int value: 'x'"),
+        ({"help": True}, "which had --help"),
+    ],
+)
+def test_saved_arguments_pass_the_parser_and_are_those_of_the_checkpoint(saved, values, says):
+    edit_args(saved, **values)
+    with pytest.raises(UserError, match=says) as refused:
+        runs.parse(parser(), ["--resume", saved])
+    assert str(refused.value).startswith(saved)
+
+
+def test_a_resumed_run_computes_with_as_many_threads(tmp_path, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    runs.parse(parser(), ["--resume", saved])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    run = make_run(tmp_path, **vars(parser().parse_args([])))
+    run.save_checkpoint(0, state(0))
+    run.close()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    runs.parse(parser(), ["--resume", str(run.path)])
+    assert threads == [3]
+    content = json.loads((run.path / "args.json").read_text())
+    for wrong in (2, "3", 0, [3]):
+        write_json(run.path / "args.json", {**content, "threads": wrong})
+        with pytest.raises(UserError, match="threads"):
+            runs.parse(parser(), ["--resume", str(run.path)])
     assert threads == [3]
 
 

@@ -8,7 +8,7 @@ import pytest
 import test_search
 import torch
 from test_resume import assert_same_run, interrupted_at, start, stop_at
-from test_runs import make_run
+from test_runs import make_run, resume
 
 import data
 import loaders
@@ -83,7 +83,7 @@ def test_signals_are_taken_over_while_a_run_is_open(tmp_path):
     assert handlers() == [signals._receive] * 3
     run.close()
     with pytest.raises(Exception, match="first checkpoint"):
-        runs.Run.resume(run.path)
+        resume(run.path)
     assert handlers() == before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
