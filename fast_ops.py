@@ -16,9 +16,9 @@ def on_cpu(x):
 
 def concatenate(tensors):
     """Concatenate along channels. The gradients handed back are dense, in the layout that everything before expects."""
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Concatenate.apply(*tensors)
-    return torch.cat(tensors, dim=1)  # compiled without gradients, a Function of two inputs returns one of them
+    return torch.cat(tensors, dim=1)  # compiled without gradients, a Function of two tensors returns one of them
 
 
 class Concatenate(torch.autograd.Function):

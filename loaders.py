@@ -14,6 +14,7 @@ import torch
 
 from data import Files
 from support import distributed
+from support.devices import memory_format
 from support.files import UserError
 from support.images import open_image
 
@@ -34,7 +35,7 @@ def share_of(batch, shared, training):
 
 
 class Loader:
-    """Batches (x, y) of in-memory images: x float32 (B, 3, H, W) normalised, channels-last; y int64 (B,).
+    """Batches (x, y) of in-memory images: x float32 (B, 3, H, W) normalised, in the layout of the device; y int64 (B,).
 
     With `augment`, each sample gets its own crop offset and flip, and a cutout of `cutout` pixels if that is not 0.
     An epoch's random numbers are drawn from `generator` (CPU) when its iteration starts. Under torchrun each process
@@ -92,7 +93,8 @@ class Loader:
             rows = rows.to(torch.float32).mul_(self.scale).add_(self.shift)
             if self.cutout:
                 rows.masked_fill_(hole_y[draws][share].unsqueeze(2) & hole_x[draws][share].unsqueeze(1), 0.0)
-            yield rows.view(-1, self.height, self.width, 3).permute(0, 3, 1, 2), self.labels[batch]
+            x = rows.view(-1, self.height, self.width, 3).permute(0, 3, 1, 2)
+            yield x.contiguous(memory_format=memory_format(device)), self.labels[batch]
 
 
 def inside(center, length, size):
@@ -148,7 +150,7 @@ class FileLoader:
                 if isinstance(batch, UserError):
                     raise batch
                 x, y = (t.to(self.device, non_blocking=True) for t in batch)
-                yield x.contiguous(memory_format=torch.channels_last), y
+                yield x.contiguous(memory_format=memory_format(self.device)), y
         except (RuntimeError, OSError, EOFError) as error:
             reason = str(error).strip()
             if isinstance(error, RuntimeError) and not re.search("DataLoader worker .pid|shared memory", reason):

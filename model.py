@@ -5,9 +5,9 @@ from functools import partial
 
 import torch
 from torch import nn
-from torchvision.ops import stochastic_depth
 
 from operations import OPS, Classifier, FactorizedReduce, ReLUConvBN, make_cells
+from support.devices import compiled
 
 
 class Cell(nn.Module):
@@ -24,17 +24,25 @@ class Cell(nn.Module):
         self._inputs = [j for _, j in pairs]
         self._ops = nn.ModuleList(OPS[op](C, 2 if reduction and j < 2 else 1, True) for op, j in pairs)
 
-    def forward(self, s0, s1, drop_prob):
+    def forward(self, s0, s1, drop_path=None):
+        """Return (B, channels, H, W); `drop_path` (operations, B, 1, 1, 1) multiplies what the operations return."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         for k in range(0, len(self._ops), 2):
-            states.append(sum(self._edge(i, states, drop_prob) for i in (k, k + 1)))
+            states.append(sum(self._edge(i, states, drop_path) for i in (k, k + 1)))
         return torch.cat([states[i] for i in self._concat], dim=1)
 
-    def _edge(self, i, states, drop_prob):
+    def _edge(self, i, states, drop_path):
         h = self._ops[i](states[self._inputs[i]])
-        if self.training and drop_prob > 0 and not isinstance(self._ops[i], nn.Identity):
-            h = stochastic_depth(h, drop_prob, "row")  # drop path
+        if drop_path is not None and not isinstance(self._ops[i], nn.Identity):
+            h = h * drop_path[i].to(h.dtype)
         return h
+
+
+def draw_drop_path(cells, B, prob):
+    """Return for each cell the factors (operations, B, 1, 1, 1): 0, or 1 / the probability that a sample is kept."""
+    operations = [len(cell._ops) for cell in cells]
+    kept = next(cells[0].parameters()).new_empty(sum(operations), B, 1, 1, 1).bernoulli_(1 - prob)
+    return kept.div_(1 - prob).split(operations)
 
 
 class _Network(nn.Module):
@@ -51,10 +59,14 @@ class _Network(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = Classifier(self.cells[-1].channels, num_classes)
 
-    def _classify(self, s0, s1):
-        logits_aux = None
+    def _classify(self, s0, s1, compile):
+        cell_of, drop_path, logits_aux = Cell.__call__, [None] * len(self.cells), None
+        if compile:
+            cell_of = compiled(Cell.forward)
+        if self.training and (self.drop_path_prob > 0 or compile):  # so the first epoch needs no graphs of its own
+            drop_path = draw_drop_path(self.cells, len(s0), self.drop_path_prob)
         for i, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, self.drop_path_prob)
+            s0, s1 = s1, cell_of(cell, s0, s1, drop_path[i])
             if i == self._auxiliary_cell and self.auxiliary_head is not None and self.training:
                 logits_aux = self.auxiliary_head(s1)
         return self.classifier(self.global_pooling(s1).flatten(1)), logits_aux
@@ -78,7 +90,8 @@ def auxiliary_head(C, num_classes, imagenet):
 class NetworkCIFAR(_Network):
     """`forward(x)`, x (B, 3, 32, 32) or any sides that are multiples of 4, returns (logits, logits_aux).
 
-    logits_aux is None unless training with the auxiliary head, which needs 32x32.
+    logits_aux is None unless training with the auxiliary head, which needs 32x32. With `compile` the cells go through
+    torch.compile: equal ones share a graph, EvNAS-A's 20 cells nine.
     """
 
     def __init__(self, C, num_classes, layers, auxiliary, genotype):
@@ -86,9 +99,9 @@ class NetworkCIFAR(_Network):
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         self._add_cells(3 * C, C, num_classes, layers, auxiliary, genotype, imagenet=False)
 
-    def forward(self, x):
+    def forward(self, x, *, compile=False):
         s = self.stem(x)
-        return self._classify(s, s)
+        return self._classify(s, s, compile)
 
 
 class NetworkImageNet(_Network):
@@ -106,6 +119,6 @@ class NetworkImageNet(_Network):
         self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C))
         self._add_cells(C, C, num_classes, layers, auxiliary, genotype, imagenet=True)
 
-    def forward(self, x):
+    def forward(self, x, *, compile=False):
         s0 = self.stem0(x)  # (B, C, H/4, W/4)
-        return self._classify(s0, self.stem1(s0))  # (B, C, H/8, W/8)
+        return self._classify(s0, self.stem1(s0), compile)  # (B, C, H/8, W/8)

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 import data
 import genotypes
 import loaders
@@ -98,7 +96,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     )
     network = make_network(genotype, images, args)
     weights.load_weights(network, args.model_path)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=devices.memory_format(device))
 
     distributed.say(devices.describe_device(device))
     parameters = utils.parameters_in_millions(network)

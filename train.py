@@ -117,9 +117,6 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
     state = RetrainingState(network, optimizer, train_loader)
     run.restore(state)
     trained = network
-    if args.compile:
-        for cell in network.cells:
-            cell.compile()
     if distributed.world_size() > 1:
         # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
         own = [device] if device.type == "cuda" else None
@@ -156,7 +153,8 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
         # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
         seed = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
-        logits, logits_aux = network(x)
+        # The last batch is smaller, and not worth graphs of its own.
+        logits, logits_aux = network(x, compile=args.compile and step + 1 < len(loader))
         loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
         if logits_aux is not None:
             loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
@@ -181,7 +179,7 @@ def main(argv=None):
     warmup = isinstance(train, data.Files) and args.batch_size > 256
 
     torch.manual_seed(args.seed)
-    network = make_network(genotype, train, args).to(device, memory_format=torch.channels_last)
+    network = make_network(genotype, train, args).to(device, memory_format=devices.memory_format(device))
     generator = torch.Generator().manual_seed(args.seed + 1)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)

@@ -267,7 +267,7 @@ def main(argv=None):
     loaders = search_loaders(args, train, valid, augmentation, device)
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, len(train.classes), args.layers)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=devices.memory_format(device))
     run_search(args, S1(), network, loaders, device, parser.prog, {"data": data.describe(train=train, valid=valid)})
 
 

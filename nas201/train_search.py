@@ -108,7 +108,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
-    network = network.to(device, memory_format=torch.channels_last)
+    network = network.to(device, memory_format=devices.memory_format(device))
     bound = {"data": describe(train=train, valid=valid)}
     bound |= {name: path and digest(path) for name, path in (("table", args.api_path), ("split", args.split_file))}
     run_search(args, space, network, loaders, device, parser.prog, bound)

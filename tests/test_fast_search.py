@@ -212,23 +212,3 @@ def test_autocast(bn):
     with torch.autocast("cpu", torch.bfloat16):  # as in the program: torch 2.6 reuses casts made without gradients
         cross_entropy(Fast(of)(x, individual(1)), torch.arange(16) % 10).backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in of.parameters())
-
-
-@pytest.mark.slow
-def test_compiled_cells_compute_the_same_and_equal_ones_are_compiled_once(monkeypatch):
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    compiled = torch.compile(fast_search.mixed_cell, dynamic=False, backend=backend)
-    monkeypatch.setattr(fast_search, "compiled", lambda cell: compiled)
-    torch._dynamo.reset()
-    plain, fast = (fill(Network(2, 10, 8, steps=2, multiplier=2)) for _ in range(2))
-    x, alphas = images(3, (2, 3, 8, 8)), seeded_alphas(1, (2, 5, 8))
-    assert_close(fast_search.forward(fast, x, alphas, compile=True), plain(x, alphas))
-    assert len(graphs) == 5  # of 8 cells: with C, 2 C and 4 C channels, and where these double
-    state = fast.state_dict()
-    for name, expected in plain.state_dict().items():
-        assert_close(state[name].double(), expected.double())

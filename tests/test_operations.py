@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import genotypes
-from model import Cell, NetworkCIFAR, NetworkImageNet
+from model import Cell, NetworkCIFAR, NetworkImageNet, draw_drop_path
 from model_search import MixedOp, Network
 from operations import OPS, Classifier, FactorizedReduce
 
@@ -190,7 +190,7 @@ def test_drop_path_on_all_but_the_stride_one_skip(op, reduction):
     torch.manual_seed(2)
     cell, x = one_operation_cell(op, reduction)
     with torch.no_grad():
-        whole, partly = cell(x, x, 0.0), cell(x, x, 0.5)
+        whole, partly = cell(x, x), cell(x, x, *draw_drop_path([cell], len(x), 0.5))
     dropped = (partly == 0).flatten(1).all(1)
     if op == "skip_connect" and not reduction:
         assert torch.equal(whole, partly)
@@ -204,7 +204,7 @@ def test_edges_drop_independently():
     pairs = [("max_pool_3x3", 0), ("avg_pool_3x3", 1)]
     cell = fill(Cell(genotypes.Genotype(pairs, [2], pairs, [2]), 4, 4, 4, False, False))
     x = images(6, (1000, 4, 4, 4))
-    both = (cell(x, x, 0.5) == 0).flatten(1).all(1).float().mean()
+    both = (cell(x, x, *draw_drop_path([cell], len(x), 0.5)) == 0).flatten(1).all(1).float().mean()
     assert 0.2 < both < 0.3
 
 

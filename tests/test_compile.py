@@ -1,0 +1,141 @@
+"""--compile: the compiled cells compute the same, and equal cells share a graph.
+
+In the fast tests the backend returns each graph as it is; in the slow ones it is inductor.
+"""
+
+import pytest
+import torch
+from test_train import history, retrain
+from torch.nn.functional import cross_entropy
+
+import fast_ops
+import fast_search
+import genotypes
+import model_search
+import nas201.fast_search
+import nas201.model_search
+import train
+from model import NetworkCIFAR
+from support import devices
+
+from golden import assert_close, fill, images, seeded_alphas
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """The graphs that were made so far."""
+    made, compile = [], torch.compile
+
+    def backend(graph, inputs):
+        made.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compile(function, backend=backend, **settings))
+    start_anew()
+    yield made
+    start_anew()
+
+
+def start_anew():
+    torch._dynamo.reset()
+    devices.compiled.cache_clear()
+
+
+def s1(nodes):
+    """Every kind of cell, one of them twice."""
+    network = fill(model_search.Network(2, 10, 6, steps=nodes, multiplier=nodes))
+    return fast_search, network, images(3, (4, 3, 8, 8)), seeded_alphas(1, (2, nodes * (nodes + 3) // 2, 8))
+
+
+def s2(nodes):
+    network = fill(nas201.model_search.Network(2, 2, 10, track_running_stats=True))
+    return nas201.fast_search, network, images(3, (4, 3, 8, 8)), seeded_alphas(1, (1, 6, 5))
+
+
+def both_ways(fast, network, x, alphas):
+    """Logits, gradients, buffers of a training step and logits of the fitness, not compiled and compiled."""
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    for compile in (False, True):
+        network.load_state_dict(before)
+        network.zero_grad()
+        logits = fast.forward(network, x, alphas, compile=compile)
+        cross_entropy(logits, torch.arange(len(x))).backward()
+        results = [logits.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])]
+        results += [buffer.double() for buffer in network.buffers()]
+        for bn in ("batch", "running"):
+            evaluator = fast.Evaluator(network, bn, compile=compile)
+            evaluator.set_batch(x)
+            results.append(evaluator.logits(alphas))
+        yield results
+
+
+SUPERNETS = pytest.mark.parametrize("supernet, kinds", [(s1, 5), (s2, 3)], ids=["s1", "s2"])
+
+
+@SUPERNETS
+@pytest.mark.parametrize("kernels", ["gpu", pytest.param("cpu", marks=pytest.mark.slow)], indirect=True)
+def test_supernets_with_graphs(supernet, kinds, graphs, kernels):
+    """As many graphs as kinds of cells, for each of training and fitness with either statistics."""
+    eager, compiled = both_ways(*supernet(nodes=1))
+    for actual, expected in zip(compiled, eager, strict=True):
+        assert_close(actual, expected, 1e-6)
+    assert len(graphs) == 3 * kinds
+
+
+@pytest.mark.slow
+@SUPERNETS
+@pytest.mark.parametrize("kernels", ["gpu", "cpu"], indirect=True)
+def test_supernets_with_inductor(supernet, kinds, kernels):
+    start_anew()
+    eager, compiled = both_ways(*supernet(nodes=2))
+    for actual, expected in zip(compiled, eager, strict=True):
+        assert_close(actual, expected, 1e-4)
+
+
+def retrained():
+    """Logits, and gradients, of a retrained network's training step, not compiled and compiled, with drop path."""
+    network, x = fill(NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA)), images(3, (4, 3, 8, 8))
+    network.drop_path_prob = 0.5
+    for compile in (False, True):
+        torch.manual_seed(1)
+        network.zero_grad()
+        logits, _ = network(x, compile=compile)
+        cross_entropy(logits, torch.arange(4)).backward()
+        yield logits.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
+
+
+def test_a_retrained_network_with_graphs(graphs):
+    (logits, gradients), compiled = retrained()
+    assert_close(compiled[0], logits, 1e-6)
+    assert_close(compiled[1], gradients, 1e-6)
+    assert len(graphs) == 3
+
+
+@pytest.mark.slow
+def test_a_retrained_network_with_inductor():
+    start_anew()
+    (logits, gradients), compiled = retrained()
+    assert_close(compiled[0], logits)
+    assert_close(compiled[1], gradients, 1e-3)
+
+
+def test_a_whole_retraining_needs_a_graph_for_each_kind_of_cell(tmp_path, monkeypatch, graphs):
+    """EvNAS-A at the paper's depth; each epoch has another drop path, a last, smaller batch, and a test."""
+    monkeypatch.setattr(devices, "choose_device", lambda args: torch.device("cpu"))  # which ignores --compile
+    sizes = dict(layers=20, init_channels=2, epochs=4, drop_path_prob=0.2, train_samples=80, batch_size=60)
+    assert len(history(retrain(tmp_path, "--compile", arch="EvNASA", **sizes))) == 4
+    assert len(graphs) == 9
+
+
+def test_concatenate_two_with_and_without_gradients(graphs):
+    for gradients in (True, False):
+        x = images(0, (2, 3, 4, 4)).requires_grad_(gradients)
+        with torch.set_grad_enabled(gradients):
+            y = devices.compiled(lambda *tensors: fast_ops.concatenate(tensors))(x, x + 1)
+        assert torch.equal(y, torch.cat([x, x + 1], dim=1))
+
+
+def test_the_cpu_ignores_it(tmp_path, capsys, graphs):
+    run = retrain(tmp_path, "--compile", epochs=1)
+    assert "--compile" in capsys.readouterr().out and not graphs
+    train.main(["--resume", str(run), "--compile"])
