@@ -33,7 +33,7 @@ TINY = [
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
+def quick(monkeypatch, quick_report):
     """One thread, and no TensorBoard: writing its files takes longer than these searches."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

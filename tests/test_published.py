@@ -23,6 +23,7 @@ from nas201.genotypes import to_arch_string
 from support import runs
 from support.files import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_report")
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENCES = (ROOT / "docs/differences.md").read_text()
 COMMANDS = (

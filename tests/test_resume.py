@@ -22,6 +22,7 @@ import train
 import train_search
 from support import distributed, runs
 
+pytestmark = pytest.mark.usefixtures("quick_report")
 ROOT = Path(__file__).resolve().parents[1]
 Script = namedtuple("Script", "module argv command unit measuring steps batches")
 SCRIPTS = {

@@ -24,6 +24,7 @@ import train_search
 from model import NetworkCIFAR, NetworkImageNet
 from support import runs, weights
 
+pytestmark = pytest.mark.usefixtures("quick_report")
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
 SIZES = dict(dataset="digits", arch="EvNASB", train_samples=96, batch_size=16, init_channels=4, layers=3, epochs=3)
 SIZES |= dict(learning_rate=0.1, device="cpu")
