@@ -264,7 +264,34 @@ def shell(*words, check=True, script=ROOT / "searchNAS201.sh"):
     )
 
 
-def test_three_seeds_and_their_summary(tmp_path, table, monkeypatch):
+def assert_summary(folder, names, out):
+    """summary.json and the printed text say of three runs of two generations, with a table, what their histories do."""
+    result = json.loads((folder / "summary.json").read_text())
+    entries = [history(folder / name) for name in names]
+    assert [len(lines) for lines in entries] == [2, 2, 2]
+    assert [run["best_genotype"] for run in result["runs"]] == [lines[-1]["best_genotype"] for lines in entries]
+    tests = [lines[-1]["true_accuracy"]["cifar10"]["test"] for lines in entries]
+    row = result["accuracy"]["cifar10_test"]
+    assert row["searched"] == pytest.approx({"mean": np.mean(tests), "std": np.std(tests, ddof=1)})
+    assert row["published"] is None and row["optimum"] == TRUTH[:, 1].max()
+    assert row["space_mean"] == pytest.approx(TRUTH[:, 1].mean())
+    assert result["seconds"]["mean"] == pytest.approx(np.mean([sum(e["seconds"] for e in lines) for lines in entries]))
+    assert f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out and "Kendall's tau" in out
+    assert "± 1.11" not in out and "20249.7" not in out  # published searches were not on digits
+    assert result["runs"][1]["kendall_tau_by_generation"] == [entry["kendall_tau"] for entry in entries[1]]
+
+
+def test_summary_of_three_seeds(tmp_path, table, capsys):
+    names = [f"search-digits-seed{seed}" for seed in summary.SEEDS]
+    for seed, name in zip(summary.SEEDS, names, strict=True):
+        search(tmp_path, "--api_path", table(), "--epochs", 2, "--seed", seed, "--run_name", name)
+    capsys.readouterr()
+    summary.main([str(tmp_path), "digits"])
+    assert_summary(tmp_path, names, capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_three_seeds_of_the_script(tmp_path, table, monkeypatch):
     """One run is finished, one was interrupted, one ended before its first checkpoint."""
     path, tiny = table(), [*TINY[4:], "--epochs", "2"]  # --dataset and --device are the script's
     flags = [*tiny, "--api_path", str(path), "--data", "../data", "--device", "cpu", "--dataset", "digits"]
@@ -292,19 +319,7 @@ def test_three_seeds_and_their_summary(tmp_path, table, monkeypatch):
     out = shell("digits", "cpu", folder, *tiny, "--api_path", path, script=tmp_path / "linked.sh").stdout
     assert f"{names[0]} is finished" in out and (folder / names[0] / "history.jsonl").read_bytes() == finished
     assert "generation 1/2" in (folder / names[1] / "log.txt").read_text()
-    result = json.loads((folder / "summary.json").read_text())
-    entries = [history(folder / name) for name in names]
-    assert [len(lines) for lines in entries] == [2, 2, 2]
-    assert [run["best_genotype"] for run in result["runs"]] == [lines[-1]["best_genotype"] for lines in entries]
-    tests = [lines[-1]["true_accuracy"]["cifar10"]["test"] for lines in entries]
-    row = result["accuracy"]["cifar10_test"]
-    assert row["searched"] == pytest.approx({"mean": np.mean(tests), "std": np.std(tests, ddof=1)})
-    assert row["published"] is None and row["optimum"] == TRUTH[:, 1].max()
-    assert row["space_mean"] == pytest.approx(TRUTH[:, 1].mean())
-    assert result["seconds"]["mean"] == pytest.approx(np.mean([sum(e["seconds"] for e in lines) for lines in entries]))
-    assert f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out and "Kendall's tau" in out
-    assert "± 1.11" not in out and "20249.7" not in out  # published searches were not on digits
-    assert result["runs"][1]["kendall_tau_by_generation"] == [entry["kendall_tau"] for entry in entries[1]]
+    assert_summary(folder, names, out)
 
 
 def test_summary_without_a_table(tmp_path, capsys):
