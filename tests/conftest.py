@@ -10,8 +10,9 @@ from PIL import Image
 
 # Before torch is imported: small networks are fastest so, and processes that are compared have to agree on it.
 os.environ["OMP_NUM_THREADS"] = "1"
-# A script that runs the tests in the background has them ignore Ctrl-C, which tests send.
+# A script that runs the tests in the background, or nohup, has them ignore signals that tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")
