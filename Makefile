@@ -6,7 +6,7 @@ DEMO ?= demo
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow test-faults test-floors lint clean
+.PHONY: demo test test-slow test-gpu test-faults test-floors lint clean
 
 # Search on the embedded digits, retrain the found cell, test it.
 demo: $(VENV)/.installed
@@ -23,6 +23,10 @@ test: $(VENV)/.installed-dev
 
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow
+
+# What needs a CUDA device; it is skipped where there is none.
+test-gpu: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -rs -m cuda
 
 # Every fault that tests/test_faults.py knows, in full, and a table of what came of them.
 test-faults: $(VENV)/.installed-dev
