@@ -209,7 +209,7 @@ def test_all_processes_refuse_data_that_changed_for_one(tmp_path, make_images):
     script.write_text(
         "import train\n"
         "from support import distributed\n"
-        f"train.main(['--resume', {str(run)!r}, '--data', {str(tmp_path)!r} + f'/{distributed.rank()}'])\n"
+        f"train.main(['--resume', {str(run)!r}, '--data', {str(tmp_path)!r} + f'/{{distributed.rank()}}'])\n"
     )
     process = torchrun(script, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=120)
