@@ -2,10 +2,12 @@
 
 `forward` trains, an `Evaluator` measures many individuals on one batch. What makes them fast:
 
-- channels-last throughout; `none` left out; states are visited one after another and each adds its edges to all later
-  nodes, so ReLU, pools and normalised pools come once a state instead of once an edge, and live no longer than it;
+- channels-last throughout on CPU and CUDA; `none` left out; states are visited one after another and each adds its
+  edges to all later nodes, so ReLU, pools and normalised pools come once a state instead of once an edge, and live no
+  longer than it;
 - BatchNorm's scale is the mixing weight, and weighted candidates are added up in place;
-- behind a reduction, dilated and 1x1 convolutions see every second pixel only, which is sliced once a state;
+- where a cell reduces, dilated and 1x1 convolutions see every second pixel only, which is sliced once a state, and the
+  1x1 convolutions of all edges out of it are one;
 - on a CPU, depthwise convolutions have a backward pass made of the kernels that are fast there (see Depthwise), and
   average pools are depthwise convolutions.
 """
@@ -64,7 +66,7 @@ class Evaluator:
             kernels, norms, eps = outgoing_kernels(cell, bn)
             running = None
             if bn == "running":
-                running = [[torch.cat([getattr(bn, name) for bn in group]) for name in RUNNING] for group in norms]
+                running = [[torch.cat([getattr(norm, name) for norm in group]) for name in RUNNING] for group in norms]
             self.arguments[cell] = kernels, running, cell._multiplier, eps
 
     @torch.no_grad()

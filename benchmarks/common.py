@@ -67,6 +67,7 @@ def search_arguments(description, bn):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, for all ways")
     parser.add_argument("--compile", action="store_true", help="torch.compile the fast path's cells")
+    parser.add_argument("--nchw", action="store_true", help="the fast path in this layout instead of channels-last")
     parser.add_argument("--bn", choices=["batch", "running"], default=bn, help="statistics for fitness")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="the paper's sizes, multiplied out to the whole search")
@@ -77,7 +78,10 @@ class Way:
     """One way to compute: plain (NCHW, the reference), the same channels-last, or fast; a network of its own."""
 
     def __init__(self, name, network, fast, args):
-        self.layout = torch.contiguous_format if name == "plain" else torch.channels_last
+        if args.nchw:
+            devices.CHANNELS_LAST = ()
+        layouts = {"plain": torch.contiguous_format, "channels-last": torch.channels_last}
+        self.layout = layouts.get(name, devices.memory_format(torch.device(args.device)))
         self.network = copy.deepcopy(network).to(args.device, memory_format=self.layout)
         self.args = args
         devices.set_up(torch.device(args.device))  # as the programs do

@@ -12,7 +12,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import alternate, describe, finish
-from data import AUGMENTATION, Images, Loader
+from data import AUGMENTATION, Images
+from loaders import Loader
 
 
 def main():

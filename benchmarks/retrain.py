@@ -11,42 +11,40 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from support import devices
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
 import utils
 from benchmarks.common import alternate, describe, finish
 from model import NetworkCIFAR
+from support import devices
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="C 36, 20 cells, as in the paper, instead of C 16, 8 cells")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--nchw", action="store_true", help="train.py's way in NCHW, not channels-last")
     devices.add_device_arguments(parser)
     devices.add_speed_arguments(parser)
     args = parser.parse_args()
-    compiled, args.compile = args.compile, False  # choose_device refuses it on the CPU; a benchmark may measure it
+    compiled = args.compile  # choose_device ignores it on the CPU; a benchmark may measure it
     device = devices.choose_device(args)
+    layout = torch.contiguous_format if args.nchw else devices.memory_format(device)
     torch.manual_seed(0)
     C, layers = (36, 20) if args.full else (16, 8)
     plain = NetworkCIFAR(C, 10, layers, True, genotypes.EvNASA).to(device)
-    fast = deepcopy(plain).to(memory_format=torch.channels_last)
-    if compiled:
-        for cell in fast.cells:
-            cell.compile()
+    fast = deepcopy(plain).to(memory_format=layout)
     x, y = torch.randn(96, 3, 32, 32, device=device), torch.randint(10, (96,), device=device)
     recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
 
-    def step(network, images, amp):
+    def step(network, images, amp, compile):
         network.drop_path_prob = 0.1
         optimizer = utils.make_sgd(network.parameters(), recipe, device)
 
         def run():
             with devices.autocast(device, amp):
-                logits, logits_aux = network(images)
+                logits, logits_aux = network(images, compile=compile)
                 loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -57,8 +55,8 @@ def main():
 
     print(f"{describe(device)}; EvNAS-A, C {C}, {layers} cells, batch 96, auxiliary head, drop path")
     functions = {
-        "plain": step(plain, x, False),
-        "fast": step(fast, x.contiguous(memory_format=torch.channels_last), args.amp),
+        "plain": step(plain, x, amp=False, compile=False),
+        "fast": step(fast, x.contiguous(memory_format=layout), args.amp, compiled),
     }
     median = alternate(functions, rounds=args.rounds, warmup=2, device=device)
     for name, value in median.items():

@@ -14,18 +14,17 @@ from pathlib import Path
 
 import torch
 
-import loaders
-from support import distributed
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import fast_search
+import loaders
 import utils
 from benchmarks.common import describe, finish
 from encoding import decode, random_alphas
 from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
+from support import distributed
 
 
 def generation(rank, world, address, args, results):
