@@ -105,7 +105,8 @@ class TrainingState:
         for name in self.saved:
             setattr(self, name, state[name])
         for name, generator in self.generators.items():
-            generator.set_state(state["generators"][name])
+            states = state.get("generators") or {"train": state["generator"]}  # so in older checkpoints of retrainings
+            generator.set_state(states[name])
         self.partial = Progress(**state["partial"]) if "partial" in state else None
         if self.partial:
             self.partial.check(len(self.train_loader), self.network)
