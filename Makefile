@@ -6,7 +6,7 @@ DEMO ?= demo
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow test-gpu test-faults test-floors lint clean
+.PHONY: demo test test-slow test-gpu test-faults test-floors coverage lint clean
 
 # Search on the embedded digits, retrain the found cell, test it.
 demo: $(VENV)/.installed
@@ -36,6 +36,11 @@ test-faults: $(VENV)/.installed-dev
 # Python 3.10 or 3.11: for newer ones some of these versions were never built.
 test-floors: $(VENV)-floors/.installed
 	$(VENV)-floors/bin/python -m pytest $(PARALLEL)
+
+# The lines that the fast tests run; docs/contributing.md says why the others are left out.
+coverage: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest $(PARALLEL) --cov-report=term-missing:skip-covered \
+		$(addprefix --cov=,$(basename $(wildcard *.py)) support reporting nas201)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
