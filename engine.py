@@ -115,8 +115,8 @@ class TrainingState:
 def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, where, log):
     """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits).
 
-    Uses grad_clip, amp (bfloat16 autocast) and report_freq, the steps between calls of `log`, of `args`. Leaves out the
-    steps that are over according to `progress`, and brings it up to date at the end and before it raises Interrupted.
+    `args` says grad_clip, amp (bfloat16 autocast) and report_freq, the steps between two calls of `log`. The steps that
+    `progress` counts are left out; it is brought up to date at the end, and before Interrupted is raised.
 
     Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
     if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
@@ -141,7 +141,7 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
         unread.append(torch.stack([loss, (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))]))
         steps = step + 1
         due = steps % args.report_freq == 0 or steps == len(loader)
-        stop = signals.requested(device, together=due)
+        stop = signals.stop_requested(device, at_meeting_point=due)
         if due or stop:
             rows = torch.stack(unread).tolist()
             for i, (value, right, images) in enumerate(rows, start=steps - len(rows) + 1):
@@ -169,9 +169,9 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
 
 @torch.no_grad()
 def evaluate(network, loader, args, *, log, where="test"):
-    """Mean cross-entropy, top-1 and top-5 accuracy in percent of a `model.Network*` on all images of `loader`.
+    """Return the mean loss, and top-1 and top-5 accuracy in percent, of a `model.Network*` on all images of `loader`.
 
-    top-5 counts a class among the best min(5, classes). Of `args` count amp and report_freq, as in training. Raises
+    top-5 counts a class among the best min(5, classes). `args` says amp and report_freq, as in training. Raises
     Interrupted between two batches, after a signal.
     """
     network.eval()
@@ -179,7 +179,7 @@ def evaluate(network, loader, args, *, log, where="test"):
     sums = [torch.zeros(4, device=device)]  # of a batch: loss, right answers, those among the best five, images
     bar = distributed.progress(loader, where)
     for step, (x, y) in enumerate(bar):
-        if signals.requested(device, together=step % args.report_freq == 0):
+        if signals.stop_requested(device, at_meeting_point=step % args.report_freq == 0):
             raise signals.Interrupted(where)
         if bar.disable and (step + 1) % args.report_freq == 0:
             log(f"{where}, step {step + 1}/{len(loader)}")
@@ -211,7 +211,7 @@ def batch_norm_mode(network, mode):
 
 
 def plain_forward(network, x, alphas):
-    """The reference way to train, with the interface of `fast_search.forward`."""
+    """Train as the reference does, with the interface of `fast_search.forward`."""
     return network(x, alphas)
 
 
@@ -230,7 +230,7 @@ class PlainEvaluator:
 
 @torch.no_grad()
 def measure_fitness(network, alphas, loader, bn, make_evaluator=PlainEvaluator, *, amp=False, where="fitness"):
-    """Top-1 accuracy in percent, (P,) float64, of each individual of `alphas` (P, G, E, O) on all images of `loader`.
+    """Return the top-1 accuracy in percent, (P,) float64, of each individual of `alphas` (P, G, E, O) on all images.
 
     A batch is loaded and augmented once and shown to all individuals, so they are compared on the same images; equal
     alphas are measured once. Several processes share the individuals out; every one returns all the figures.
@@ -244,7 +244,7 @@ def measure_fitness(network, alphas, loader, bn, make_evaluator=PlainEvaluator, 
     with batch_norm_mode(network, bn):
         evaluator = make_evaluator(network, bn)
         for x, y in distributed.progress(loader, where):
-            if signals.requested(device):
+            if signals.stop_requested(device):
                 raise signals.Interrupted(where)
             with devices.autocast(device, amp):
                 evaluator.set_batch(x)
@@ -254,7 +254,7 @@ def measure_fitness(network, alphas, loader, bn, make_evaluator=PlainEvaluator, 
 
 
 def unique(alphas):
-    """The distinct individuals of (P, ...) in order of first appearance, and for each of the P the index of its own."""
+    """Return the distinct individuals of (P, ...), in order of appearance, and the index (P,) of each one's own."""
     first = {}
     index = [first.setdefault(individual.numpy().tobytes(), len(first)) for individual in alphas.contiguous()]
     return torch.stack([alphas[index.index(i)] for i in range(len(first))]), torch.tensor(index)

@@ -10,7 +10,7 @@ PIXELS = 2**14  # whose statistics are computed at a time where there are no gra
 
 
 def on_cpu(x):
-    """Whether to take what is fast on a CPU. A test that says no runs a GPU's kernels on the CPU."""
+    """Tell whether to take what is fast on a CPU. A test that says no runs a GPU's kernels on the CPU."""
     return x.device.type == "cpu"
 
 
@@ -52,7 +52,7 @@ def batch_norm(x, bn, bn_updates):
 
 
 def batch_norm_stats(x, scale, shift, eps):
-    """BatchNorm with the batch's statistics, and these: (y, mean, 1 / sqrt(biased variance + eps)).
+    """Return BatchNorm with the batch's statistics, and these: (y, mean, 1 / sqrt(biased variance + eps)).
 
     On a CPU torch sums a channels-last tensor up in one float32 accumulator, which errs by 1e-5 in the variance.
     Without gradients it is given fewer pixels at a time; with them see ExactBatchNormCPU.
@@ -111,7 +111,7 @@ def move_statistics(bn_updates):
 
 
 def average_pool(x, stride=1):
-    """The 3x3 average over the neighbours that exist."""
+    """Return the 3x3 average over the neighbours that exist."""
     if not on_cpu(x):
         return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
     # On a CPU a depthwise convolution costs a fraction of the pooling.
@@ -120,7 +120,7 @@ def average_pool(x, stride=1):
 
 
 def depthwise(x, kernel, dilation=1, even=None):
-    """Depthwise convolution with a kernel (C, 1, k, k): with stride 2 where every second pixel of x is given."""
+    """Convolve each channel with its kernel of (C, 1, k, k): with stride 2 where every second pixel of x is given."""
     stride, padding = 1 if even is None else 2, dilation * (kernel.shape[-1] // 2)
     if even is not None and dilation == 2:  # stride and dilation 2, even padding: no other pixel counts
         x, stride, padding, dilation = even, 1, padding // 2, 1
@@ -158,7 +158,7 @@ class Depthwise(torch.autograd.Function):
 
 
 def phases(x):
-    """(B, C, H, W) -> (4 B, C, H / 2, W / 2): dilation 2 becomes dilation 1 within each."""
+    """Turn (B, C, H, W) into (4 B, C, H / 2, W / 2): dilation 2 becomes dilation 1 within each."""
     B, C, H, W = x.shape
     x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 2, 4, 1, 3, 5)
     return x.reshape(4 * B, H // 2, W // 2, C).permute(0, 3, 1, 2)

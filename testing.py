@@ -46,7 +46,7 @@ def make_network(genotype, images, args):
 
 
 def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50):
-    """Evaluate weights on the test split of a data set, print the figures, return them: the whole of a test script."""
+    """Evaluate weights on the test split of a data set, print the figures and return them: all of a test script."""
     dataset = datasets[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
     cell = parser.add_argument_group("cell and weights")

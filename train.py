@@ -169,7 +169,7 @@ def main(argv=None):
     args = runs.parse(make_parser(), argv)
     # A run has its own copy of the cell: the search that it came from may have gone on since.
     if args.resume:
-        with runs.needed():
+        with runs.required_file():
             source = Path(args.resume) / "genotype.json"
             genotype = genotypes.load(source)
     else:

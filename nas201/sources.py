@@ -72,7 +72,7 @@ class Dtype:
 
 
 def _scalar(dtype, data):
-    """Stands in for numpy.core.multiarray.scalar: a Python number."""
+    """Stand in for numpy.core.multiarray.scalar: return a Python number."""
     return np.frombuffer(data, dtype.code)[0].item()
 
 

@@ -23,7 +23,7 @@ PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where sear
 
 
 def correlations(fitness, truth):
-    """Kendall's tau-b and Spearman's rho of two lists; None where undefined. Entries without a truth are left out."""
+    """Return Kendall's tau-b and Spearman's rho of two lists, or None; entries without a truth are left out."""
     from scipy import stats
 
     pairs = np.array([pair for pair in zip(fitness, truth, strict=True) if pair[1] is not None])

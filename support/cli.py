@@ -54,7 +54,7 @@ def command(main):
 
 
 def remedy(error):
-    """The line that REMEDIES has for an exception or one that led to it, or None."""
+    """Return the line that REMEDIES has for an exception, or for one that led to it, or None."""
     while error is not None:
         for line in ["out of memory"] if isinstance(error, MemoryError) else str(error).splitlines():
             for part, text in REMEDIES.items():
@@ -65,7 +65,7 @@ def remedy(error):
 
 
 def end_in_one_line(kind, error, traceback):
-    """A sys.excepthook: Ctrl-C while a script is still importing torch, where `command` cannot catch it."""
+    """Be a sys.excepthook: catch Ctrl-C while a script is still importing torch, which `command` cannot do."""
     if kind is KeyboardInterrupt:
         emit("interrupted", sys.stderr)
     else:
@@ -116,7 +116,7 @@ class Published(argparse.Action):
 
 
 def file_name(text):
-    """An argparse type: the name at the end of a path. Refuses a path without one."""
+    """Be an argparse type: return the name at the end of a path. Refuses a path without one."""
     last = Path(text).name
     if last in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in a name")
@@ -127,7 +127,7 @@ LARGEST = 3.4028235e38  # of float32
 
 
 def number(kind, low=None, high=None, above=None):
-    """An argparse type: `kind` (int or float), at least `low`, greater than `above`, at most `high`."""
+    """Make an argparse type: `kind` (int or float), at least `low`, greater than `above`, at most `high`."""
     bounds = [("at least", operator.ge, low), ("greater than", operator.gt, above), ("at most", operator.le, high)]
     bounds = [bound for bound in bounds if bound[2] is not None]
 

@@ -24,7 +24,7 @@ def add_speed_arguments(group):
 
 
 def choose_device(args):
-    """CUDA device --gpu (under torchrun each process its own) or else the CPU, or --device. Joins the other processes.
+    """Return CUDA device --gpu (under torchrun each process its own), else the CPU, or --device; join other processes.
 
     Raises UserError for a device that cannot be used.
     """
@@ -66,7 +66,7 @@ def keep_freed_memory():
 
 
 def autocast(device, enabled):
-    """bfloat16 where it is safe, or nowhere. Its weight cache holds for one block, so a block is one step."""
+    """Compute in bfloat16 where it is safe, or nowhere. Its weight cache holds for one block: one step."""
     if not (enabled or torch.amp.is_autocast_available(device.type)):  # on the meta device, say
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if enabled else None, enabled=enabled)
@@ -95,7 +95,7 @@ def describe_device(device):
 
 
 def peak_memory_mb(device):
-    """Peak memory in MiB: of the GPU's allocator, or of this whole process on the CPU."""
+    """Return the peak memory in MiB: of the GPU's allocator, or of this whole process on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -12,7 +12,7 @@ from support.files import UserError, emit
 
 
 def from_torchrun(name, default):
-    """The number in a variable that torchrun sets. Raises UserError."""
+    """Return the number in a variable that torchrun sets. Raises UserError."""
     try:
         return int(os.environ.get(name, default))
     except ValueError:
@@ -38,13 +38,13 @@ def say(text, file=None):
 
 
 def progress(batches, title, done=0):
-    """A bar with the time left around `batches`, `done` of them over; none where stderr is not a terminal."""
+    """Put a bar with the time left around `batches`, `done` of them over; none where stderr is not a terminal."""
     hidden = rank() > 0 or not sys.stderr.isatty()
     return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 def join_process_group(device):
-    """Under torchrun, meet the other processes: NCCL between GPUs, gloo between CPUs. Raises UserError."""
+    """Meet the other processes under torchrun: NCCL between GPUs, gloo between CPUs. Raises UserError."""
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank() < world_size():
         raise UserError("the variables RANK and WORLD_SIZE do not fit each other: unset both, or start with torchrun")
     if world_size() > 1 and not torch.distributed.is_initialized():
@@ -57,7 +57,7 @@ def join_process_group(device):
 
 @contextlib.contextmanager
 def one_after_the_other():
-    """The first process of each machine goes through the block before the others: for downloads."""
+    """Let the first process of each machine go through the block before the others: for downloads."""
     if world_size() > 1 and local_rank() > 0:
         torch.distributed.barrier()
     try:
@@ -73,7 +73,7 @@ def leave_process_group():
 
 
 def sum_over_ranks(tensor):
-    """The sum of every process's `tensor`."""
+    """Return the sum of every process's `tensor`."""
     if world_size() > 1:
         if torch.distributed.get_backend() == "nccl":
             tensor = tensor.cuda()  # NCCL sums on GPUs only
@@ -82,7 +82,7 @@ def sum_over_ranks(tensor):
 
 
 def stack_over_ranks(tensors):
-    """Every process's `tensors`, flattened to a row: (processes, elements)."""
+    """Return every process's `tensors`, flattened to a row: (processes, elements)."""
     row = torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
     rows = row.new_zeros(world_size(), len(row))
     rows[rank()] = row

@@ -62,7 +62,7 @@ def atomic_write(path, mode="wb"):
 
 @contextlib.contextmanager
 def no_empty_folders(path):
-    """If the block fails, remove what it made of the folders on the way to `path` and left empty."""
+    """Remove, if the block fails, what it made of the folders on the way to `path` and left empty."""
     missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
         yield
@@ -98,7 +98,7 @@ def emit(text, stream, write=print):
 
 
 def read_bytes(path):
-    """The file's bytes. Raises UserError naming the file when it cannot be read."""
+    """Return the file's bytes. Raises UserError naming the file when it cannot be read."""
     try:
         with open_regular(path) as file:
             return file.read()
@@ -107,7 +107,7 @@ def read_bytes(path):
 
 
 def read_json(path):
-    """The JSON value in `path`. Raises UserError naming the file when it is missing, not UTF-8 or not JSON."""
+    """Return the JSON value in `path`. Raises UserError naming the file where it is missing, not UTF-8 or not JSON."""
     content = read_bytes(path)
     try:
         return json.loads(content)

@@ -52,7 +52,7 @@ def parse(parser, argv):
     if args.resume is None:
         return args
     path = Path(args.resume) / "args.json"
-    with needed():
+    with required_file():
         content = read_json(path)
     saved = content.get("args") if isinstance(content, dict) and content.get("prog") == parser.prog else None
     if not isinstance(saved, dict):
@@ -133,8 +133,8 @@ def check_bound(path, differing):
 
 
 @contextlib.contextmanager
-def needed():
-    """For reading a file of a run: a UserError then also says what to do."""
+def required_file():
+    """Read, in the block, a file without which a run cannot continue: a UserError then also says what to do."""
     try:
         yield
     except UserError as error:
@@ -192,7 +192,7 @@ class Run:
             if distributed.sum_over_ranks(torch.tensor(float(differing is not None))).item():
                 check_bound(run.path, differing or "another process has other data")
             run.completed = run.state["completed"]
-            with needed():
+            with required_file():
                 lines = read_history(run.path, run.completed)
             if run.writes:
                 with atomic_write(run.path / "history.jsonl", "w") as file:
@@ -290,7 +290,7 @@ class Run:
 
     @contextlib.contextmanager
     def saving_when_interrupted(self, state):
-        """When a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
+        """Save `state()` when a signal interrupts the block, say how to continue, and exit with 128 + the signal."""
         try:
             yield
         except signals.Interrupted as place:
@@ -306,7 +306,7 @@ class Run:
 
 
 def continue_command(prog, path):
-    """The shell command that continues the run at `path` of script or module `prog`, from the current directory."""
+    """Return the shell command that continues the run at `path` of script or module `prog`, from here."""
     root = os.path.relpath(Path(__file__).resolve().parents[1])
     if not prog.startswith("python"):
         prog = f"python {shlex.quote(os.path.normpath(os.path.join(root, prog)))}"
@@ -344,7 +344,7 @@ def make_directory(path, new_name=True):
 
 
 def load_checkpoint(path):
-    """What save_checkpoint wrote. Raises UserError naming the file, what is wrong, and the previous one."""
+    """Return what save_checkpoint wrote. Raises UserError naming the file, what is wrong, and the previous one."""
     previous = path.with_name("checkpoint.prev.pt")
     hint = f"; to continue from the one before: mv {previous} {path}" if previous.exists() else ""
     try:
@@ -382,13 +382,13 @@ def open_board(run, step):
 
 
 def versions():
-    """Of Python and the packages that figures depend on, and of the CUDA that torch was built for."""
+    """Return those of Python and the packages that figures depend on, and of the CUDA that torch was built for."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
 def git_revision():
-    """The project's commit, with a + where files differ from it, or None outside a checkout."""
+    """Return the project's commit, with a + where files differ from it, or None outside a checkout."""
     # Without --git-dir, git would also find a repository that the code merely lies in.
     command = "git --git-dir=.git describe --always --exclude=* --abbrev=12 --dirty=+".split()
     settings = dict(cwd=Path(__file__).parents[1], text=True, stderr=subprocess.DEVNULL, timeout=10)
@@ -399,7 +399,7 @@ def git_revision():
 
 
 def flatten(entry, prefix=""):
-    """The numbers in nested dicts, as ("a/b", number)."""
+    """Yield the numbers in nested dicts, as ("a/b", number)."""
     for name, value in entry.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{name}/")

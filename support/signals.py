@@ -41,10 +41,12 @@ def _receive(number, frame):
     received = received or number
 
 
-def requested(device, together=True):
-    """Whether to stop now. Several processes have to stop at the same step: they ask each other, where all are
-    `together`, that is at steps where they wait for each other anyway; at other steps the answer is no.
+def stop_requested(device, at_meeting_point=True):
+    """Tell whether to stop now. Several processes have to stop at the same step, so they ask each other, but only
+    where all of them are `at_meeting_point`: at steps where they wait for each other anyway. Else the answer is no.
     """
     if distributed.world_size() == 1:
         return received is not None
-    return together and distributed.sum_over_ranks(torch.tensor(float(received is not None), device=device)).item() > 0
+    if not at_meeting_point:
+        return False
+    return distributed.sum_over_ranks(torch.tensor(float(received is not None), device=device)).item() > 0

@@ -181,14 +181,14 @@ def die_at(call, steps_file=None):
 
 def signal_at(call, number):
     """Send this process a signal when it asks for the `call`-th time whether to stop."""
-    requested, calls = signals.requested, itertools.count(1)
+    requested, calls = signals.stop_requested, itertools.count(1)
 
     def asked(*args, **kwargs):
         if next(calls) == call:
             os.kill(os.getpid(), number)
         return requested(*args, **kwargs)
 
-    signals.requested = asked
+    signals.stop_requested = asked
 
 
 def lose(name, how):

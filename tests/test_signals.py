@@ -68,7 +68,7 @@ def test_torchrun_passes_a_sigterm_on_that_is_no_second_one(monkeypatch):
         monkeypatch.setenv("WORLD_SIZE", "2")
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert not signals.requested("cpu", together=False)  # the others could not know
+        assert not signals.stop_requested("cpu", at_meeting_point=False)  # the others could not know
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
