@@ -32,7 +32,7 @@ def row(node, state):
 
 
 def forward(network, x, alphas, *, compile=False):
-    """What `network(x, alphas)` returns in train mode: logits, with gradients; the BatchNorm buffers move likewise."""
+    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise."""
     bn_updates, cell_of = [], compiled(mixed_cell) if compile else mixed_cell
 
     def searched_cell(cell, h0, h1, weights):
@@ -160,7 +160,7 @@ def mixed_cell(h0, h1, weights, kernels, running, multiplier, eps):
 
 
 def add_convolutions(total, x, even, kernels, scales, norm):
-    """`total` plus the weighted convolutions of one edge; `total` is altered, None stands for zero."""
+    """Add the weighted convolutions of one edge to `total`, which is altered; None stands for zero."""
     for (kernel, pointwise, *second), scale in zip(kernels, scales, strict=True):
         y = F.conv2d(depthwise(x, kernel, 1 if second else 2, even), pointwise)
         if second:  # separable: the same again
@@ -172,7 +172,7 @@ def add_convolutions(total, x, even, kernels, scales, norm):
 
 
 def factorized_reduce(even, odd, kernels_1, kernels_2, edges=1):
-    """FactorizedReduce before its BatchNorm, of several edges at once: (B, edges * C, H, W)."""
+    """Compute FactorizedReduce before its BatchNorm, of several edges at once: (B, edges * C, H, W)."""
     halves = F.conv2d(even, kernels_1).chunk(edges, dim=1), F.conv2d(odd, kernels_2).chunk(edges, dim=1)
     return torch.cat([half for pair in zip(*halves, strict=True) for half in pair], dim=1)
 
@@ -181,7 +181,7 @@ def factorized_reduce(even, odd, kernels_1, kernels_2, edges=1):
 
 
 def first_cell_inputs(network, x, bn_updates):
-    """What does not depend on alphas: the inputs of the first cell and the first input of the second, preprocessed."""
+    """Return what does not depend on alphas: the first cell's inputs and the second's first, preprocessed."""
     conv, bn = network.stem
     s = batch_norm(conv(x.contiguous(memory_format=memory_format(x.device))), bn, bn_updates).relu_()
     cells = network.cells
@@ -190,7 +190,7 @@ def first_cell_inputs(network, x, bn_updates):
 
 
 def cells_logits(network, h0, h1, h0_next, weights, searched_cell, bn_updates):
-    """The logits, from what `first_cell_inputs` returns and the mixing weights (2, E, O)."""
+    """Return the logits, from what `first_cell_inputs` returns and the mixing weights (2, E, O)."""
     cells = network.cells
     for i, cell in enumerate(cells):
         s = searched_cell(cell, h0, h1, weights[int(cell.reduction)])  # (B, multiplier * C, H, W)
@@ -204,7 +204,7 @@ def cells_logits(network, h0, h1, h0_next, weights, searched_cell, bn_updates):
 
 
 def preprocess(module, s, bn_updates):
-    """`module` applied to a state that has been through its ReLU."""
+    """Apply `module` to a state that has been through its ReLU."""
     if isinstance(module, FactorizedReduce):
         pixels = every_second(s, 0), every_second(s, 1)
         return batch_norm(factorized_reduce(*pixels, module.conv_1.weight, module.conv_2.weight), module.bn, bn_updates)

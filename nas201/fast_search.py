@@ -27,7 +27,7 @@ IMAGES_PER_THREAD = 16  # with running statistics a CPU takes so many images at 
 
 
 def row(target, source):
-    """The row in the alphas of the edge target<-source: edges are numbered node by node."""
+    """Return the row in the alphas of the edge target<-source: edges are numbered node by node."""
     return target * (target - 1) // 2 + source
 
 
@@ -39,7 +39,7 @@ def mixing_weights(alphas):
 
 
 def mixed_cell(x, weights, kernels, eps):
-    """A cell with batch statistics: x (B, C, H, W), weights (E, O), `kernels` as `outgoing_kernels` returns them.
+    """Compute a cell with batch statistics: x (B, C, H, W), weights (E, O), `kernels` from `outgoing_kernels`.
 
     Returns the output and the (mean, inverse standard deviation) of each BatchNorm of concatenated channels.
     """
@@ -62,7 +62,7 @@ def mixed_cell(x, weights, kernels, eps):
 
 
 def outgoing_kernels(cell):
-    """Of each node but the last, the 1x1 and the 3x3 kernels of the edges out of it, concatenated over the edges.
+    """Return, for each node but the last, the 1x1 and the 3x3 kernels of the edges out of it, concatenated.
 
     Also, for each of these concatenations, the BatchNorms behind it.
     """
@@ -75,7 +75,7 @@ def outgoing_kernels(cell):
 
 
 def forward(network, x, alphas, *, compile=False):
-    """What `network(x, alphas)` returns in train mode: logits, with gradients; the BatchNorm buffers move likewise."""
+    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise."""
     cell_of = compiled(mixed_cell) if compile else mixed_cell
     weights, bn_updates = mixing_weights(alphas), []
 
@@ -100,7 +100,7 @@ def forward(network, x, alphas, *, compile=False):
 
 
 def folded_cell(x, weights, kernels, biases):
-    """A cell as one convolution a node: of node k, `kernels[k - 1]` (C, k * C, 3, 3), `biases[k - 1]` (C,)."""
+    """Compute a cell as one convolution a node: of node k, `kernels[k - 1]` (C, k * C, 3, 3), `biases[k - 1]` (C,)."""
     nodes, active, pooled = [x], [], []
     for target, (kernel, bias) in enumerate(zip(kernels, biases, strict=True), start=1):
         active.append(torch.relu(nodes[-1]))
@@ -114,14 +114,14 @@ def folded_cell(x, weights, kernels, biases):
 
 
 def fold_conv(relu, conv, norm):
-    """Kernel (C, C, 3, 3) and bias (C,) of a convolution with its BatchNorm; a 1x1 kernel goes to the centre."""
+    """Return kernel (C, C, 3, 3) and bias (C,) of a convolution with its BatchNorm; a 1x1 kernel goes to the centre."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     margin = 1 - conv.padding[0]
     return F.pad(conv.weight * scale.view(-1, 1, 1, 1), (margin,) * 4), -norm.running_mean * scale
 
 
 def fold(cells):
-    """For each node k of equal cells: kernels (cells, 2, C, k, C, 3, 3) and biases (cells, 2, C, k), not yet mixed."""
+    """Return for each node k of equal cells kernels (cells, 2, C, k, C, 3, 3) and biases (cells, 2, C, k), unmixed."""
     nodes = []
     for target in range(1, cells[0].max_nodes):
         edges = [[cell.edges[f"{target}<-{source}"] for source in range(target)] for cell in cells]
@@ -132,7 +132,7 @@ def fold(cells):
 
 
 def mix(nodes, weights):
-    """For each of the cells that `fold` had, the (kernels, biases) that `folded_cell` takes."""
+    """Return, for each of the cells that `fold` had, the (kernels, biases) that `folded_cell` takes."""
     kernels, biases = [], []
     for target, (kernel, bias) in enumerate(nodes, start=1):
         w = weights[row(target, 0) : row(target + 1, 0), CONV1 : CONV3 + 1].t()  # (2, k)
@@ -169,7 +169,7 @@ class Evaluator:
 
     @torch.no_grad()
     def logits(self, alphas):
-        """The logits (B, num_classes) of one individual, (1, 6, 5) or (6, 5), raw or decoded, on the batch."""
+        """Return the logits (B, num_classes) of one individual, (1, 6, 5) or (6, 5), raw or decoded, on the batch."""
         weights = mixing_weights(alphas)
         if self.folding:
             arguments = [cell for stage in self.stages for cell in mix(stage, weights)]
