@@ -14,6 +14,7 @@ import torch
 from scipy import stats
 from torch import nn
 
+import data
 import train_search
 from nas201 import encoding, summary
 from nas201.genotypes import to_arch_string
@@ -186,6 +187,30 @@ def test_a_run_is_bound_to_its_table_wherever_that_lies(tmp_path, table, monkeyp
     (tmp_path / "moved.csv").write_text("\n".join(map(",".join, figures)))
     assert "run: table is '" in fails(main, ["--resume", "run", "--api_path", "moved.csv"])
     assert "no such" in fails(main, ["--resume", "run", "--api_path", "nowhere.csv"]).lower()
+
+
+def test_a_run_is_bound_to_its_split_file_wherever_that_lies(tmp_path, monkeypatch, fails):
+    """On CIFAR-10 in name; the images are random ones of 8x8 pixels."""
+
+    def load(dataset, root, split):
+        images = torch.randint(256, (50_000, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        return data.Images(images, torch.arange(50_000) % 10, list("0123456789"), dataset)
+
+    def write_split(name, **lists):
+        content = {key: ["int", list(map(str, indices))] for key, indices in lists.items()}
+        (tmp_path / name).write_text(json.dumps(content))
+        return ["--split_file", name]
+
+    monkeypatch.setattr(data, "load_cifar", load)
+    monkeypatch.chdir(tmp_path)
+    lists = {"train": range(0, 1_000, 2), "valid": range(1, 1_000, 2)}
+    run = search(tmp_path, "--dataset", "cifar10", "--epochs", 1, *write_split("first.txt", **lists))
+    (run / "report.html").unlink()
+    main(["--resume", "run", *write_split("moved.txt", **lists)])
+    (run / "report.html").unlink()
+    lists["valid"] = [49_999, *range(3, 1_000, 2)]
+    assert "run: split is '" in fails(main, ["--resume", "run", *write_split("other.txt", **lists)])
+    assert not (run / "report.html").exists()
 
 
 def test_resume_keeps_what_differs_from_this_spaces_defaults(tmp_path):
