@@ -77,6 +77,9 @@ AUGMENTATION = {
     "imagenet": Augmentation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
+# Where the published commands look for a data set, if not in ../data.
+FOLDERS = {"imagenet": "../data/imagenet", "ImageNet16-120": "../data/ImageNet16"}
+
 
 def describe(**splits):
     """Describe the splits of a run (name=Images or Files) for JSON; two runs on the same data have the same.

@@ -134,7 +134,8 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
         loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
             distributed.average_over_ranks([p.grad for p in parameters])
-        nn.utils.clip_grad_norm_(parameters, args.grad_clip)
+        if args.grad_clip is not None:
+            nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         optimizer.step()
 
         loss = loss.detach()

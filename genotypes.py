@@ -137,6 +137,11 @@ def to_json(cell):
     return cell if isinstance(cell, str) else to_dict(cell)
 
 
+def from_json(value, source="genotype"):
+    """Return the cell of which `to_json` made `value`; an arch string is not checked here. Raises UserError."""
+    return value if isinstance(value, str) else from_dict(value, source)
+
+
 def from_dict(value, source="genotype"):
     """Return the Genotype of its JSON form. Raises UserError."""
     if not isinstance(value, dict) or set(value) != set(Genotype._fields):
@@ -152,9 +157,13 @@ def _reconstruct(cls, base, state):
 
 
 def load(path):
-    """Read `genotype.json`, or the `genotype.pickle` of the published scripts. Raises UserError naming the file."""
+    """Read a Genotype from `genotype.json` or from the `genotype.pickle` of the published scripts.
+
+    Of a JSON file of another space: its arch string, unchecked. Raises UserError naming the file.
+    """
     if str(path).endswith(".json"):
-        return from_dict(read_json(path), path)
+        value = read_json(path)
+        return from_json(value["arch"] if isinstance(value, dict) and set(value) == {"arch"} else value, path)
     allowed = {
         ("genotypes", "Genotype"): Genotype,
         ("builtins", "range"): range,

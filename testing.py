@@ -1,48 +1,72 @@
-"""Which network to build and how to test it: shared by train.py and the three test scripts."""
+"""Which network to build, on which images, and how to test it: shared by train.py and the three test scripts."""
 
 from pathlib import Path
 
 import data
 import genotypes
 import loaders
+import nas201.data
+import nas201.model
 import utils
 from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
+from nas201.genotypes import from_arch_string
 from support import devices, distributed, weights
 from support.cli import Parser, Published, number
 from support.files import UserError
-from utils import CIFAR
+from utils import CIFAR, IMAGENET, NAS201
+
+ARCH = f"a named cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 
 
 def choose_genotype(args, dir_first=False):
-    """Return the cell that --genotype, --arch or --dir names, and where it comes from. Raises UserError.
+    """Return what --genotype, --arch or --dir names, and where it comes from. Raises UserError.
 
-    As in the published scripts, --arch goes before the cell in --dir, or with `dir_first` behind it.
+    It is a Genotype or, of NAS-Bench-201, an arch string. As in the published scripts, --arch goes before the cell in
+    --dir, or with `dir_first` behind it.
     """
     if args.arch and args.genotype:
         raise UserError("--arch and --genotype both name a cell: leave one out")
     if args.genotype:
         return genotypes.load(args.genotype), args.genotype
     if args.arch and not (dir_first and args.dir and genotypes.files_in(args.dir)):
-        return genotypes.get(args.arch), f"--arch {args.arch}"
+        arch = args.arch.strip()
+        if arch.startswith("|"):
+            from_arch_string(arch)  # says what is wrong with it
+        return arch if arch.startswith("|") else genotypes.get(arch), f"--arch {args.arch}"
     if args.dir is None:
         raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
     path = genotypes.file_in(args.dir)
     return genotypes.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
 
 
-def make_network(genotype, images, args):
-    """Make the network of the family that the images need: in memory CIFAR's, in files ImageNet's. Raises UserError."""
+def choose_recipe(genotype, images):
+    """Return the recipe, and so the family of networks: NAS-Bench-201's for an arch string, else as the images need."""
+    if isinstance(genotype, str):
+        return NAS201
+    return IMAGENET if isinstance(images, data.Files) else CIFAR
+
+
+def choose_augmentation(genotype, dataset, images, about=None):
+    """Return the Augmentation; arch strings have the benchmark's normalisation, and ImageNet16-120 no other."""
+    known = nas201.data.AUGMENTATION if isinstance(genotype, str) or dataset not in data.AUGMENTATION else {}
+    return known.get(dataset) or data.augmentation(dataset, images, about)
+
+
+def make_network(genotype, family, classes, image_size, args):
+    """Make the network of a family for so many classes and images of (height, width) pixels. Raises UserError."""
+    if args.auxiliary and family == "nas201":
+        raise UserError("--auxiliary is not for arch strings: the benchmark's networks have no such head")
     if args.auxiliary and args.layers < 2:
         raise UserError("--auxiliary needs at least 2 --layers: the head stands behind the second reduction cell")
-    family = NetworkImageNet
-    if isinstance(images, data.Images):
-        family = NetworkCIFAR
-        data.check_in_memory(images)
-        height, width = images.images.shape[2:]
-        if args.auxiliary and (height, width) != (32, 32):
-            raise UserError(f"--auxiliary needs images of 32x32 pixels (8x8 features); these are {width}x{height}")
-    return family(args.init_channels, len(images.classes), args.layers, args.auxiliary, genotype)
+    side, features = (224, "7x7") if family == "imagenet" else (32, "8x8")
+    if args.auxiliary and list(image_size) != [side, side]:
+        found = "{1}x{0}".format(*image_size)
+        raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
+    if family == "nas201":
+        return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
+    network = NetworkImageNet if family == "imagenet" else NetworkCIFAR
+    return network(args.init_channels, classes, args.layers, args.auxiliary, genotype)
 
 
 def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50):
@@ -52,15 +76,15 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     cell = parser.add_argument_group("cell and weights")
     cell.add_argument("--dir", help="a retraining's run directory: cell, size and (last) weights come from there")
     cell.add_argument("--model_path", help="a weights file")
-    cell.add_argument("--arch", help=f"a named cell: {', '.join(genotypes.NAMED)}")
+    cell.add_argument("--arch", help=ARCH)
     cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
     for name, low in (("init_channels", 2), ("layers", 1)):
-        text = f"(default: {getattr(recipe, name)}, or what DIR says)"
+        text = f"(default: {getattr(recipe, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
         cell.add_argument(f"--{name}", type=number(int, low), help=text)
     cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
-    run.add_argument("--data", default=recipe.data, help="where the data set lies")
+    run.add_argument("--data", help="where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
     run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
     run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
@@ -74,27 +98,32 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
         raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
     args.model_path = weights.find(args.model_path or Path(args.dir) / "weights.pt")
     about = weights.read_info(args.model_path)
+    if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
+        genotype = genotypes.from_json(about["genotype"], weights.info_path(args.model_path))
+    else:
+        genotype, _ = choose_genotype(args)
+    recipe = NAS201 if isinstance(genotype, str) else recipe
     for name in ("init_channels", "layers"):  # what was saved with the weights, then the paper's
         given, saved = getattr(args, name), about.get(name)
         if given is not None and saved is not None and given != saved:
             raise UserError(f"--{name} {given} differs from {saved}, with which {args.model_path} was trained")
         setattr(args, name, given or saved or getattr(recipe, name))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
-    if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
-        genotype = genotypes.from_dict(about["genotype"], weights.info_path(args.model_path))
-    else:
-        genotype, _ = choose_genotype(args)
     device = devices.choose_device(args)
 
-    images = data.load(args.dataset, args.data, "test")
+    args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
+    images = nas201.data.load(args.dataset, args.data, "test")
     found = data.describe(test=images)
     data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
     needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
     train = data.load(args.dataset, args.data, "train") if needs_train else images
     loader = loaders.make_loader(
-        images, args.batch_size, data.augmentation(args.dataset, train, about), device, workers=args.workers
+        images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
     )
-    network = make_network(genotype, images, args)
+    family = choose_recipe(genotype, images).family
+    if family != "imagenet":
+        data.check_in_memory(images)
+    network = make_network(genotype, family, len(images.classes), images.image_size, args)
     weights.load_weights(network, args.model_path)
     network = network.to(device, memory_format=devices.memory_format(device))
 

@@ -7,6 +7,7 @@ from support.cli import Parser, Published, command, file_name, number  # first: 
 
 # isort: split
 
+import argparse
 import math
 import time
 from pathlib import Path
@@ -18,29 +19,33 @@ from torch.nn.parallel import DistributedDataParallel
 import data
 import genotypes
 import loaders
+import nas201.data
+import nas201.report  # registers arch strings with the drawings and the report
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
 from support import devices, distributed, runs
 from support.files import UserError
-from testing import choose_genotype, make_network
-from utils import CIFAR, IMAGENET
+from testing import ARCH, choose_augmentation, choose_genotype, choose_recipe, make_network
+from utils import CIFAR, IMAGENET, NAS201
 
 
 def make_parser():
     def default(name):
-        return "(default: {}; imagenet: {})".format(*(getattr(recipe, name) for recipe in (CIFAR, IMAGENET)))
+        values = (getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201))
+        return "(default: {}; imagenet: {}; arch strings: {})".format(*values)
 
     parser = Parser(prog="train.py", description=__doc__)
     group = parser.add_argument_group("cell: one of")
-    group.add_argument("--arch", help=f"a named cell: {', '.join(genotypes.NAMED)}")
+    group.add_argument("--arch", help=ARCH)
     group.add_argument("--genotype", help="a genotype.json or genotype.pickle")
     text = "a run directory with one of these, which goes before --arch; the new run is made in it"
     group.add_argument("--dir", help=text)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", help=f"where the data set lies {default('data')}")
+    group.add_argument("--data", help="where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
-    group.add_argument("--dataset", default="cifar10", choices=["cifar10", "cifar100", "imagenet", "folder", "digits"])
+    datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
+    group.add_argument("--dataset", default="cifar10", choices=datasets)
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
     group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
@@ -48,7 +53,7 @@ def make_parser():
     group = parser.add_argument_group("network")
     group.add_argument("--init_channels", type=number(int, 2), help=default("init_channels"))
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
-    group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}")
+    group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}, in each stage")
     group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
     group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
     group.add_argument("--drop_path_prob", type=number(float, 0, 0.99), help=f"at the end {default('drop_path_prob')}")
@@ -58,8 +63,10 @@ def make_parser():
     group.add_argument("--learning_rate", type=number(float, 0), help=default("learning_rate"))
     group.add_argument("--lr_scheduler", choices=["cosine", "linear"], help=default("lr_scheduler"))
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
+    text = f"momentum {default('nesterov')}"
+    group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help=text)
     group.add_argument("--weight_decay", type=number(float, 0), help=default("weight_decay"))
-    group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, help="largest gradient norm")
+    group.add_argument("--grad_clip", type=number(float, above=0), help=f"largest gradient norm {default('grad_clip')}")
     group.add_argument("--label_smooth", type=number(float, 0, 1), help=default("label_smooth"))
     group = parser.add_argument_group("run")
     group.add_argument("--save", type=file_name, default="EXP", help="the run directory is called eval-SAVE-TIME")
@@ -86,23 +93,30 @@ def learning_rate(args, epoch, warmup):
     return lr * (e + 1) / 5 if warmup and e < 5 else lr
 
 
-def load_splits(args):
-    """Read (train, test, Augmentation), and fill in the defaults that depend on the data. Raises UserError."""
+def load_splits(args, genotype):
+    """Read (train, test), and fill in the defaults that depend on the data. Raises UserError.
+
+    Returns them with their Augmentation and the family of networks that they need.
+    """
     if args.data is None:
-        args.data = (IMAGENET if args.dataset == "imagenet" else CIFAR).data
-    train, test = (data.load(args.dataset, args.data, split) for split in ("train", "test"))
+        args.data = data.FOLDERS.get(args.dataset, "../data")
+    train, test = (nas201.data.load(args.dataset, args.data, split) for split in ("train", "test"))
     both = data.describe(train=train), data.describe(test=test)
     data.check_alike("the training images", both[0], f"the test images of {args.data}", both[1])
-    large = isinstance(train, data.Files)
-    for name, value in vars(IMAGENET if large else CIFAR).items():
-        if getattr(args, name) is None:
+    large, recipe = isinstance(train, data.Files), choose_recipe(genotype, train)
+    if recipe is not IMAGENET:
+        data.check_in_memory(train)
+    for name, value in vars(recipe).items():
+        if name != "family" and getattr(args, name) is None:
             setattr(args, name, value)
-    augmentation = data.augmentation(args.dataset, train)
+    augment = choose_augmentation(genotype, args.dataset, train)
     train = data.subsample(train, args.train_samples, torch.Generator().manual_seed(args.seed))
     data.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
-    return train, test, augmentation
+    if args.drop_path_prob and recipe is NAS201:
+        raise UserError("--drop_path_prob is not for arch strings: the benchmark's networks have no drop path")
+    return train, test, augment, recipe.family
 
 
 class RetrainingState(TrainingState):
@@ -113,14 +127,16 @@ class RetrainingState(TrainingState):
 def retrain(args, network, train_loader, test_loader, warmup, about, run):
     """Train `network` for args.epochs epochs, testing after each; `about` is saved beside the weights."""
     device = next(network.parameters()).device
-    optimizer = utils.make_sgd(network.parameters(), args, device)
+    optimizer = utils.make_sgd(network.parameters(), args, device, args.nesterov)
     state = RetrainingState(network, optimizer, train_loader)
     run.restore(state)
     trained = network
     if distributed.world_size() > 1:
         # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
         own = [device] if device.type == "cuda" else None
-        trained = DistributedDataParallel(network, device_ids=own, broadcast_buffers=False)
+        dead_ends = about["family"] == "nas201"  # an edge may lead to a node from which only `none` goes on
+        settings = dict(broadcast_buffers=False, find_unused_parameters=dead_ends)
+        trained = DistributedDataParallel(network, device_ids=own, **settings)
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"
@@ -175,18 +191,20 @@ def main(argv=None):
     else:
         genotype, source = choose_genotype(args, dir_first=True)
     device = devices.choose_device(args)
-    train, test, augmentation = load_splits(args)
+    train, test, augmentation, family = load_splits(args, genotype)
     warmup = isinstance(train, data.Files) and args.batch_size > 256
 
     torch.manual_seed(args.seed)
-    network = make_network(genotype, train, args).to(device, memory_format=devices.memory_format(device))
+    network = make_network(genotype, family, len(train.classes), train.image_size, args)
+    network = network.to(device, memory_format=devices.memory_format(device))
     generator = torch.Generator().manual_seed(args.seed + 1)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
     test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
 
     about = {  # what a test must know of the weights, saved beside them
-        "genotype": genotypes.to_dict(genotype),
+        "family": family,
+        "genotype": genotypes.to_json(genotype),
         "dataset": args.dataset,
         "classes": train.classes,
         "image_size": train.image_size,

@@ -10,9 +10,9 @@ from support import devices
 
 @dataclass(frozen=True)
 class Recipe:
-    """The paper's settings for retraining and testing a family of networks (EvNAS, section 4)."""
+    """Settings for retraining and testing a family of networks: the paper's (EvNAS, section 4), or the benchmark's."""
 
-    data: str
+    family: str
     batch_size: int
     learning_rate: float
     lr_scheduler: str
@@ -23,12 +23,15 @@ class Recipe:
     drop_path_prob: float
     label_smooth: float
     seed: int
+    grad_clip: float | None = 5.0
+    nesterov: bool = False
 
 
-CIFAR = Recipe("../data", 96, 0.025, "cosine", 3e-4, 600, 36, 20, 0.2, label_smooth=0.0, seed=18)
-IMAGENET = Recipe(
-    "../data/imagenet", 256, 0.1, "linear", 3e-5, 250, 48, 14, drop_path_prob=0.0, label_smooth=0.1, seed=0
-)
+CIFAR = Recipe("cifar", 96, 0.025, "cosine", 3e-4, 600, 36, 20, 0.2, label_smooth=0.0, seed=18)
+IMAGENET = Recipe("imagenet", 256, 0.1, "linear", 3e-5, 250, 48, 14, drop_path_prob=0.0, label_smooth=0.1, seed=0)
+# Dong & Yang (ICLR 2020), table 1; layers: cells in each of the three stages.
+NAS201 = Recipe("nas201", 256, 0.1, "cosine", 5e-4, 200, 16, 5, 0.0, 0.0, seed=18, grad_clip=None, nesterov=True)
+RECIPES = {recipe.family: recipe for recipe in (CIFAR, IMAGENET, NAS201)}
 
 
 def cost(images, start, device):
@@ -53,12 +56,15 @@ def mult_adds_in_millions(model, image_shape):
 
 
 def make_sgd(parameters, args, device, nesterov=False):
-    """Make the SGD of the recipes: one parameter group, weight decay on everything."""
+    """Make the SGD of the recipes: one parameter group, weight decay on everything.
+
+    Without momentum, `nesterov` or not, it is plain SGD.
+    """
     return torch.optim.SGD(
         parameters,
         args.learning_rate,
         momentum=args.momentum,
         weight_decay=args.weight_decay,
-        nesterov=nesterov,
+        nesterov=nesterov and args.momentum > 0,
         fused=device.type == "cuda",
     )

@@ -31,6 +31,13 @@ VALIDATION = {"cifar100": 5000, "ImageNet16-120": 3000}
 SPLIT_KEYS = {"cifar10": ("train", "valid"), "cifar100": ("xvalid", "xtest"), "ImageNet16-120": ("xvalid", "xtest")}
 
 
+def load(dataset, root, split, workers=None):
+    """Read split "train" or "test" of one of DATASETS or of `data.load`'s; ImageNet16-120 tests on all 6,000 images."""
+    if dataset == "ImageNet16-120":
+        return load_imagenet16(root, workers)[split]
+    return data.load(dataset, root, split, workers)
+
+
 # ---- splits
 
 
@@ -47,11 +54,8 @@ def search_splits(args):
     if not args.split_file:
         args.split = args.split or ("fixed" if args.dataset in SPLIT_KEYS else "seeded")
     generator = torch.Generator().manual_seed(args.seed)
-    if args.dataset == "ImageNet16-120":
-        train, test = load_imagenet16(args.data, args.workers).values()
-    else:
-        train = data.load(args.dataset, args.data, "train", args.workers)
-        test = data.load(args.dataset, args.data, "test") if args.dataset in VALIDATION else train
+    train = load(args.dataset, args.data, "train", args.workers)
+    test = load(args.dataset, args.data, "test", args.workers) if args.dataset in VALIDATION else train
     data.check_in_memory(train)
     augment = AUGMENTATION.get(args.dataset) or data.augmentation(args.dataset, train)
     if args.split != "seeded":

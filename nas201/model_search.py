@@ -10,12 +10,12 @@ from nas201.genotypes import PRIMITIVES
 from operations import Classifier, ReLUConvBN, Zero
 
 OPS = {  # (B, C, H, W) -> (B, C, H, W); `track`: whether BatchNorm keeps running statistics
-    "none": lambda C, track: Zero(1),
-    "skip_connect": lambda C, track: nn.Identity(),
-    "nor_conv_1x1": lambda C, track: ReLUConvBN(C, C, 1, 1, 0, affine=False, track_running_stats=track),
-    "nor_conv_3x3": lambda C, track: ReLUConvBN(C, C, 3, 1, 1, affine=False, track_running_stats=track),
+    "none": lambda C, affine, track: Zero(1),
+    "skip_connect": lambda C, affine, track: nn.Identity(),
+    "nor_conv_1x1": lambda C, affine, track: ReLUConvBN(C, C, 1, 1, 0, affine, track),
+    "nor_conv_3x3": lambda C, affine, track: ReLUConvBN(C, C, 3, 1, 1, affine, track),
     # Unlike in the DARTS space no BatchNorm follows the pool.
-    "avg_pool_3x3": lambda C, track: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+    "avg_pool_3x3": lambda C, affine, track: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
 }
 
 
@@ -41,7 +41,7 @@ class Cell(nn.Module):
         self.edges = nn.ModuleDict()  # node by node, within a node by input
         for node in range(1, max_nodes):
             for source in range(node):
-                ops = (OPS[primitive](C, track_running_stats) for primitive in PRIMITIVES)
+                ops = (OPS[primitive](C, False, track_running_stats) for primitive in PRIMITIVES)
                 self.edges[f"{node}<-{source}"] = nn.ModuleList(ops)
 
     def forward(self, x, weights):  # x: (B, C, H, W), weights: (E, O)
@@ -56,15 +56,14 @@ class Cell(nn.Module):
         return nodes[-1]  # (B, C, H, W)
 
 
-class Network(nn.Module):
-    """Three stages of N cells with C, 2C and 4C channels, residual blocks between them.
+class Stages(nn.Module):
+    """Stem, three stages of N cells with C, 2C and 4C channels, residual blocks between them, classifier.
 
-    `track_running_stats=False` takes the running statistics from the BatchNorms of the searched cells alone: these
-    normalise by the batch in eval mode too. Stem, blocks and `lastact` always keep theirs. BatchNorm in the searched
-    cells has no affine parameters.
+    What all networks of this space have in common. A cell is make_cell(channels); it is called with the features
+    (B, channels, H, W) and whatever else `forward` gets.
     """
 
-    def __init__(self, C, N, num_classes, max_nodes=4, *, track_running_stats=True):
+    def __init__(self, C, N, num_classes, make_cell):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
         self.cells = nn.ModuleList()
@@ -72,21 +71,34 @@ class Network(nn.Module):
             if stage > 0:
                 self.cells.append(ResidualBlock(C, 2 * C))
                 C *= 2
-            self.cells.extend(Cell(C, max_nodes, track_running_stats) for _ in range(N))
+            self.cells.extend(make_cell(C) for _ in range(N))
         self.lastact = nn.Sequential(nn.BatchNorm2d(C), nn.ReLU())
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = Classifier(C, num_classes)
 
+    def forward(self, x, *settings):
+        s = self.stem(x)
+        for cell in self.cells:
+            s = cell(s) if isinstance(cell, ResidualBlock) else cell(s, *settings)
+        return self.classifier(self.global_pooling(self.lastact(s)).flatten(1))
+
+
+class Network(Stages):
+    """The supernet. BatchNorm in its searched cells has no affine parameters.
+
+    `track_running_stats=False` takes the running statistics from the BatchNorms of the searched cells alone: these
+    normalise by the batch in eval mode too. Stem, blocks and `lastact` always keep theirs.
+    """
+
+    def __init__(self, C, N, num_classes, max_nodes=4, *, track_running_stats=True):
+        super().__init__(C, N, num_classes, lambda channels: Cell(channels, max_nodes, track_running_stats))
+
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """Load as torch does; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""
+        """As torch's own; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""
         if "arch_parameters" in state_dict:
             state_dict = {name: value for name, value in state_dict.items() if name != "arch_parameters"}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, x, alphas):
         """Logits (B, num_classes) of images x (B, 3, H, W) with alphas (1, E, O) or (E, O), raw or decoded."""
-        weights = torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
-        s = self.stem(x)
-        for cell in self.cells:
-            s = cell(s, weights) if isinstance(cell, Cell) else cell(s)
-        return self.classifier(self.global_pooling(self.lastact(s)).flatten(1))
+        return super().forward(x, torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1))  # weights (E, O)

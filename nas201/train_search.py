@@ -39,9 +39,9 @@ class S2(SearchSpace):
     """
 
     name, encoding, fast, genotype_files = "s2", encoding, fast_search, ("genotype.json",)
+    nesterov = True
 
     def __init__(self, args):
-        self.nesterov = args.momentum > 0  # without momentum it is plain SGD, and torch refuses the word
         self.table = args.api_path and benchmark.load(args.api_path)
         if self.table:
             dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")

@@ -9,7 +9,7 @@ import sys
 from html import escape
 
 import genotypes
-from support.files import UserError, atomic_write, read_json
+from support.files import UserError, atomic_write
 
 PALETTE = {
     "paper": "#ffffff", "ink": "#1b1f27", "soft": "#5a6270", "line": "#6b7482", "rule": "#dde1e7", "node": "#e8ecf2",
@@ -166,14 +166,12 @@ def title(name, words):
 
 def load_architecture(path):
     """Return the Genotype or arch string in a genotype file. Raises UserError naming the file."""
-    value = read_json(path) if str(path).endswith(".json") else None
-    if not isinstance(value, dict) or not isinstance(value.get("arch"), str):
-        return genotypes.load(path)
+    architecture = genotypes.load(path)
     try:
-        cells(value["arch"])
+        cells(architecture)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return value["arch"]
+    return architecture
 
 
 @default_settings()

@@ -1,11 +1,18 @@
-"""The NAS-Bench-201 supernet; its figures against those of the original network are in test_parity.py."""
+"""NAS-Bench-201's networks; the supernet's figures against those of the original network are in test_parity.py."""
+
+import re
 
 import pytest
 import torch
 from torch import nn
 
+import utils
+from nas201 import model
 from nas201.encoding import decode
+from nas201.genotypes import from_arch_string
 from nas201.model_search import Cell, Network
+from nas201.sources import ALLOWED, unpacked
+from support.files import restricted_unpickle
 
 from golden import fill, images, seeded_alphas
 
@@ -59,3 +66,42 @@ def test_skip_path_sums():
     weights[:, 1] = 1.0
     x = torch.randn(2, 4, 8, 8)
     torch.testing.assert_close(cell(x, weights), 4 * x)
+
+
+# ---- the network of one architecture
+
+
+@pytest.mark.parametrize("index", [0, 11, 284])
+def test_sizes_are_those_on_record(shared_data, index):
+    """The benchmark's own records; what it calls flops counts the classifier's bias too."""
+    path = shared_data("NATS-tss-v1_0-3ffb9-simple") / f"{index:06d}.pickle.pbz2"
+    record = restricted_unpickle(unpacked(path), ALLOWED, path)["200"]
+    runs = {name: run for (name, _), run in record["all_results"].items()}
+    for name, classes, side in (("cifar10", 10, 32), ("cifar100", 100, 32), ("ImageNet16-120", 120, 16)):
+        network = model.Network(16, 5, classes, record["arch_str"])
+        assert utils.parameters_in_millions(network) == pytest.approx(runs[name]["params"], abs=1e-9)
+        counted = utils.mult_adds_in_millions(network, (3, side, side)) + classes / 1e6
+        assert counted == pytest.approx(runs[name]["flop"], abs=1e-9)
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_a_network_is_the_supernet_with_one_operation_an_edge(train):
+    arch = "|nor_conv_3x3~0|+|avg_pool_3x3~0|nor_conv_1x1~1|+|none~0|skip_connect~1|nor_conv_3x3~2|"
+    supernet, network = fill(Network(4, 2, 10)).train(train), model.Network(4, 2, 10, arch).train(train)
+    alphas = torch.full((6, 5), -1e9)
+    operations = from_arch_string(arch)
+    for edge, operation in enumerate(operations):
+        alphas[edge, operation] = 0.0  # the softmax is 1 here and 0 elsewhere
+    state = supernet.state_dict()
+    for name, value in network.state_dict().items():
+        if ".edges." in name:
+            place, edge, rest = re.fullmatch(r"(.*\.edges)\.(\d<-\d)\.(.*)", name).groups()
+            name = f"{place}.{edge}.{operations[list(network.cells[0].edges).index(edge)]}.{rest}"
+        if name in state:
+            value.copy_(state[name])
+        else:
+            assert name.endswith(("op.2.weight", "op.2.bias"))  # affine here alone, as it begins: 1 and 0
+    x = images(3, (4, 3, 8, 8))
+    logits, logits_aux = network(x)
+    assert logits_aux is None
+    torch.testing.assert_close(logits, supernet(x, alphas), rtol=1e-4, atol=1e-4)

@@ -15,10 +15,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
+import engine
 import genotypes
 import loaders
 import test_cifar
 import test_imagenet
+import testing
 import train
 import train_search
 from model import NetworkCIFAR, NetworkImageNet
@@ -27,6 +29,7 @@ from support import runs, weights
 pytestmark = pytest.mark.usefixtures("quick_report")
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
 SIZES = dict(dataset="digits", arch="EvNASB", train_samples=96, batch_size=16, init_channels=4, layers=3, epochs=3)
+ARCH = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|"  # node 2 leads nowhere
 SIZES |= dict(learning_rate=0.1, device="cpu")
 
 
@@ -183,7 +186,7 @@ def test_each_epoch_trains_with_its_learning_rate_and_drop_path(tmp_path, monkey
 
 def defaults(argv):
     args = train.make_parser().parse_args(argv)
-    train.load_splits(args)
+    train.load_splits(args, genotypes.EvNASA)
     return args
 
 
@@ -200,6 +203,46 @@ def test_recipes_of_cifar_and_imagenet(make_images, monkeypatch):
     assert (large.learning_rate, large.weight_decay, large.momentum, large.grad_clip) == (0.1, 3e-5, 0.9, 5)
     assert (large.drop_path_prob, large.auxiliary_weight, large.label_smooth) == (0, 0.4, 0.1)
     assert (large.lr_scheduler, large.seed) == ("linear", 0)
+
+
+def test_recipe_of_arch_strings(make_images):
+    root = make_images("train", 100, [(8, 8)])
+    make_images("test", 1, [(8, 8)])
+    args = train.make_parser().parse_args(["--dataset", "folder", "--data", str(root)])
+    *_, augmentation, family = train.load_splits(args, ARCH)
+    assert (family, augmentation.pad, augmentation.flip) == ("nas201", 4, True)
+    assert (args.init_channels, args.layers, args.epochs, args.batch_size) == (16, 5, 200, 256)
+    assert (args.learning_rate, args.weight_decay, args.momentum, args.nesterov) == (0.1, 5e-4, 0.9, True)
+    assert (args.lr_scheduler, args.drop_path_prob, args.label_smooth, args.grad_clip) == ("cosine", 0, 0, None)
+    assert testing.choose_augmentation(ARCH, "cifar10", None).mean[0] == 125.3 / 255
+    assert testing.choose_augmentation(ARCH, "ImageNet16-120", None).pad == 2
+
+
+def test_an_arch_string_is_trained_tested_and_resumed(tmp_path, fails):
+    sizes = dict(arch=ARCH, layers=1, momentum=0.8)
+    run = retrain(tmp_path / "whole", **sizes)
+    lines = history(run)
+    assert genotypes.load(run / "genotype.json") == ARCH and (run / "cell.svg").is_file()
+    tested = test_cifar.main(["--dataset", "digits", "--dir", str(run), "--device", "cpu"])
+    assert tested["top1"] == lines[-1]["test_top1"] > 12
+    (tmp_path / "found").mkdir()
+    genotypes.save(ARCH, tmp_path / "found/genotype.json")  # as a search of the space leaves it
+    stopped = tmp_path / "found"
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
+        patch.setattr(train, "evaluate", lambda *_, where, **__: evaluate_once(where, *_, **__))
+        train.main([word for word in command_line(dir=stopped, **sizes) if word not in ("--arch", ARCH)])
+    (resumed,) = stopped.glob("eval-*")
+    train.main(["--resume", str(resumed)])
+    assert history(resumed) == lines
+    for flag in ("--auxiliary", "--drop_path_prob=0.1"):
+        assert "not for arch strings" in fails(train.main, command_line(flag, arch=ARCH))
+    assert "lacks the edge 2<-0" in fails(train.main, command_line(arch="|none~0|+|none~1|"))
+
+
+def evaluate_once(where, *args, **kwargs):
+    if "epoch 2" in where:
+        raise RuntimeError("stopped")
+    return engine.evaluate(*args, where=where, **kwargs)
 
 
 def smoothed_cross_entropy(logits, y, eps):

@@ -1,0 +1,41 @@
+"""The network of one architecture of NAS-Bench-201, as it is retrained and tested."""
+
+from torch import nn
+
+from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
+from nas201.model_search import OPS, Stages
+from support.devices import compiled
+
+
+class Cell(nn.Module):
+    """A complete directed acyclic graph of four nodes with one operation on each edge; BatchNorm is affine."""
+
+    def __init__(self, operations, C):
+        super().__init__()
+        ops = (OPS[PRIMITIVES[index]](C, True, True) for index in operations)
+        self.edges = nn.ModuleDict({f"{node}<-{source}": op for (node, source), op in zip(EDGES, ops, strict=True)})
+
+    def forward(self, x, compile=False):  # (B, C, H, W) -> (B, C, H, W)
+        if compile:
+            return compiled(Cell.forward)(self, x)
+        nodes, ops = [x], iter(self.edges.values())
+        while len(nodes) < 4:
+            nodes.append(sum(next(ops)(h) for h in nodes))
+        return nodes[-1]
+
+
+class Network(Stages):
+    """`forward(x)`, x (B, 3, H, W), returns (logits, None) as the networks of the other space do: there is no head.
+
+    N cells of the arch string in each of three stages with C, 2C and 4C channels. Raises UserError for an arch string
+    that is none. With `compile` the cells go through torch.compile.
+    """
+
+    drop_path_prob = 0.0  # the benchmark's recipe has no drop path
+
+    def __init__(self, C, N, num_classes, arch):
+        operations = from_arch_string(arch)
+        super().__init__(C, N, num_classes, lambda channels: Cell(operations, channels))
+
+    def forward(self, x, *, compile=False):
+        return super().forward(x, compile), None
