@@ -8,6 +8,14 @@ import torch
 VARIANTS = ("evnas", "rand", "nd", "ndt", "ndf", "mut", "cross")
 
 
+def merit(fitness, violation):
+    """Return (P,) by which individuals compare: smaller violation first, then fitness; equal for equals (Deb, 2000)."""
+    if violation is None:
+        return fitness
+    # Rows are sorted by their first, then by their second column; what is returned is each one's place.
+    return torch.stack([-violation, fitness.to(violation)], dim=1).unique(dim=0, return_inverse=True)[1]
+
+
 def tournament(fitness, tsize, count, generator):
     """Return `count` winners, (count,): each the fittest of `tsize` distinct individuals drawn uniformly from all P.
 
@@ -31,18 +39,20 @@ def mutate(alphas, mutate_rate, generator):
     return torch.where(hit.unsqueeze(-1), torch.rand(alphas.shape, generator=generator), alphas)
 
 
-def next_generation(alphas, fitness, *, num_elites, tsize, mutate_rate, generator, variant="evnas"):
+def next_generation(alphas, fitness, *, num_elites, tsize, mutate_rate, generator, variant="evnas", violation=None):
     """Breed the next population.
 
     alphas (P, G, E, O) raw, fitness (P,), in any order -> (P, G, E, O) raw: the `num_elites` fittest unchanged, best
     first, then children of tournament winners. variant="mut" leaves out crossover, "cross" mutation; "rand" returns a
-    fresh uniform population (fitness may be None). Raises ValueError for sizes that do not fit the population.
+    fresh uniform population (fitness may be None). With `violation` (P,), 0 where a budget is met, individuals compare
+    by `merit`. Raises ValueError for sizes that do not fit the population.
     """
     P = len(alphas)
     if variant == "rand":
         return torch.rand(alphas.shape, generator=generator)
     if not (0 <= num_elites <= P and 1 <= tsize <= P and len(fitness) == P):
         raise ValueError(f"num_elites {num_elites}, tsize {tsize} or {len(fitness)} fitness do not fit {P} individuals")
+    fitness = merit(fitness, violation)
     elites = alphas[torch.sort(fitness, descending=True, stable=True).indices[:num_elites]]
     parents = [alphas[tournament(fitness, tsize, P - num_elites, generator)]]
     if variant == "mut":

@@ -18,8 +18,10 @@ import fast_search
 import genotypes
 import loaders
 import utils
+from costs import REPETITIONS, Costs, s1_table
 from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
-from evolution import VARIANTS, next_generation
+from evolution import VARIANTS, merit, next_generation
+from model import NetworkCIFAR
 from model_search import Network
 from reporting import report
 from support import devices, distributed, runs
@@ -39,6 +41,14 @@ class SearchSpace:
         """Return the discrete cell of one raw individual (G, E, O): a Genotype or an arch string."""
         raise NotImplementedError
 
+    def network(self, args, cell, classes):
+        """Return the network of a cell that would be retrained."""
+        raise NotImplementedError
+
+    def cost_table(self, args, classes, image_shape):
+        """Return what `network` costs: see `costs.s1_table`."""
+        raise NotImplementedError
+
     def report(self, alphas, fitness):
         """Return history fields, and a text for the log, on a population (P, G, E, O), best first, and its fitness."""
         return {}, ""
@@ -52,11 +62,20 @@ class S1(SearchSpace):
     def cell(self, alphas):
         return encoding.genotype(alphas)
 
+    def network(self, args, cell, classes):
+        return NetworkCIFAR(args.target_channels, classes, args.target_layers, False, cell)
+
+    def cost_table(self, args, classes, image_shape):
+        return s1_table(args.target_channels, args.target_layers, classes, image_shape)
+
 
 class SearchState(TrainingState):
-    """Shared weights and population: alphas (P, G, E, O), raw, and fitness (P,), percent, NaN until measured."""
+    """Shared weights and population: alphas (P, G, E, O), raw, and fitness (P,), percent, NaN until measured.
 
-    saved = ("alphas", "fitness")
+    violation (P,) says by how much individuals exceed the budgets; latency {cell: ms} is what has been measured of it.
+    """
+
+    saved = ("alphas", "fitness", "violation", "latency")
 
     def __init__(self, args, space, network, train_loader, valid_loader):
         device = next(network.parameters()).device
@@ -65,26 +84,31 @@ class SearchState(TrainingState):
         super().__init__(network, optimizer, train_loader, breeding=self.breeding, valid=valid_loader.generator)
         self.alphas = space.encoding.random_alphas(args.pop_size, generator=self.breeding)
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
+        self.violation, self.latency = torch.zeros(args.pop_size, dtype=torch.float64), {}
 
     def load_state_dict(self, state):
-        super().load_state_dict(state)
+        super().load_state_dict({"violation": self.violation, "latency": {}} | state)  # older checkpoints: no budgets
         if not ((self.alphas >= 0) & (self.alphas < 1)).all() or ((self.fitness < 0) | (self.fitness > 100)).any():
             raise ValueError("genes outside [0, 1), or fitness outside 0 to 100 %")
+        costs = [*self.latency.values(), *self.violation.tolist()]
+        if not all(type(value) is float and 0 <= value < math.inf for value in costs):
+            raise ValueError("a latency or an excess over the budgets that is no number of at least 0")
 
-    def set_fitness(self, fitness):
-        """Sort the population by `fitness` (P,), best first; among equals the earlier individual stays ahead."""
-        order = torch.sort(fitness, descending=True, stable=True).indices
-        self.alphas, self.fitness = self.alphas[order], fitness[order]
+    def set_fitness(self, fitness, violation):
+        """Sort the population by `merit`, best first; among equals the earlier individual stays ahead."""
+        order = torch.sort(merit(fitness, violation), descending=True, stable=True).indices
+        self.alphas, self.fitness, self.violation = self.alphas[order], fitness[order], violation[order]
 
 
-def search(args, space, network, train_loader, valid_loader, run):
+def search(args, space, network, train_loader, valid_loader, costs, run):
     """Run the search loop of EvNAS (section 3); return the best raw alphas (G, E, O) and their fitness in percent."""
     state = SearchState(args, space, network, train_loader, valid_loader)
     run.restore(state)
     breeding = {name: getattr(args, name) for name in ("num_elites", "tsize", "mutate_rate", "variant")}
     for generation in range(run.completed + 1, args.epochs + 1):
         if generation > 1 and state.partial is None:
-            state.alphas = next_generation(state.alphas, state.fitness, generator=state.breeding, **breeding)
+            breeding |= {"generator": state.breeding, "violation": state.violation}
+            state.alphas = next_generation(state.alphas, state.fitness, **breeding)
         state.begin_epoch()
         where = f"generation {generation}/{args.epochs}"
         lr = cosine(args.learning_rate, args.learning_rate_min, (generation - 1) / args.epochs)
@@ -97,9 +121,10 @@ def search(args, space, network, train_loader, valid_loader, run):
             entry |= train_generation(args, space, state, trained, lr, train_loader, where=where, log=run.log)
             entry["distinct"] = len(unique(decoded)[0])
             if args.variant != "rand" or generation == args.epochs:
-                state.set_fitness(measure(args, space, network, measured, valid_loader, where=f"{where}, fitness"))
+                fitness = measure(args, space, network, measured, valid_loader, where=f"{where}, fitness")
+                state.set_fitness(fitness, costs.violation(state.alphas, state.latency))
                 images += len(unique(measured)[0]) * valid_loader.size
-                fields, remarks = describe_population(space, state)
+                fields, remarks = describe_population(space, state, costs)
                 entry |= fields
         entry |= utils.cost(images, state.progress.start, next(network.parameters()).device)
         save_generation(run, space, state, entry, where, remarks)
@@ -127,9 +152,13 @@ def measure(args, space, network, alphas, loader, *, where):
     return measure_fitness(network, alphas, loader, args.bn, make_evaluator, amp=args.amp, where=where)
 
 
-def describe_population(space, state):
-    """Return history fields on the sorted population, and what the space has to say of it."""
+def describe_population(space, state, costs):
+    """Return history fields on the sorted population, and what budgets and space have to say of it."""
     fields, remarks = space.report(state.alphas, state.fitness)
+    if any(costs.limits.values()):
+        fields |= {"feasible": int((state.violation == 0).sum())}
+        remarks = f", {fields['feasible']} meet the budget{remarks}"
+    fields |= dict(zip(costs.names, costs.of(state.alphas[:1], state.latency)[0].tolist(), strict=True))
     best, mean = state.fitness[0].item(), state.fitness.mean().item()
     own = {"fitness_best": best, "fitness_mean": mean, "fitness_std": state.fitness.std(correction=0).item()}
     own["best_genotype"] = genotypes.to_json(space.cell(state.alphas[0]))
@@ -186,6 +215,10 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--num_elites", type=number(int, 0), default=1, help="best individuals kept unchanged")
     group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, help="probability for each edge")
     group.add_argument("--variant", choices=VARIANTS, default="evnas", help="the paper's ablations")
+    group.add_argument("--max_params", type=number(float, above=0), help="of the network to be retrained, millions")
+    group.add_argument("--max_mult_adds", type=number(float, above=0), help="of it, millions an image")
+    text = f"of it, ms: median of {REPETITIONS} forward passes of one image on this device, with these threads"
+    group.add_argument("--max_latency", type=number(float, above=0), help=text)
     group.add_argument("--bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics for fitness")
     group = parser.add_argument_group("training of the shared weights")
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="training batch")
@@ -239,6 +272,8 @@ def search_loaders(args, train, valid, augmentation, device):
 def run_search(args, space, network, loaders, device, prog, bound):
     """Open the run directory, search, and write what a run ends with; `bound` is what must be the same on resume."""
     bound = {"kind": "search", "space": space.name, **bound}
+    costs = Costs(args, space, network.classifier.out_features, loaders[1].image_shape, device)
+    costs.check()
     if args.resume:
         run = runs.Run.resume(args.resume, args, **bound)
     else:
@@ -248,7 +283,7 @@ def run_search(args, space, network, loaders, device, prog, bound):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         sizes, classes = [loader.size for loader in loaders], network.classifier.out_features
         run.log(f"{sizes[0]} training and {sizes[1]} validation images of {classes} classes")
-        best, fitness = search(args, space, network, *loaders, run)
+        best, fitness = search(args, space, network, *loaders, costs, run)
         run.log(f"best fitness {fitness:.2f} %: {space.cell(best)}")
         save_cell(run, space, best)
         report.finish(run, space.cell(best))
@@ -258,6 +293,8 @@ def run_search(args, space, network, loaders, device, prog, bound):
 def main(argv=None):
     parser = search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
     parser.add_argument("--layers", type=number(int, 1), default=8, help="cells of the supernet")
+    parser.add_argument("--target_channels", type=number(int, 2), default=36, help="of the network to be retrained")
+    parser.add_argument("--target_layers", type=number(int, 1), default=20, help="its cells")
     share = number(float, above=0, high=1)
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)

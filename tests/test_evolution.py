@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from evolution import crossover, mutate, next_generation, tournament
+from evolution import crossover, merit, mutate, next_generation, tournament
 
 G, E = 2, 14
 SHAPE = (G, E, 8)
@@ -281,3 +281,31 @@ def test_other_search_spaces():
     children = breed(alphas, torch.arange(9.0))
     assert children.shape == (9, 1, 6, 5)
     assert torch.equal(children[0], alphas[8])
+
+
+# Budgets
+
+
+def test_merit_is_violation_then_fitness():
+    """Of all pairs of 40 individuals, many of them equal in one or both."""
+    fitness, violation = (torch.randint(4, (40,), generator=generator(s)).double() for s in (10, 11))
+    merits = merit(fitness, violation)
+    keys = list(zip((-violation).tolist(), fitness.tolist(), strict=True))
+    for i, one in enumerate(keys):
+        assert [(one > other) - (one < other) for other in keys] == (merits[i] - merits).sign().tolist()
+
+
+@pytest.mark.parametrize("variant", ["evnas", "mut", "cross"])
+def test_without_a_violation_breeding_is_the_same(variant):
+    alphas, fitness = population(20), torch.randint(5, (20,), generator=generator(5)).double()
+    expected = breed(alphas, fitness, variant=variant)
+    assert torch.equal(breed(alphas, fitness, variant=variant, violation=torch.zeros(20)), expected)
+
+
+def test_the_feasible_breed():
+    alphas, fitness = labelled(6), torch.tensor([1.0, 2, 9, 3, 8, 7])
+    violation = torch.tensor([0.0, 0, 0.5, 0.2, 0.1, 0.1])
+    rows = sources(breed(alphas, fitness, violation=violation, num_elites=6))
+    assert rows[:, 0, 0].tolist() == [1, 0, 4, 5, 3, 2]
+    rows = sources(breed(alphas, fitness, violation=violation, tsize=6, num_elites=0, mutate_rate=0.0))
+    assert set(rows.unique().tolist()) == {1}

@@ -1,0 +1,150 @@
+"""Costs of the networks that would be retrained: exact counts, latency, budgets in the search."""
+
+import math
+
+import pytest
+import test_nas201_search
+import test_search
+import torch
+
+import costs
+import encoding
+import nas201.train_search
+import train_search
+import utils
+from model import NetworkCIFAR
+from nas201 import benchmark
+from nas201.costs import s2_table
+from nas201.genotypes import from_arch_string
+from nas201.sources import ALLOWED, unpacked
+from support import runs
+from support.files import restricted_unpickle
+
+pytestmark = pytest.mark.usefixtures("quick_report")
+TINY = dict(target_channels=4, target_layers=4)
+
+
+@pytest.mark.parametrize(
+    ("C", "layers", "image_shape"), [(4, 6, (3, 32, 32)), (6, 3, (3, 8, 12)), (4, 1, (3, 8, 8)), (2, 20, (3, 8, 8))]
+)
+def test_counts_are_those_of_the_built_network(C, layers, image_shape):
+    fixed, choices = costs.s1_table(C, layers, 7, image_shape)
+    alphas = encoding.random_alphas(5, generator=torch.Generator().manual_seed(C + layers))
+    chosen = encoding.decode(alphas)
+    assert (chosen.sum((0, 1, 2)) > 0)[1:].all()  # every operation occurs
+    for individual, one_hot in zip(alphas, chosen, strict=True):
+        network = NetworkCIFAR(C, 7, layers, False, encoding.genotype(individual))
+        parameters, mult_adds = (fixed + choices[one_hot.bool()].sum(0)).tolist()
+        assert parameters == sum(p.numel() for p in network.parameters())
+        assert mult_adds == round(1e6 * utils.mult_adds_in_millions(network, image_shape))
+
+
+def test_counts_of_nas_bench_201_are_the_recorded_ones(shared_data):
+    folder = shared_data("NATS-tss-v1_0-3ffb9-simple")
+    archs = benchmark.load(folder).archs
+    sizes = {"cifar10": (10, 32), "cifar100": (100, 32), "ImageNet16-120": (120, 16)}
+    for index in (0, 11, 284):
+        path = folder / f"{index:06d}.pickle.pbz2"
+        record = restricted_unpickle(unpacked(str(path)), ALLOWED, path)
+        for (dataset, _seed), run in record["200"]["all_results"].items():
+            if dataset in sizes:
+                classes, size = sizes[dataset]
+                fixed, choices = s2_table(16, 5, classes, (3, size, size))
+                ops = from_arch_string(archs[index])
+                parameters, mult_adds = (fixed + choices[0, range(6), ops].sum(0)).tolist()
+                assert parameters == round(1e6 * run["params"])
+                assert mult_adds + classes == round(1e6 * run["flop"])  # the record counts the classifier's bias
+
+
+# ---- budgets
+
+
+def best_costs(run, names=("parameters_M", "mult_adds_M")):
+    return [[line[name] for name in names] for line in runs.read_history(run)]
+
+
+def test_a_loose_budget_changes_nothing(tmp_path):
+    loose, free = (
+        test_search.search(tmp_path / name, **TINY, **flags)
+        for name, flags in (("loose", dict(max_params=1000, max_mult_adds=1e5)), ("free", {}))
+    )
+    lines = test_search.history(loose)
+    assert [line.pop("feasible") for line in lines] == [4, 4, 4]
+    assert lines == test_search.history(free)
+    for (alphas, fitness), (expected_alphas, expected) in zip(
+        test_search.populations(loose), test_search.populations(free), strict=True
+    ):
+        assert torch.equal(alphas, expected_alphas) and torch.equal(fitness, expected)
+    weights = [torch.load(run / "weights/weights.pt", weights_only=True) for run in (loose, free)]
+    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
+
+
+@pytest.mark.parametrize("seed", [18, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(19))])
+@pytest.mark.parametrize("space", ["s1", "s2"])
+def test_winners_meet_a_tight_budget(tmp_path, space, seed):
+    if space == "s1":
+        sizes = dict(
+            pop_size=10, tsize=4, epochs=3, seed=seed, train_samples=30, max_params=0.0128, max_mult_adds=0.138, **TINY
+        )
+        run = test_search.search(tmp_path, **sizes)
+        limits, decode = (0.0128, 0.138), encoding.decode
+        fixed, choices = costs.s1_table(4, 4, 10, (3, 8, 8))
+    else:
+        flags = ["--pop_size", 10, "--max_params", 0.3, "--max_mult_adds", 3, "--seed", seed]
+        run = test_nas201_search.search(tmp_path, *flags)
+        limits, decode = (0.3, 3), nas201.train_search.encoding.decode
+        fixed, choices = s2_table(16, 5, 10, (3, 8, 8))
+    for (alphas, fitness), line in zip(test_search.populations(run), runs.read_history(run), strict=True):
+        counts = torch.stack([fixed + choices[one_hot.bool()].sum(0) for one_hot in decode(alphas)]).double() / 1e6
+        excess = (counts / torch.tensor(limits, dtype=torch.float64) - 1).clamp(min=0).sum(1)
+        ranked = sorted(zip(excess.tolist(), (-fitness).tolist(), strict=True))
+        assert list(zip(excess.tolist(), (-fitness).tolist(), strict=True)) == ranked  # feasible first, then fitness
+        assert line["feasible"] == (excess == 0).sum()
+        assert [line["parameters_M"], line["mult_adds_M"]] == counts[0].tolist()
+    assert excess[0] == 0 and runs.read_history(run)[0]["feasible"] < len(excess)  # met at last, and it was tight
+
+
+@pytest.mark.parametrize(
+    ("module", "flags", "words"),
+    [
+        (train_search, ["--max_params", 0.5], "--max_params 0.5: no architecture meets it, the smallest"),
+        (train_search, ["--max_params", 5, "--max_mult_adds", 1], "the smallest network has 14.2"),
+        (train_search, ["--max_params", 0], "greater than 0"),
+        (nas201.train_search, ["--max_mult_adds", 0.1], "the smallest network has 0.4"),
+    ],
+)
+def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
+    argv = test_search.command_line() if module is train_search else test_nas201_search.TINY
+    assert words in fails(module.main, [*argv, *flags])
+
+
+def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
+    measured = []
+
+    def measure(self, cell):
+        measured.append(str(cell))
+        return float(len(measured))
+
+    monkeypatch.setattr(costs.Costs, "measure_latency", measure)
+    run = test_search.search(tmp_path, max_latency=5.5, **TINY)
+    assert len(measured) == len(set(measured)) >= 4  # each cell once
+    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+    assert checkpoint["latency"] == {cell: i + 1.0 for i, cell in enumerate(measured)}
+    before = list(measured)
+    (run / "report.html").unlink()
+    train_search.main(["--resume", str(run)])
+    assert measured == before
+    assert all(line["latency_ms"] <= 5.5 for line in runs.read_history(run))
+
+
+def test_latency_of_a_network(tmp_path):
+    state = torch.get_rng_state()
+    args = train_search.search_parser("", "", ["digits"]).parse_args(["--max_latency", "1000"])
+    args.target_channels, args.target_layers = 4, 3
+    target = costs.Costs(args, train_search.S1(), 10, (3, 8, 8), torch.device("cpu"))
+    latency = {}
+    alphas = encoding.random_alphas(2, generator=torch.Generator().manual_seed(0))
+    of = target.of(alphas[[0, 1, 0]], latency)
+    assert len(latency) == 2 and of[:, 2].tolist() == [list(latency.values())[i] for i in (0, 1, 0)]
+    assert all(0 < ms < 1000 and math.isfinite(ms) for ms in latency.values())
+    assert torch.equal(torch.get_rng_state(), state)
