@@ -93,7 +93,7 @@ class Costs:
     @torch.no_grad()
     def measure_latency(self, cell):
         """Return the median time, in ms, of forward passes of one image; rank 0 measures. Raises Interrupted."""
-        if signals.requested(self.device):
+        if signals.stop_requested(self.device):
             raise signals.Interrupted("the measurement of latency")
         median = torch.zeros(1, dtype=torch.float64)
         if distributed.rank() == 0:

@@ -101,7 +101,7 @@ class SearchState(TrainingState):
 
 
 def search(args, space, network, train_loader, valid_loader, costs, run):
-    """Run the search loop of EvNAS (section 3); return the best raw alphas (G, E, O) and their fitness in percent."""
+    """Run the search loop of EvNAS (section 3); return the last state, whose first individual is the best."""
     state = SearchState(args, space, network, train_loader, valid_loader)
     run.restore(state)
     breeding = {name: getattr(args, name) for name in ("num_elites", "tsize", "mutate_rate", "variant")}
@@ -128,7 +128,7 @@ def search(args, space, network, train_loader, valid_loader, costs, run):
                 entry |= fields
         entry |= utils.cost(images, state.progress.start, next(network.parameters()).device)
         save_generation(run, space, state, entry, where, remarks)
-    return state.alphas[0], state.fitness[0].item()
+    return state
 
 
 def train_generation(args, space, state, alphas, lr, loader, *, where, log):
@@ -283,18 +283,26 @@ def run_search(args, space, network, loaders, device, prog, bound):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         sizes, classes = [loader.size for loader in loaders], network.classifier.out_features
         run.log(f"{sizes[0]} training and {sizes[1]} validation images of {classes} classes")
-        best, fitness = search(args, space, network, *loaders, costs, run)
-        run.log(f"best fitness {fitness:.2f} %: {space.cell(best)}")
-        save_cell(run, space, best)
-        report.finish(run, space.cell(best))
+        state = search(args, space, network, *loaders, costs, run)
+        best = space.cell(state.alphas[0])
+        run.log(f"best fitness {state.fitness[0]:.2f} %: {best}")
+        if state.violation[0] > 0:
+            run.log("no individual of the last generation meets the budget: this one misses it by the least")
+        save_cell(run, space, state.alphas[0])
+        report.finish(run, best)
 
 
 @command
 def main(argv=None):
     parser = search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
     parser.add_argument("--layers", type=number(int, 1), default=8, help="cells of the supernet")
-    parser.add_argument("--target_channels", type=number(int, 2), default=36, help="of the network to be retrained")
-    parser.add_argument("--target_layers", type=number(int, 1), default=20, help="its cells")
+    parser.add_argument(
+        "--target_channels",
+        type=number(int, 2),
+        default=utils.CIFAR.init_channels,
+        help="of the network to be retrained",
+    )
+    parser.add_argument("--target_layers", type=number(int, 1), default=utils.CIFAR.layers, help="its cells")
     share = number(float, above=0, high=1)
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)

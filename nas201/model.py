@@ -1,8 +1,10 @@
 """The network of one architecture of NAS-Bench-201, as it is retrained and tested."""
 
+import torch
 from torch import nn
 
-from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
+from costs import cost
+from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
 from support.devices import compiled
 
@@ -39,3 +41,23 @@ class Network(Stages):
 
     def forward(self, x, *, compile=False):
         return super().forward(x, compile), None
+
+
+def cost_table(C, N, classes, image_shape):
+    """Return what the networks `Network(C, N, classes, arch)` cost on an image (3, H, W), as `costs.s1_table` does.
+
+    (2,) is the cost without the cells' operations, (1, 6, 5, 2) that of an operation on an edge, all cells together.
+    The benchmark's own figures are the same, but count the classifier's bias among the multiply-adds.
+    """
+    pixels, choices = image_shape[1] * image_shape[2], torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)
+    with torch.device("meta"):
+        network = Network(C, N, classes, to_arch_string([0] * len(EDGES)))
+    fixed = cost(network.stem, pixels) + cost(network.lastact, 1) + cost(network.classifier, 1)
+    for part in network.cells:
+        if isinstance(part, Cell):
+            with torch.device("meta"):
+                choices += torch.stack([cost(OPS[name](C, True, True), pixels) for name in PRIMITIVES])
+        else:  # a residual block
+            C, pixels = 2 * C, pixels // 4
+            fixed += cost(part, pixels)
+    return fixed, choices.expand(1, len(EDGES), *choices.shape)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from data import describe
-from nas201 import benchmark, data, encoding, fast_search
-from nas201.costs import s2_table
+from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
 from support import devices, distributed, runs
 from support.files import digest
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
+from utils import NAS201
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
 
@@ -56,8 +56,11 @@ class S2(SearchSpace):
     def cell(self, alphas):
         return encoding.arch_string(alphas)
 
+    def network(self, args, cell, classes):
+        return model.Network(NAS201.init_channels, NAS201.layers, classes, cell)
+
     def cost_table(self, args, classes, image_shape):
-        return s2_table(16, 5, classes, image_shape)  # the benchmark's size
+        return model.cost_table(NAS201.init_channels, NAS201.layers, classes, image_shape)
 
     def report(self, alphas, fitness):
         if not self.table:

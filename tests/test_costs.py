@@ -14,8 +14,8 @@ import train_search
 import utils
 from model import NetworkCIFAR
 from nas201 import benchmark
-from nas201.costs import s2_table
 from nas201.genotypes import from_arch_string
+from nas201.model import cost_table as s2_table
 from nas201.sources import ALLOWED, unpacked
 from support import runs
 from support.files import restricted_unpickle
@@ -57,10 +57,6 @@ def test_counts_of_nas_bench_201_are_the_recorded_ones(shared_data):
 
 
 # ---- budgets
-
-
-def best_costs(run, names=("parameters_M", "mult_adds_M")):
-    return [[line[name] for name in names] for line in runs.read_history(run)]
 
 
 def test_a_loose_budget_changes_nothing(tmp_path):
@@ -116,6 +112,13 @@ def test_winners_meet_a_tight_budget(tmp_path, space, seed):
 def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
     argv = test_search.command_line() if module is train_search else test_nas201_search.TINY
     assert words in fails(module.main, [*argv, *flags])
+
+
+def test_a_search_says_that_nothing_met_its_budget(tmp_path, capsys):
+    flags = ["--max_mult_adds", 0.49, "--pop_size", 2, "--tsize", 1, "--epochs", 1]
+    run = test_nas201_search.search(tmp_path, *flags)
+    assert "no individual of the last generation meets the budget" in capsys.readouterr().out
+    assert runs.read_history(run)[0]["feasible"] == 0
 
 
 def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):

@@ -6,7 +6,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize"}
 SHARED = {"testing"}  # of scripts: they know both spaces
-METHOD = {"model_search", "model", "operations", "genotypes", "encoding", "evolution", "fast_search", "fast_ops"}
+METHOD = {
+    "model_search",
+    "model",
+    "operations",
+    "genotypes",
+    "encoding",
+    "evolution",
+    "fast_search",
+    "fast_ops",
+    "costs",
+}
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
 IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
