@@ -4,7 +4,7 @@ import collections
 import hashlib
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import torch
 
 from support import distributed
 from support.files import UserError, no_empty_folders
-from support.images import SUFFIXES, open_image, to_rgb
+from support.images import SUFFIXES, open_image, to_rgb, to_size
 
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
 SHARE = 0.9  # of a folder's images; where so many have one small size, an image of another is a mistake
@@ -51,7 +51,7 @@ class Files:
     labels: torch.Tensor
     classes: list
     source: str = ""
-    image_size = [224, 224]
+    image_size: list = field(default_factory=lambda: [224, 224])
 
     def __len__(self):
         return len(self.labels)
@@ -84,33 +84,63 @@ FOLDERS = {"imagenet": "../data/imagenet", "ImageNet16-120": "../data/ImageNet16
 def describe(**splits):
     """Describe the splits of a run (name=Images or Files) for JSON; two runs on the same data have the same.
 
-    {"classes": [names], "image_size": [height, width], "images": {split: count}, "source": {split: see `Files`}}. Where
-    the data lie does not count, nor what is in files whose names and sizes are the same.
+    {"classes": [names], "image_size": [height, width], "images": {split: count}, "per_class": {split: [fewest, most]},
+    "source": {split: see `Files`}}. Where the data lie does not count, nor what is in files whose names and sizes are
+    the same.
     """
     one = next(iter(splits.values()))
+    counts = {name: torch.bincount(split.labels, minlength=len(one.classes)) for name, split in splits.items()}
     return {
         "classes": one.classes,
         "image_size": one.image_size,
         "images": {name: len(split) for name, split in splits.items()},
+        "per_class": {name: [count.min().item(), count.max().item()] for name, count in counts.items()},
         "source": {name: split.source for name, split in splits.items()},
     }
+
+
+def counts_text(description):
+    """Return a line on the images of each split of a description, and on how they are shared out among the classes."""
+    ranges = {name: " to ".join(map(str, sorted(set(pair)))) for name, pair in description["per_class"].items()}
+    words = {"train": "training", "valid": "validation"}
+    parts = [
+        f"{count} {words.get(name, name)} images ({ranges[name]} a class)"
+        for name, count in description["images"].items()
+    ]
+    size = "{1}x{0}".format(*description["image_size"])
+    return f"{' and '.join(parts)} of {len(description['classes'])} classes, {size} pixels"
 
 
 # ---- reading
 
 
-def load(dataset, root, split, workers=None):
+def load(dataset, root, split, workers=None, image_size=None, in_memory=None):
     """Read split "train" or "test" of cifar10, cifar100, digits, folder or imagenet: Images, or Files if large.
 
-    A folder's images are read by `workers` threads (default: one a core). Raises UserError naming what is missing or
-    unreadable.
+    Of image files, `in_memory` says whether they are read now, as Images (None: if they are small, and of one size),
+    and `image_size` to how many pixels a side they are resized and cropped, now or later. `workers` threads read them
+    (default: one a core). Raises UserError naming what is missing or unreadable.
     """
+    if dataset not in ("folder", "imagenet"):
+        check_small(dataset, image_size, in_memory)
     if dataset in ("cifar10", "cifar100"):
         return load_cifar(dataset, root, split)
     if dataset == "digits":
         return load_digits(split)
     files = scan_folder(root, split, imagenet=dataset == "imagenet")
-    return files if dataset == "imagenet" else read_small(files, workers)
+    if image_size:
+        files = replace(files, image_size=[image_size, image_size])
+    if in_memory is None and (image_size or dataset == "imagenet"):
+        in_memory = dataset == "folder" and image_size <= SMALL
+    if in_memory is False:
+        return files
+    return read_resized(files, workers) if image_size else read_small(files, workers)
+
+
+def check_small(dataset, image_size, in_memory):
+    """Raise UserError where images of one small size are to be resized, or read one by one."""
+    if image_size or in_memory is False:
+        raise UserError(f"--image_size and --recipe imagenet are for folders of images, not for {dataset}")
 
 
 def load_cifar(dataset, root, split):
@@ -214,8 +244,7 @@ def read_small(files, workers=None):
     def read(image):
         return np.asarray(to_rgb(image)) if is_small(image) else np.empty(0)
 
-    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
-        arrays = pool.map(lambda path: open_image(path, read), files.paths, chunksize=256)
+    arrays = read_all(files.paths, read, workers)
     (shape, count), *_ = collections.Counter(array.shape for array in arrays).most_common()
     if len(shape) == 1 or count < SHARE * len(files):
         return files
@@ -225,6 +254,23 @@ def read_small(files, workers=None):
                 f"{path} is {size_text(path)} pixels, but {count} of {len(files)} images in {path.parents[1]} are "
                 f"{shape[1]}x{shape[0]}: resize or remove it"
             )
+    return to_images(files, arrays)
+
+
+def read_resized(files, workers=None):
+    """Return the Files in memory, as Images, resized and cropped to their image_size."""
+    height, width = files.image_size
+    read = lambda image: np.asarray(to_size(to_rgb(image), width, height))  # noqa: E731
+    return to_images(files, read_all(files.paths, read, workers))
+
+
+def read_all(paths, use, workers):
+    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
+        return pool.map(lambda path: open_image(path, use), paths, chunksize=256)
+
+
+def to_images(files, arrays):
+    """Make the Images of Files and their pixels, uint8 (H, W, 3) of each."""
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
     return Images(images, files.labels, files.classes, files.source)
 
@@ -282,27 +328,43 @@ def split_train(train, portion, in_file_order, generator):
     return train.subset(order[:count]), train.subset(order[count:])
 
 
+def check_classes(**splits):
+    """Raise UserError for a class of which a split (name=Images) that has images has none."""
+    for name, split in splits.items():
+        counts = torch.bincount(split.labels, minlength=len(split.classes))
+        if len(split) and counts.min() == 0:
+            total = sum((other.labels == counts.argmin()).sum().item() for other in splits.values())
+            where = f"class {split.classes[counts.argmin()]} has {total} of the images"
+            raise UserError(f"{where}, too few: {' and '.join(splits)} need one each, and {name} got none")
+
+
 def search_splits(args):
     """Return (train, validation, Augmentation) of a search on the training images of args.dataset. Raises UserError."""
-    images = load(args.dataset, args.data, "train")
+    images = load(args.dataset, args.data, "train", image_size=args.image_size, in_memory=True)
     check_in_memory(images)
     generator = torch.Generator().manual_seed(args.seed)
     train, valid = split_train(images, args.train_portion, args.dataset in ("cifar10", "cifar100"), generator)
+    check_classes(training=train, validation=valid)
     augment = augmentation(args.dataset, images)
     return subsample(train, args.train_samples, generator), subsample(valid, args.valid_samples, generator), augment
 
 
-def check_in_memory(images):
+def check_in_memory(images, hint="give --image_size"):
     """Raise UserError for images that a network of the CIFAR family cannot take."""
     if isinstance(images, Files):
         first = images.paths[0]
         sizes = ((path, open_image(path).size) for path in images.paths)
         odd = next((path for path, size in sizes if max(size) > SMALL or size != open_image(first).size), first)
         shown = " and ".join(f"{path} {size_text(path)}" for path in dict.fromkeys((first, odd)))
-        raise UserError(f"the images must all have one size of at most {SMALL} pixels a side; here are {shown}")
-    height, width = images.images.shape[2:]
-    if height % 4 or width % 4:
-        raise UserError(f"the images are {width}x{height}; both sides must be multiples of 4")
+        raise UserError(f"the images must all have one size of at most {SMALL} pixels a side; here are {shown}: {hint}")
+    check_sides(images.image_size, 4)
+
+
+def check_sides(image_size, step):
+    """Raise UserError unless the sides of images of (height, width) pixels are multiples of `step`."""
+    height, width = image_size
+    if height % step or width % step:
+        raise UserError(f"the images are {width}x{height}; both sides must be multiples of {step}")
 
 
 def check_alike(name, one, other_name, other):
@@ -317,7 +379,7 @@ def check_alike(name, one, other_name, other):
     if one["image_size"] != other["image_size"]:
         sizes = [(where, "{1}x{0}".format(*it["image_size"])) for where, it, _ in both]
         said = [f"in {where} {size}{' (larger or uneven ones, cut)' * (size == '224x224')}" for where, size in sizes]
-        raise UserError(f"the sizes of the images differ: {', '.join(said)} pixels")
+        raise UserError(f"the sizes of the images differ: {', '.join(said)} pixels; --image_size can make them one")
 
 
 def check_batch(batch_size, train, auxiliary=False):
@@ -330,8 +392,8 @@ def check_batch(batch_size, train, auxiliary=False):
 def check_statistics(flag, batch_size, split, processes=1, auxiliary=False):
     """Raises UserError where BatchNorm, for its statistics, would get one value a channel: one pixel of one image."""
     last = len(split) % batch_size or batch_size
-    one_pixel = isinstance(split, Images) and tuple(split.images.shape[2:]) == (4, 4)  # behind two reductions
+    one_pixel = split.image_size == ([4, 4] if isinstance(split, Images) else [32, 32])  # behind all reductions
     if (auxiliary or one_pixel) and any(1 in (size, size // processes) for size in (batch_size, last)):
-        what = "--auxiliary" if auxiliary else "a network for 4x4 pixels"
+        what = "--auxiliary" if auxiliary else "a network for {1}x{0} pixels".format(*split.image_size)
         made = f"{flag} {batch_size} makes such a batch of {len(split)} images"
         raise UserError(f"{what} cannot train on one image, nor be measured with its statistics alone: {made}")

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import threading
+from functools import partial
 
 import torch
 
@@ -16,7 +17,7 @@ from data import Files
 from support import distributed
 from support.devices import memory_format
 from support.files import UserError
-from support.images import open_image
+from support.images import open_image, to_size
 
 
 def make_loader(split, batch_size, augmentation, device, *, workers=0, cutout=0, **settings):
@@ -110,20 +111,21 @@ class FileLoader:
     result does not depend on the workers. The next iteration leaves out its first `skip` batches: they are not read.
     """
 
-    image_shape, skip = (3, 224, 224), 0
+    skip = 0
 
     def __init__(
         self, split, batch_size, augmentation, device, *, generator=None, augment=False, workers=0, shared=True
     ):
         self.device, self.generator, self.shared, self.augment = device, generator, shared, augment
         self.batch_size, self.size = batch_size, len(split)
+        self.image_shape = (3, *split.image_size)
         self.batches = []  # what this process has to do of an epoch: lists of (index, seed)
         self.loader = torch.utils.data.DataLoader(
-            _Samples(split, imagenet_transform(augmentation, augment)),
+            _Samples(split, imagenet_transform(augmentation, augment, split.image_size[0])),
             batch_sampler=self.batches,
             num_workers=workers,
             worker_init_fn=_leave_group,
-            collate_fn=_collate,
+            collate_fn=partial(_collate, self.image_shape),
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
             generator=torch.Generator(),  # or the loader would draw from the global state
@@ -181,19 +183,32 @@ def _leave_group(worker):
     os.setpgrp()
 
 
-def _collate(samples):
+def _collate(image_shape, samples):
     if not samples:  # the last batch can have fewer images than there are processes
-        return torch.empty(0, *FileLoader.image_shape), torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, *image_shape), torch.empty(0, dtype=torch.int64)
     bad = next((sample for sample in samples if isinstance(sample, UserError)), None)
     return bad if bad is not None else torch.utils.data.default_collate(samples)
 
 
-def imagenet_transform(augmentation, augment):
+def imagenet_transform(augmentation, augment, side=224):
+    """Return what turns a PIL image into an input (3, side, side) of a network for ImageNet."""
     from torchvision.transforms import v2
 
     if augment:
-        steps = [v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.2)]
+        steps = [v2.RandomResizedCrop(side), v2.RandomHorizontalFlip(), v2.ColorJitter(0.4, 0.4, 0.4, 0.2)]
     else:
-        steps = [v2.Resize(256), v2.CenterCrop(224)]
-    steps += [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augmentation.mean, augmentation.std)]
-    return v2.Compose(steps)
+        steps = [v2.Resize(round(side * 256 / 224)), v2.CenterCrop(side)]
+    return normalised(steps, augmentation)
+
+
+def small_transform(augmentation, image_size):
+    """Return what turns a PIL image into an input (3, height, width), as `data.read_resized` and a Loader do."""
+    height, width = image_size
+    return normalised([lambda image: to_size(image, width, height)], augmentation)
+
+
+def normalised(steps, augmentation):
+    from torchvision.transforms import v2
+
+    last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augmentation.mean, augmentation.std)]
+    return v2.Compose([*steps, *last])

@@ -1,4 +1,4 @@
-"""Test weights of a retrained cell on the images of DATA/val/CLASS/ with the ImageNet network and transforms."""
+"""Test weights of a retrained cell on DATA/val/CLASS/ or an own folder, with the ImageNet network and transforms."""
 
 from functools import partial
 
@@ -6,9 +6,8 @@ from support.cli import command
 from testing import test
 from utils import IMAGENET
 
-main = command(
-    partial(test, "test_imagenet.py", ["imagenet", "ImageNet16-120"], recipe=IMAGENET, batch_size=128, report_freq=100)
-)
+datasets = ["imagenet", "ImageNet16-120", "folder"]
+main = command(partial(test, "test_imagenet.py", datasets, recipe=IMAGENET, batch_size=128, report_freq=100))
 
 if __name__ == "__main__":
     main()

@@ -1,5 +1,7 @@
 """Which network to build, on which images, and how to test it: shared by train.py and the three test scripts."""
 
+import argparse
+import os
 from pathlib import Path
 
 import data
@@ -14,7 +16,8 @@ from nas201.genotypes import from_arch_string
 from support import devices, distributed, weights
 from support.cli import Parser, Published, number
 from support.files import UserError
-from utils import CIFAR, IMAGENET, NAS201
+from support.images import open_image, to_rgb
+from utils import CIFAR, NAS201, RECIPES
 
 ARCH = f"a named cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 
@@ -40,11 +43,11 @@ def choose_genotype(args, dir_first=False):
     return genotypes.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
 
 
-def choose_recipe(genotype, images):
-    """Return the recipe, and so the family of networks: NAS-Bench-201's for an arch string, else as the images need."""
+def choose_family(genotype, images):
+    """Return the family of networks: NAS-Bench-201's for an arch string, else the one that the images need."""
     if isinstance(genotype, str):
-        return NAS201
-    return IMAGENET if isinstance(images, data.Files) else CIFAR
+        return "nas201"
+    return "imagenet" if isinstance(images, data.Files) else "cifar"
 
 
 def choose_augmentation(genotype, dataset, images, about=None):
@@ -63,10 +66,62 @@ def make_network(genotype, family, classes, image_size, args):
     if args.auxiliary and list(image_size) != [side, side]:
         found = "{1}x{0}".format(*image_size)
         raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
+    data.check_sides(image_size, 32 if family == "imagenet" else 4)
     if family == "nas201":
         return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
     network = NetworkImageNet if family == "imagenet" else NetworkCIFAR
     return network(args.init_channels, classes, args.layers, args.auxiliary, genotype)
+
+
+# ---- trained networks
+
+
+def saved_family(about, genotype, path):
+    """Return the family of the network at `path`, or None if nothing says it. Raises UserError for another cell's."""
+    size = about.get("image_size")
+    older = size and ("imagenet" if size == [224, 224] else "cifar")  # when no family was saved
+    family = about.get("family", older) or ("nas201" if isinstance(genotype, str) else None)
+    if family and (family == "nas201") != isinstance(genotype, str):
+        raise UserError(f"{path} holds a network of the recipe {family}, which has no cell {genotype!s:.80}")
+    return family
+
+
+def read_about(run_dir):
+    """Return the weights file of a retraining, and what was saved about it.
+
+    `run_dir` is the run's directory, whose last weights are taken, or a weights file. Raises UserError.
+    """
+    path = Path(run_dir)
+    path = weights.find(path / "weights.pt") if path.is_dir() else path
+    about = weights.read_info(path)
+    for name in ("genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
+        if name not in about:
+            raise UserError(f"{weights.info_path(path)}, the file of a retraining beside its weights, has no {name}")
+    return path, about
+
+
+def load(run_dir):
+    """Return the network of a retraining, in evaluation mode on the CPU, and the transform that makes its inputs.
+
+    The transform takes a PIL image or the path of one and returns a tensor (3, H, W); network(x) of a batch of such
+    returns (logits, None). `run_dir`: see `read_about`. Raises UserError.
+    """
+    path, about = read_about(run_dir)
+    genotype = genotypes.from_json(about["genotype"], weights.info_path(path))
+    family, size = saved_family(about, genotype, path), about["image_size"]
+    without_head = argparse.Namespace(**(about | {"auxiliary": False}))
+    network = make_network(genotype, family, len(about["classes"]), size, without_head)
+    weights.load_weights(network, path)
+    normalisation = data.Augmentation(about["mean"], about["std"])
+    if family == "imagenet":
+        steps = loaders.imagenet_transform(normalisation, False, size[0])
+    else:
+        steps = loaders.small_transform(normalisation, size)
+
+    def transform(image):
+        return steps(open_image(image) if isinstance(image, (str, os.PathLike)) else to_rgb(image))
+
+    return network.eval(), transform
 
 
 def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50):
@@ -81,6 +136,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     for name, low in (("init_channels", 2), ("layers", 1)):
         text = f"(default: {getattr(recipe, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
         cell.add_argument(f"--{name}", type=number(int, low), help=text)
+    cell.add_argument("--image_size", type=number(int, 4), help="as in training (default: what DIR says)")
     cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
@@ -102,27 +158,31 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
         genotype = genotypes.from_json(about["genotype"], weights.info_path(args.model_path))
     else:
         genotype, _ = choose_genotype(args)
-    recipe = NAS201 if isinstance(genotype, str) else recipe
-    for name in ("init_channels", "layers"):  # what was saved with the weights, then the paper's
-        given, saved = getattr(args, name), about.get(name)
-        if given is not None and saved is not None and given != saved:
-            raise UserError(f"--{name} {given} differs from {saved}, with which {args.model_path} was trained")
-        setattr(args, name, given or saved or getattr(recipe, name))
+    family = saved_family(about, genotype, args.model_path) or recipe.family
+    if family not in (recipe.family, "nas201"):
+        script = {"imagenet": "test_imagenet.py"}.get(family, "test_cifar.py")
+        raise UserError(f"{args.model_path} holds a network of the recipe {family}: test it with {script}")
+    saved = about | {"image_size": about["image_size"][0] if about.get("resized") and "image_size" in about else None}
+    for name in ("init_channels", "layers", "image_size"):  # what was saved with the weights, then the paper's
+        given, before = getattr(args, name), saved.get(name)
+        if given is not None and before is not None and given != before:
+            raise UserError(f"--{name} {given} differs from {before}, with which {args.model_path} was trained")
+        setattr(args, name, given or before or getattr(RECIPES[family], name, None))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
     device = devices.choose_device(args)
 
     args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
-    images = nas201.data.load(args.dataset, args.data, "test")
+    settings = dict(image_size=args.image_size, in_memory=family != "imagenet")
+    images = nas201.data.load(args.dataset, args.data, "test", **settings)
+    if family != "imagenet":
+        data.check_in_memory(images, "give --image_size, or test a network for ImageNet with test_imagenet.py")
     found = data.describe(test=images)
     data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
     needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
-    train = data.load(args.dataset, args.data, "train") if needs_train else images
+    train = data.load(args.dataset, args.data, "train", **settings) if needs_train else images
     loader = loaders.make_loader(
         images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
     )
-    family = choose_recipe(genotype, images).family
-    if family != "imagenet":
-        data.check_in_memory(images)
     network = make_network(genotype, family, len(images.classes), images.image_size, args)
     weights.load_weights(network, args.model_path)
     network = network.to(device, memory_format=devices.memory_format(device))

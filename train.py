@@ -26,8 +26,8 @@ from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
 from support import devices, distributed, runs
 from support.files import UserError
-from testing import ARCH, choose_augmentation, choose_genotype, choose_recipe, make_network
-from utils import CIFAR, IMAGENET, NAS201
+from testing import ARCH, choose_augmentation, choose_family, choose_genotype, make_network
+from utils import CIFAR, IMAGENET, NAS201, RECIPES
 
 
 def make_parser():
@@ -46,11 +46,15 @@ def make_parser():
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
     group.add_argument("--dataset", default="cifar10", choices=datasets)
+    text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
+    group.add_argument("--image_size", type=number(int, 4), help=text)
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
     group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
     group.add_argument("--workers", type=number(int, 0), default=4, help="processes that read image files (imagenet)")
     group = parser.add_argument_group("network")
+    text = f"the family of networks (default: cifar for images of at most {data.SMALL} pixels, nas201 for arch strings)"
+    group.add_argument("--recipe", choices=RECIPES, help=text)
     group.add_argument("--init_channels", type=number(int, 2), help=default("init_channels"))
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}, in each stage")
@@ -96,17 +100,24 @@ def learning_rate(args, epoch, warmup):
 def load_splits(args, genotype):
     """Read (train, test), and fill in the defaults that depend on the data. Raises UserError.
 
-    Returns them with their Augmentation and the family of networks that they need.
+    Returns them with their Augmentation.
     """
+    if args.recipe and (args.recipe == "nas201") != isinstance(genotype, str):
+        raise UserError(
+            f"--recipe {args.recipe} is not for this cell: nas201 is for arch strings, and for nothing else"
+        )
     if args.data is None:
         args.data = data.FOLDERS.get(args.dataset, "../data")
-    train, test = (nas201.data.load(args.dataset, args.data, split) for split in ("train", "test"))
+    in_memory = True if isinstance(genotype, str) else args.recipe and args.recipe != "imagenet"
+    settings = dict(image_size=args.image_size, in_memory=in_memory)
+    train, test = (nas201.data.load(args.dataset, args.data, split, **settings) for split in ("train", "test"))
+    large = isinstance(train, data.Files)
+    args.recipe = args.recipe or choose_family(genotype, train)
+    if args.recipe != "imagenet":
+        data.check_in_memory(train)
     both = data.describe(train=train), data.describe(test=test)
     data.check_alike("the training images", both[0], f"the test images of {args.data}", both[1])
-    large, recipe = isinstance(train, data.Files), choose_recipe(genotype, train)
-    if recipe is not IMAGENET:
-        data.check_in_memory(train)
-    for name, value in vars(recipe).items():
+    for name, value in vars(RECIPES[args.recipe]).items():
         if name != "family" and getattr(args, name) is None:
             setattr(args, name, value)
     augment = choose_augmentation(genotype, args.dataset, train)
@@ -114,9 +125,9 @@ def load_splits(args, genotype):
     data.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
-    if args.drop_path_prob and recipe is NAS201:
+    if args.drop_path_prob and args.recipe == "nas201":
         raise UserError("--drop_path_prob is not for arch strings: the benchmark's networks have no drop path")
-    return train, test, augment, recipe.family
+    return train, test, augment
 
 
 class RetrainingState(TrainingState):
@@ -191,11 +202,12 @@ def main(argv=None):
     else:
         genotype, source = choose_genotype(args, dir_first=True)
     device = devices.choose_device(args)
-    train, test, augmentation, family = load_splits(args, genotype)
-    warmup = isinstance(train, data.Files) and args.batch_size > 256
+    train, test, augmentation = load_splits(args, genotype)
+    large = isinstance(train, data.Files)
+    warmup = large and args.batch_size > 256
 
     torch.manual_seed(args.seed)
-    network = make_network(genotype, family, len(train.classes), train.image_size, args)
+    network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
     network = network.to(device, memory_format=devices.memory_format(device))
     generator = torch.Generator().manual_seed(args.seed + 1)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
@@ -203,11 +215,12 @@ def main(argv=None):
     test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
 
     about = {  # what a test must know of the weights, saved beside them
-        "family": family,
+        "family": args.recipe,
         "genotype": genotypes.to_json(genotype),
         "dataset": args.dataset,
         "classes": train.classes,
         "image_size": train.image_size,
+        "resized": large or args.image_size is not None,
         "mean": augmentation.mean,
         "std": augmentation.std,
         **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
@@ -224,8 +237,7 @@ def main(argv=None):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)
-        images = f"{len(train)} training and {len(test)} test images of {len(train.classes)} classes"
-        run.log(f"parameters {parameters:.2f} M, {images}")
+        run.log(f"parameters {parameters:.2f} M, {data.counts_text(bound['data'])}")
         retrain(args, network, train_loader, test_loader, warmup, about, run)
         report.finish(run, genotype)
 

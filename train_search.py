@@ -203,6 +203,8 @@ def search_parser(prog, description, datasets, **defaults):
     group = parser.add_argument_group("data")
     group.add_argument("--data", default="../data", help="where the data set lies or is downloaded to")
     group.add_argument("--dataset", default="cifar10", choices=datasets, help="folder: own images in DATA/train/CLASS/")
+    text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
+    group.add_argument("--image_size", type=number(int, 4), help=text)
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--valid_samples", type=number(int, 1), help="measure on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each augmented image")
@@ -281,8 +283,7 @@ def run_search(args, space, network, loaders, device, prog, bound):
         run = runs.Run.create(args.dir, name, args, prog, new_name=not args.run_name, **bound)
     with run:
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
-        sizes, classes = [loader.size for loader in loaders], network.classifier.out_features
-        run.log(f"{sizes[0]} training and {sizes[1]} validation images of {classes} classes")
+        run.log(data.counts_text(bound["data"]))
         state = search(args, space, network, *loaders, costs, run)
         best = space.cell(state.alphas[0])
         run.log(f"best fitness {state.fitness[0]:.2f} %: {best}")

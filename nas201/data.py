@@ -4,6 +4,7 @@ CIFAR-100 and ImageNet16-120 have no validation split of their own: the benchmar
 others test on, and so does a search here.
 """
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +32,12 @@ VALIDATION = {"cifar100": 5000, "ImageNet16-120": 3000}
 SPLIT_KEYS = {"cifar10": ("train", "valid"), "cifar100": ("xvalid", "xtest"), "ImageNet16-120": ("xvalid", "xtest")}
 
 
-def load(dataset, root, split, workers=None):
-    """Read split "train" or "test" of one of DATASETS or of `data.load`'s; ImageNet16-120 tests on all 6,000 images."""
-    if dataset == "ImageNet16-120":
-        return load_imagenet16(root, workers)[split]
-    return data.load(dataset, root, split, workers)
+def load(dataset, root, split, workers=None, image_size=None, in_memory=None):
+    """Read a split as `data.load` does, of ImageNet16-120 too: it tests on all 6,000 validation images."""
+    if dataset != "ImageNet16-120":
+        return data.load(dataset, root, split, workers, image_size, in_memory)
+    data.check_small(dataset, image_size, in_memory)
+    return load_imagenet16(root, workers)[split]
 
 
 # ---- splits
@@ -54,8 +56,9 @@ def search_splits(args):
     if not args.split_file:
         args.split = args.split or ("fixed" if args.dataset in SPLIT_KEYS else "seeded")
     generator = torch.Generator().manual_seed(args.seed)
-    train = load(args.dataset, args.data, "train", args.workers)
-    test = load(args.dataset, args.data, "test", args.workers) if args.dataset in VALIDATION else train
+    read = partial(load, args.dataset, args.data, workers=args.workers, image_size=args.image_size, in_memory=True)
+    train = read("train")
+    test = read("test") if args.dataset in VALIDATION else train
     data.check_in_memory(train)
     augment = AUGMENTATION.get(args.dataset) or data.augmentation(args.dataset, train)
     if args.split != "seeded":
@@ -68,6 +71,7 @@ def search_splits(args):
         valid = data.subsample(test, VALIDATION[args.dataset], generator)
     else:
         train, valid = data.split_train(train, 0.5, False, generator)
+        data.check_classes(training=train, validation=valid)
     train = data.subsample(train, args.train_samples, generator)
     return train, data.subsample(valid, args.valid_samples, generator), augment
 

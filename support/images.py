@@ -3,7 +3,7 @@
 import contextlib
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from support.files import UserError, open_regular
 
@@ -34,6 +34,11 @@ def to_rgb(image):
         raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
     image = image.convert("RGB")
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def to_size(image, width, height):
+    """Return an RGB image scaled so that it just covers width x height, and cropped to that at its centre."""
+    return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
 def open_image(path, use=to_rgb):

@@ -129,6 +129,8 @@ POSSIBLE = {  # what is saved about weights
     "init_channels": is_count,
     "layers": is_count,
     "auxiliary": lambda value: isinstance(value, bool),
+    "family": lambda value: value in ("cifar", "imagenet", "nas201"),
+    "resized": lambda value: isinstance(value, bool),
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "image_size": lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_count, value)),
     "mean": are_channels,

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import data
 import loaders
+import nas201.data
 from support.files import UserError
 
 CPU = torch.device("cpu")
@@ -244,7 +245,7 @@ def fake_cifar(monkeypatch, count=60):
 
 
 def search_args(**changed):
-    args = dict(data=".", seed=18, train_portion=0.5, train_samples=None, valid_samples=None)
+    args = dict(data=".", seed=18, image_size=None, train_portion=0.5, train_samples=None, valid_samples=None)
     return Namespace(**{**args, **changed})
 
 
@@ -441,6 +442,43 @@ def test_images_that_no_network_takes_are_refused(make_images):
         data.check_in_memory(data.load("folder", make_images("train", 1, [(30, 32)]), "train"))
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_images_of_any_size_are_resized_and_cropped_at_their_centre(make_images, in_memory):
+    root = make_images("train", 3, [(64, 48), (31, 90), (32, 32)], suffixes=[".png"])
+    split = data.load("folder", root, "train", image_size=32, in_memory=in_memory)
+    assert split.image_size == [32, 32] and split.subset(torch.arange(4)).image_size == [32, 32]
+    recipe = data.Augmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    x, _ = epoch(loaders.make_loader(split, 9, recipe, torch.device("cpu")))
+    assert x.shape == (9, 3, 32, 32)
+    boxes = [(8, 0, 56, 48), (0, 29.5, 31, 60.5), (0, 0, 32, 32)]
+    for i, (image, box) in enumerate(zip(sorted(root.glob("train/*/*.png")), boxes * 3, strict=True)):
+        opened = Image.open(image).convert("RGB")
+        pixels = torch.from_numpy(np.array(opened.resize((32, 32), Image.Resampling.BILINEAR, box))).permute(2, 0, 1)
+        expected = (pixels / 255 - torch.tensor(recipe.mean).view(3, 1, 1)) / torch.tensor(recipe.std).view(3, 1, 1)
+        if in_memory:
+            torch.testing.assert_close(x[i], expected)
+            torch.testing.assert_close(loaders.small_transform(recipe, [32, 32])(opened), expected)
+        else:  # ImageNet's way: to 256/224 of the size first, then the centre
+            torch.testing.assert_close(x[i], loaders.imagenet_transform(recipe, False, 32)(opened))
+            assert (x[i] - expected).abs().mean() < 2
+
+
+def test_image_size_is_for_folders():
+    for dataset in ("digits", "cifar10"):
+        with pytest.raises(UserError, match=f"are for folders of images, not for {dataset}"):
+            data.load(dataset, None, "train", image_size=32)
+    with pytest.raises(UserError, match="not for ImageNet16-120"):
+        nas201.data.load("ImageNet16-120", None, "train", image_size=32)
+
+
+def test_a_class_too_small_for_both_splits_is_refused(make_images):
+    root = make_images("train", 4, [(8, 8)])
+    for i in range(1, 4):
+        next((root / "train/bee").glob(f"{i}.*")).unlink()
+    with pytest.raises(UserError, match="class bee has 1 of the images, too few: .* got none"):
+        data.search_splits(search_args(dataset="folder", data=root))
+
+
 def test_a_description_changes_with_the_data_alone(make_images, tmp_path):
     root = make_images("train", 4, [(8, 8)])
     make_images("test", 1, [(8, 8)])
@@ -451,6 +489,9 @@ def test_a_description_changes_with_the_data_alone(make_images, tmp_path):
 
     before = describe(root)
     assert (before["classes"], before["image_size"]) == (["ant", "bee", "cat"], [8, 8])
+    assert before["per_class"] == {"train": [0, 4], "test": [1, 1]}
+    counts = "5 training images (0 to 4 a class) and 3 test images (1 a class) of 3 classes, 8x8 pixels"
+    assert data.counts_text(before) == counts
     assert before["images"] == {"train": 5, "test": 3} and before == json.loads(json.dumps(before))
     moved = shutil.copytree(root, tmp_path / "moved")
     assert describe(moved) == before

@@ -209,8 +209,8 @@ def test_recipe_of_arch_strings(make_images):
     root = make_images("train", 100, [(8, 8)])
     make_images("test", 1, [(8, 8)])
     args = train.make_parser().parse_args(["--dataset", "folder", "--data", str(root)])
-    *_, augmentation, family = train.load_splits(args, ARCH)
-    assert (family, augmentation.pad, augmentation.flip) == ("nas201", 4, True)
+    *_, augmentation = train.load_splits(args, ARCH)
+    assert (args.recipe, augmentation.pad, augmentation.flip) == ("nas201", 4, True)
     assert (args.init_channels, args.layers, args.epochs, args.batch_size) == (16, 5, 200, 256)
     assert (args.learning_rate, args.weight_decay, args.momentum, args.nesterov) == (0.1, 5e-4, 0.9, True)
     assert (args.lr_scheduler, args.drop_path_prob, args.label_smooth, args.grad_clip) == ("cosine", 0, 0, None)
@@ -351,6 +351,34 @@ def test_large_images_of_a_folder_get_the_imagenet_recipe(make_images, tmp_path)
     run = retrain(tmp_path, "--auxiliary", **argv)
     state = torch.load(run / "weights/weights.pt", weights_only=True)
     assert "stem0.0.weight" in state and state["auxiliary_head.classifier.weight"].shape == (3, 768)
+
+
+def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, fails):
+    root = make_images("train", 4, [(40, 30), (33, 50)])
+    make_images("test", 2, [(30, 31)])
+    argv = ["--dataset", "folder", "--data", str(root), "--device", "cpu"]
+    own = dict(dataset="folder", data=root, train_samples=12, batch_size=6, epochs=1, layers=2, workers=0)
+    scripts = {"cifar": (12, test_cifar, test_imagenet), "imagenet": (32, test_imagenet, test_cifar)}
+    for recipe, (side, right, other) in scripts.items():
+        run = retrain(tmp_path / recipe, recipe=recipe, image_size=side, **own)
+        assert f"of 3 classes, {side}x{side} pixels" in (run / "log.txt").read_text()
+        about = json.loads((run / "weights/weights.json").read_text())
+        assert (about["family"], about["image_size"], about["resized"]) == (recipe, [side, side], True)
+        tested = right.main([*argv, "--dir", str(run), "--workers", "0"])
+        assert tested["top1"] == history(run)[-1]["test_top1"]
+        assert f"test it with {right.__name__}.py" in fails(other.main, [*argv, "--dir", run])
+        (line,) = history(run)
+        train.main(["--resume", str(run)])  # with its size and recipe
+        assert history(run) == [line]
+    assert "differs from 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
+    for words, message in [
+        (["--recipe", "nas201"], "is not for this cell"),
+        (["--recipe", "cifar"], "must all have one size"),
+        (["--recipe", "imagenet", "--image_size", "40"], "both sides must be multiples of 32"),
+        (["--image_size", "30"], "both sides must be multiples of 4"),
+        (["--image_size", "16", "--auxiliary"], "needs images of 32x32"),
+    ]:
+        assert message in fails(train.main, command_line(*words, **own))
 
 
 # ---- more than one process
