@@ -90,7 +90,7 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x):  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
         x = torch.relu(x)
-        if x.shape[1] < 16:
+        if self.conv_1.in_channels < 16:
             # The same, for on the CPU the gradients of strided 1x1 convolutions of large channels-last images with
             # fewer than 16 channels overrun their memory (PyTorch 2.14, oneDNN).
             halves = (F.conv2d(x[:, :, i::2, i::2], conv.weight) for i, conv in enumerate((self.conv_1, self.conv_2)))

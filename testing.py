@@ -93,6 +93,8 @@ def read_about(run_dir):
     """
     path = Path(run_dir)
     path = weights.find(path / "weights.pt") if path.is_dir() else path
+    if not path.is_file():
+        raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
     about = weights.read_info(path)
     for name in ("genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
         if name not in about:

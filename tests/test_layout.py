@@ -4,7 +4,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize"}
+SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize", "predict", "export"}
 SHARED = {"testing"}  # of scripts: they know both spaces
 METHOD = {
     "model_search",

@@ -1,0 +1,212 @@
+"""A retrained network in use: testing.load, predict.py, export.py; the walk of docs/use.md from pictures to a file."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+import export
+import genotypes
+import loaders
+import predict
+import testing
+from support import weights
+
+ROOT = Path(__file__).resolve().parents[1]
+ARCH = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
+CELLS = {"cifar": genotypes.EvNASB, "imagenet": genotypes.EvNASA, "nas201": ARCH}
+MEAN, STD = (0.5, 0.4, 0.45), (0.2, 0.3, 0.25)
+CLASSES = ["ant", "bee", "cat"]
+
+
+@pytest.fixture
+def pictures(make_images):
+    """Test images of mixed sizes, every second one grey."""
+    return make_images("test", 3, [(40, 30), (33, 60)], suffixes=[".png"])
+
+
+def make_run(folder, family, pictures):
+    """What a retraining leaves of a network with random weights and statistics."""
+    side = 32 if family == "imagenet" else 16
+    sizes = {"init_channels": 4, "layers": 3 if family != "nas201" else 1, "auxiliary": False}
+    about = {"family": family, "genotype": genotypes.to_json(CELLS[family]), "dataset": "folder", "classes": CLASSES}
+    about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
+    torch.manual_seed(0)
+    network = testing.make_network(CELLS[family], family, 3, [side, side], Namespace(**sizes))
+    for _ in range(3):  # running statistics
+        network(torch.randn(8, 3, side, side))
+    (folder / "weights").mkdir(parents=True)
+    weights.save_weights(network, folder / "weights/weights.pt", about)
+    (folder / "args.json").write_text(json.dumps({"args": {"data": str(pictures)}}))
+    return network.eval()
+
+
+@pytest.mark.parametrize("family", CELLS)
+def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
+    original = make_run(tmp_path / "run", family, pictures)
+    network, transform = testing.load(tmp_path / "run")
+    assert not network.training
+    side = 32 if family == "imagenet" else 16
+    split = data.load("folder", pictures, "test", image_size=side, in_memory=family != "imagenet")
+    loader = loaders.make_loader(split, 9, data.Augmentation(MEAN, STD), torch.device("cpu"))
+    ((x, _),) = list(loader)
+    paths = sorted(pictures.glob("test/*/*"))
+    made = torch.stack([transform(path) for path in paths])
+    torch.testing.assert_close(made, x)  # as in a test
+    torch.testing.assert_close(transform(Image.open(paths[0])), x[0])
+    torch.testing.assert_close(network(made)[0], original(x)[0])
+
+
+def test_an_auxiliary_head_is_not_loaded(tmp_path, pictures):
+    sizes = {"init_channels": 4, "layers": 3, "auxiliary": True}
+    original = testing.make_network(genotypes.EvNASB, "cifar", 3, [32, 32], Namespace(**sizes))
+    about = {"genotype": genotypes.to_json(genotypes.EvNASB), "classes": CLASSES, "mean": MEAN, "std": STD, **sizes}
+    weights.save_weights(original, tmp_path / "w.pt", about | {"image_size": [32, 32]})  # as an older version did
+    network, _ = testing.load(tmp_path / "w.pt")
+    x = torch.randn(2, 3, 32, 32)
+    assert network.auxiliary_head is None and torch.equal(network(x)[0], original.eval()(x)[0])
+
+
+def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, fails):
+    network = make_run(tmp_path / "run", "cifar", pictures)
+    _, transform = testing.load(tmp_path / "run")
+    capsys.readouterr()
+    single = pictures / "test/cat/1.png"
+    predict.main([str(tmp_path / "run"), "--json", str(single), str(pictures), "--device", "cpu"])
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["image"] for line in lines] == [str(single), *map(str, sorted(pictures.glob("test/*/*")))]
+    for line in lines:
+        with torch.no_grad():
+            probabilities = network(transform(line["image"])[None])[0].softmax(1)[0]
+        assert line["classes"] == pytest.approx(dict(zip(CLASSES, probabilities.tolist(), strict=True)))
+        assert list(line["classes"].values()) == sorted(line["classes"].values(), reverse=True)
+    predict.main([str(tmp_path / "run/weights/weights.pt"), str(single)])
+    text = capsys.readouterr().out
+    best, percent = next(iter(lines[0]["classes"].items()))
+    assert text.splitlines()[:2] == [str(single), f"  {100 * percent:6.2f} %  {best}"]
+
+    (tmp_path / "empty").mkdir()
+    assert "has no images" in fails(predict.main, [tmp_path / "run", tmp_path / "empty"])
+    assert "cannot read image" in fails(predict.main, [tmp_path / "run", tmp_path / "run/args.json"])
+    assert "nothing holds no weights" in fails(predict.main, [tmp_path / "nothing", single])
+    (tmp_path / "run/weights/weights.json").unlink()
+    assert "weights.json" in fails(predict.main, [tmp_path / "run", single])
+
+
+def test_at_most_five_classes(capsys):
+    network = lambda x: (torch.tensor([[0.0, 6, 5, 4, 3, 2, 1]]), None)  # noqa: E731
+    ((_, best),) = predict.predict(network, lambda path: torch.zeros(3, 4, 4), ["x"], list("abcdefg"), "cpu")
+    assert [name for name, _ in best] == list("bcdef")
+
+
+# ---- export
+
+# Runs in another folder, without this project: prints the logits of the images in x.npy, as the file computes them.
+READ = {
+    "torch": "import torch; f = torch.export.load('F').module(); run = lambda x: f(torch.from_numpy(x)).numpy()",
+    "onnx": "import onnxruntime; f = onnxruntime.InferenceSession('F'); run = lambda x: f.run(None, {'images': x})[0]",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "normalize"),
+    [
+        ("nas201", "torch", True),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in (
+            ("nas201", "onnx", False), ("cifar", "torch", False), ("cifar", "onnx", True), ("imagenet", "torch", True),
+            ("imagenet", "onnx", False),
+        )],
+    ],
+)  # fmt: skip
+def test_an_exported_file_needs_no_code_of_ours(tmp_path, pictures, capsys, family, format, normalize):
+    if format == "onnx":
+        pytest.importorskip("onnxscript")
+        onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    network, side = make_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
+    export.main([str(tmp_path / "run"), "--format", format, *["--normalize"] * normalize])
+    assert "9 test images" in capsys.readouterr().out.splitlines()[-1]
+    file = tmp_path / "run" / export.FORMATS[format][0]
+    pixels = np.random.RandomState(0).rand(5, 3, side, side).astype(np.float32)
+    (tmp_path / "elsewhere").mkdir()
+    np.save(tmp_path / "elsewhere/x.npy", pixels)
+    program = READ[format].replace("F", str(file)) + "; import numpy as np; x = np.load('x.npy')"
+    program += "; np.save('y.npy', np.concatenate([run(x), run(x[:1])]))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path / "elsewhere", env=environment)
+    x = torch.from_numpy(pixels)
+    if normalize:
+        x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    with torch.no_grad():
+        expected = network(x)[0].numpy()
+    expected = np.concatenate([expected, expected[:1]])
+    assert np.load(tmp_path / "elsewhere/y.npy") == pytest.approx(expected, abs=1e-5 * float(np.abs(expected).max()))
+
+    if format == "onnx":
+        metadata = {entry.key: json.loads(entry.value) for entry in onnx.load(file).metadata_props}
+    else:
+        extra = {"metadata.json": ""}
+        torch.export.load(file, extra_files=extra)
+        metadata = json.loads(extra["metadata.json"])
+    assert metadata["classes"] == CLASSES and metadata["mean"] == list(MEAN)
+    assert metadata["genotype"] == genotypes.to_json(CELLS[family]) and "torch" in metadata["versions"]
+    assert f"(batch, 3, {side}, {side})" in metadata["input"] and ("[0, 1]" in metadata["input"]) == normalize
+
+
+def test_a_file_that_computes_something_else_is_not_written(tmp_path, pictures, fails, monkeypatch):
+    make_run(tmp_path / "run", "nas201", pictures)
+    broken = ("network.pt2", lambda *_: b"", lambda path, x: torch.zeros(len(x), 3))
+    monkeypatch.setitem(export.FORMATS, "torch", broken)
+    assert "is not written" in fails(export.main, [tmp_path / "run", "--format", "torch"])
+    (tmp_path / "run/args.json").write_text("[]")
+    assert "give --data" in fails(export.main, [tmp_path / "run", "--format", "torch"])
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    line = fails(export.main, [tmp_path / "run", "--format", "onnx", "--data", pictures])
+    assert "pip install onnx onnxscript onnxruntime" in line
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("family", CELLS)
+def test_the_logits_alone_can_be_traced(tmp_path, pictures, family):
+    network, side = make_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
+    module, x = export.Logits(network, MEAN, STD), torch.rand(3, 3, side, side)
+    traced = torch.jit.trace(module, x[:2])
+    torch.testing.assert_close(traced(x), module(x))
+
+
+# ---- docs/use.md
+
+
+@pytest.mark.slow
+def test_the_walk_from_pictures_to_a_file(tmp_path, make_images):
+    """On pictures of mixed sizes, grey and 16-bit ones among them; the Python lines of the page on its run."""
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    make_images("train", 12, [(40, 30), (33, 60), (80, 80)], suffixes=[".png", ".jpg"])
+    folder = make_images("test", 4, [(90, 31)], suffixes=[".png"])
+    for split in ("train", "test"):
+        deep = np.random.RandomState(0).randint(0, 65536, (50, 41)).astype(np.uint16)
+        Image.fromarray(deep).save(folder / split / "bee/0.png")
+    for path in ROOT.glob("[!.]*"):
+        (tmp_path / path.name).symlink_to(path)
+    folder.rename(tmp_path / "pictures")
+    blocks = dict(re.findall(r"^```(bash|python) pictures\n((?s:.*?))^```$", (ROOT / "docs/use.md").read_text(), re.M))
+    assert len(blocks["bash"].splitlines()) == 6
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    settings = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(["bash", "-euc", blocks["bash"]], **settings)
+    assert done.returncode == 0, done.stderr
+    assert "bee/0.png" in done.stdout and "network.onnx" in done.stdout.splitlines()[-1]
+    (run,) = tmp_path.glob("found/eval-own-*")
+    names = {"run_dir": run}
+    code = blocks["python"].replace("picture.png", str(tmp_path / "pictures/test/bee/0.png"))
+    exec(code, names)
+    assert names["logits"].shape == (1, 3)
