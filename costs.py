@@ -69,10 +69,14 @@ class Costs:
                 least = f"the smallest network has {smallest:.6g} {NAMES[name]}"
                 raise UserError(f"--{flag} {self.limits[name]:g}: no architecture meets it, {least}")
 
+    def counts(self, alphas):
+        """Return parameters and multiply-adds, (P, 2) float64 in millions, of raw alphas (P, G, E, O)."""
+        chosen = self.space.encoding.decode(alphas).long()
+        return (self.fixed + torch.einsum("pgeo,geoc->pc", chosen, self.choices)).double() / 1e6
+
     def of(self, alphas, latency):
         """Return (P, `names`) float64 of raw alphas (P, G, E, O); `latency` {cell: ms} takes up what is measured."""
-        chosen = self.space.encoding.decode(alphas).long()
-        counts = (self.fixed + torch.einsum("pgeo,geoc->pc", chosen, self.choices)).double() / 1e6
+        counts = self.counts(alphas)
         if "latency_ms" not in self.names:
             return counts
         cells = [self.space.cell(individual) for individual in alphas]
@@ -82,13 +86,10 @@ class Costs:
         measured = torch.tensor([[latency[str(cell)]] for cell in cells], dtype=torch.float64)
         return torch.cat([counts, measured], dim=1)
 
-    def violation(self, alphas, latency):
-        """Return (P,) float64, 0 where every budget is met: by what share of each the costs exceed it, added up."""
-        limits = [self.limits[name] for name in self.names]
-        if not any(limits):
-            return torch.zeros(len(alphas), dtype=torch.float64)
-        limits = torch.tensor([limit or float("inf") for limit in limits], dtype=torch.float64)
-        return (self.of(alphas, latency) / limits - 1).clamp(min=0).sum(1)
+    def violation(self, amounts):
+        """Return (P,) float64 of what `of` returns: by what share of each budget the costs exceed it, added up."""
+        limits = torch.tensor([self.limits[name] or float("inf") for name in self.names], dtype=torch.float64)
+        return (amounts / limits - 1).clamp(min=0).sum(1)
 
     @torch.no_grad()
     def measure_latency(self, cell):

@@ -16,6 +16,12 @@ def merit(fitness, violation):
     return torch.stack([-violation, fitness.to(violation)], dim=1).unique(dim=0, return_inverse=True)[1]
 
 
+def non_dominated(points):
+    """Tell (N,) which of (N, K) points, the smaller the better, no unequal one is at least as good as in everything."""
+    no_worse = (points[:, None] <= points).all(-1)  # [i, j]: i nowhere worse than j
+    return ~(no_worse & ~no_worse.T).any(0)
+
+
 def tournament(fitness, tsize, count, generator):
     """Return `count` winners, (count,): each the fittest of `tsize` distinct individuals drawn uniformly from all P.
 

@@ -16,6 +16,7 @@ import torch
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import baselines
 import data
 import genotypes
 import loaders
@@ -41,6 +42,8 @@ def make_parser():
     group.add_argument("--genotype", help="a genotype.json or genotype.pickle")
     text = "a run directory with one of these, which goes before --arch; the new run is made in it"
     group.add_argument("--dir", help=text)
+    text = "retrain the N-th architecture of the front in DIR/pareto.json, the fittest first, instead of the winner"
+    group.add_argument("--pick", type=number(int, 1), metavar="N", help=text)
     group = parser.add_argument_group("data")
     group.add_argument("--data", help="where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
@@ -199,6 +202,10 @@ def main(argv=None):
         with runs.required_file():
             source = Path(args.resume) / "genotype.json"
             genotype = genotypes.load(source)
+    elif args.pick:
+        if not args.dir or args.genotype:
+            raise UserError("--pick needs --dir RUN_DIR, a search, and no --genotype")
+        genotype, source = baselines.pick(args.dir, args.pick)
     else:
         genotype, source = choose_genotype(args, dir_first=True)
     device = devices.choose_device(args)

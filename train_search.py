@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import baselines
 import data
 import encoding
 import fast_search
@@ -20,12 +21,14 @@ import loaders
 import utils
 from costs import REPETITIONS, Costs, s1_table
 from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
-from evolution import VARIANTS, merit, next_generation
+from evolution import VARIANTS, merit, next_generation, non_dominated
 from model import NetworkCIFAR
 from model_search import Network
 from reporting import report
 from support import devices, distributed, runs
 from support.files import UserError, atomic_write
+
+ARCHIVED = 100  # individuals of the generations' fronts of fitness and costs
 
 
 class SearchSpace:
@@ -49,6 +52,17 @@ class SearchSpace:
         """Return what `network` costs: see `costs.s1_table`."""
         raise NotImplementedError
 
+    def retraining(self, args, image_shape):
+        """Return the words that `train.py --dir RUN` needs beside the data set, to retrain as the paper does."""
+        return []
+
+    def worth(self, groups):
+        """Return fields, and a text, on {name: (alphas (N, G, E, O), fitness (N,), parameters (N,))}, the winner first.
+
+        What a benchmark knows of them goes in here.
+        """
+        return {}, ""
+
     def report(self, alphas, fitness):
         """Return history fields, and a text for the log, on a population (P, G, E, O), best first, and its fitness."""
         return {}, ""
@@ -68,14 +82,20 @@ class S1(SearchSpace):
     def cost_table(self, args, classes, image_shape):
         return s1_table(args.target_channels, args.target_layers, classes, image_shape)
 
+    def retraining(self, args, image_shape):
+        size = ["--init_channels", args.target_channels, "--layers", args.target_layers]
+        auxiliary = image_shape[1:] == (32, 32) and args.target_layers > 1  # what its head needs
+        return ["--cutout", *(["--auxiliary"] if auxiliary else []), *size]
+
 
 class SearchState(TrainingState):
     """Shared weights and population: alphas (P, G, E, O), raw, and fitness (P,), percent, NaN until measured.
 
-    violation (P,) says by how much individuals exceed the budgets; latency {cell: ms} is what has been measured of it.
+    violation (P,) says by how much individuals exceed the budgets; latency {cell: ms} is what has been measured of it;
+    archive {cell: raw alphas} has the newest individuals that were not dominated in their own generation.
     """
 
-    saved = ("alphas", "fitness", "violation", "latency")
+    saved = ("alphas", "fitness", "violation", "latency", "archive")
 
     def __init__(self, args, space, network, train_loader, valid_loader):
         device = next(network.parameters()).device
@@ -84,20 +104,32 @@ class SearchState(TrainingState):
         super().__init__(network, optimizer, train_loader, breeding=self.breeding, valid=valid_loader.generator)
         self.alphas = space.encoding.random_alphas(args.pop_size, generator=self.breeding)
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
-        self.violation, self.latency = torch.zeros(args.pop_size, dtype=torch.float64), {}
+        self.violation, self.latency, self.archive = torch.zeros(args.pop_size, dtype=torch.float64), {}, {}
 
     def load_state_dict(self, state):
-        super().load_state_dict({"violation": self.violation, "latency": {}} | state)  # older checkpoints: no budgets
-        if not ((self.alphas >= 0) & (self.alphas < 1)).all() or ((self.fitness < 0) | (self.fitness > 100)).any():
-            raise ValueError("genes outside [0, 1), or fitness outside 0 to 100 %")
+        new = {name: getattr(self, name) for name in ("violation", "latency", "archive")}  # not in older checkpoints
+        super().load_state_dict(new | state)
+        for alphas in [*self.alphas, *self.archive.values()]:
+            if runs.kind(alphas) != runs.kind(self.alphas[0]) or not ((alphas >= 0) & (alphas < 1)).all():
+                raise ValueError("an individual of another shape, or with genes outside [0, 1)")
+        if ((self.fitness < 0) | (self.fitness > 100)).any():
+            raise ValueError("fitness outside 0 to 100 %")
         costs = [*self.latency.values(), *self.violation.tolist()]
         if not all(type(value) is float and 0 <= value < math.inf for value in costs):
             raise ValueError("a latency or an excess over the budgets that is no number of at least 0")
 
-    def set_fitness(self, fitness, violation):
+    def set_fitness(self, fitness, costs):
         """Sort the population by `merit`, best first; among equals the earlier individual stays ahead."""
+        amounts = costs.of(self.alphas, self.latency)
+        violation = costs.violation(amounts)
         order = torch.sort(merit(fitness, violation), descending=True, stable=True).indices
         self.alphas, self.fitness, self.violation = self.alphas[order], fitness[order], violation[order]
+        best = non_dominated(torch.cat([-fitness.unsqueeze(1).to(amounts), amounts], dim=1)[order])
+        for alphas in self.alphas[best]:
+            cell = str(costs.space.cell(alphas))
+            self.archive.pop(cell, None)
+            self.archive[cell] = alphas.clone()
+        self.archive = dict(list(self.archive.items())[-ARCHIVED:])
 
 
 def search(args, space, network, train_loader, valid_loader, costs, run):
@@ -122,7 +154,7 @@ def search(args, space, network, train_loader, valid_loader, costs, run):
             entry["distinct"] = len(unique(decoded)[0])
             if args.variant != "rand" or generation == args.epochs:
                 fitness = measure(args, space, network, measured, valid_loader, where=f"{where}, fitness")
-                state.set_fitness(fitness, costs.violation(state.alphas, state.latency))
+                state.set_fitness(fitness, costs)
                 images += len(unique(measured)[0]) * valid_loader.size
                 fields, remarks = describe_population(space, state, costs)
                 entry |= fields
@@ -221,6 +253,8 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--max_mult_adds", type=number(float, above=0), help="of it, millions an image")
     text = f"of it, ms: median of {REPETITIONS} forward passes of one image on this device, with these threads"
     group.add_argument("--max_latency", type=number(float, above=0), help=text)
+    text = "random architectures that the winner is compared with on the final weights; 0: none"
+    group.add_argument("--baselines", type=number(int, 0), default=50, help=text)
     group.add_argument("--bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics for fitness")
     group = parser.add_argument_group("training of the shared weights")
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="training batch")
@@ -290,6 +324,15 @@ def run_search(args, space, network, loaders, device, prog, bound):
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: this one misses it by the least")
         save_cell(run, space, state.alphas[0])
+        loaders[1].generator = torch.Generator().manual_seed(baselines.SEED)
+        with run.saving_when_interrupted(state.state_dict):
+
+            def measure_again(alphas):
+                raw = args.variant in ("nd", "ndf")
+                alphas = alphas if raw else space.encoding.decode(alphas)
+                return measure(args, space, network, alphas, loaders[1], where="the final weights")
+
+            baselines.conclude(args, space, costs, state, measure_again, run)
         report.finish(run, best)
 
 

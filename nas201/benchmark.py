@@ -3,6 +3,7 @@
     python -m nas201.benchmark export SRC DST    write the compact table (.csv or .csv.xz)
     python -m nas201.benchmark query SRC ARCH    accuracies and ranks of an arch string or index
     python -m nas201.benchmark best SRC          the best architecture per data set
+    python -m nas201.benchmark baselines SRC [ARCH]   what chance and counting parameters reach, and ARCH beside it
 
 Sources: a compact table, a NATS-Bench directory (NATS-tss-v1_0-3ffb9-simple), and the official
 NAS-Bench-201-v1_1-096897.pth. Figures are top-1 accuracies in percent after 200 epochs, averaged over the seeds an
@@ -23,12 +24,14 @@ import sys
 
 import numpy as np
 
-from nas201.genotypes import NUM_ARCHS, from_arch_string
+from nas201.genotypes import EDGES, NUM_ARCHS, PRIMITIVES, from_arch_string, to_arch_string
+from nas201.report import PUBLISHED
 from nas201.sources import (
     ALLOWED,
     COLUMNS,
     DATASETS,
     METRICS,
+    SPLITS,
     figures_of,
     official_rows,
     percent,
@@ -37,6 +40,8 @@ from nas201.sources import (
     unpacked,
 )
 from support.files import UserError, atomic_write, restricted_unpickle
+
+MOST_PARAMETERS = to_arch_string([PRIMITIVES.index("nor_conv_3x3")] * len(EDGES))
 
 
 class Benchmark:
@@ -183,9 +188,16 @@ def save(benchmark, path):
         file.write(lzma.compress(data) if path.endswith(".xz") else data)
 
 
+def index_of(source, arch):
+    """Return the index of an arch string, or of an index as text. Raises UserError."""
+    index = int(arch) if re.fullmatch(r"-?\d{1,9}", arch) else source.index(arch)
+    source.arch(index)
+    return index
+
+
 def query(source, arch):
     """Print an architecture's accuracies, and its rank among all 15,625 where the source is one table."""
-    index = int(arch) if re.fullmatch(r"-?\d{1,9}", arch) else source.index(arch)
+    index = index_of(source, arch)
     print(f"index {index}  {source.arch(index)}")
     print(f"{'data set':15} {'split':6} {'accuracy':>8} {'rank':>6}")
     for k, (dataset, split) in enumerate(METRICS):
@@ -205,6 +217,50 @@ def best(source):
             print(f"{dataset:15} {split:6} {column[index]:8.2f}  index {index:5}  {source.arch(index)}")
 
 
+def best_of(values, n):
+    """Return the expected best of `n` distinct ones drawn at random from `values` (N,), exactly."""
+    places, drawn = np.arange(1, len(values) + 1)[:, None], np.arange(n)
+    none_better = np.prod(np.clip((places - drawn) / (len(values) - drawn), 0, None), axis=1)  # than the i-th worst
+    return float(np.sort(values) @ np.diff(none_better, prepend=0))
+
+
+def baselines(source, index=None):
+    """Return {column: figures} for each of COLUMNS that is complete: accuracies in percent, after 200 epochs.
+
+    mean, median, std, best: of the whole space, a random architecture. best_of_10, best_of_50: `best_of`.
+    most_parameters: of MOST_PARAMETERS, six 3x3 convolutions. With an index also its `accuracy`, and `beaten_by`: how
+    many architectures are better.
+    """
+    rows, most = {}, source.index(MOST_PARAMETERS)
+    for name, values in zip(COLUMNS, source.full_table().T, strict=True):
+        if not np.isnan(values).any():
+            row = {"mean": values.mean(), "median": np.median(values), "std": values.std(ddof=1), "best": values.max()}
+            row |= {f"best_of_{n}": best_of(values, n) for n in (10, 50)}
+            row |= {"most_parameters": values[most], "most_parameters_beaten_by": (values > values[most]).sum()}
+            if index is not None:
+                row |= {"accuracy": values[index], "beaten_by": (values > values[index]).sum()}
+            rows[name.removesuffix("_200")] = {key: np.asarray(value).item() for key, value in row.items()}
+    return rows
+
+
+def print_baselines(source, arch=None):
+    """Print `baselines` as a table, beside what EvNAS published."""
+    index = None if arch is None else index_of(source, arch)
+    heads = {"mean": "mean", "median": "median", "std": "std", "best_of_10": "of 10", "best_of_50": "of 50"}
+    heads |= {"most_parameters": "largest", "best": "best", "published": "EvNAS"}
+    heads |= {} if index is None else {"accuracy": "ARCH", "beaten_by": "beaten by"}
+    print(f"{'accuracy, %':22}" + "".join(f" {head:>9}" for head in heads.values()))
+    published = [PUBLISHED[name][0][SPLITS.index(split)] for name, split in METRICS]
+    published = dict(zip((column.removesuffix("_200") for column in COLUMNS), published, strict=True))
+    for name, row in baselines(source, index).items():
+        row |= {"published": published[name]}
+        print(f"{name:22}" + "".join(f" {row[key]:9.{0 if key == 'beaten_by' else 2}f}" for key in heads))
+    print(
+        "mean, median, std: a random architecture; of 10, of 50: the expected best of so many distinct ones\n"
+        f"largest: six 3x3 convolutions, with the most parameters; best: of all {len(source):,}; EvNAS: as published"
+    )
+
+
 @command
 def main(argv=None):
     match sys.argv[1:] if argv is None else argv:
@@ -218,8 +274,10 @@ def main(argv=None):
             query(source := load(path), arch)
         case ["best", path]:
             best(source := load(path))
+        case ["baselines", path, *arch] if len(arch) < 2:
+            print_baselines(source := load(path), *arch)
         case _:
-            raise UserError("give export SRC DST, query SRC ARCH or best SRC (see --help)")
+            raise UserError("give export SRC DST, query SRC ARCH, best SRC or baselines SRC [ARCH] (see --help)")
     if source.absent:
         print(f"note: {source.path} has no {', '.join(source.absent)}", file=sys.stderr)
     if source.missing:

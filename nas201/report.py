@@ -3,6 +3,8 @@
 Importing this module registers it with `reporting`.
 """
 
+from html import escape
+
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
 from reporting import cells, report
 from reporting.charts import chart, column, show, table
@@ -31,6 +33,11 @@ def _(architecture: str, name=""):
     operations = zip(EDGES, from_arch_string(architecture), strict=True)
     edges = [(nodes[source], nodes[target], PRIMITIVES[op]) for (target, source), op in operations]
     return {"cell": {"title": cells.title(name, "cell"), "edges": edges}}
+
+
+def cells_of(rows, keys):
+    """Return the rows of a table from {name: {key: number}}."""
+    return [[escape(name), *(show(column([row], key)[0]) for key in keys)] for name, row in rows.items()]
 
 
 class Space(report.Space):
@@ -63,6 +70,23 @@ class Space(report.Space):
         curves = [("Kendall's tau", "purple", "kendall_tau"), ("Spearman's rho", "green", "spearman_rho")]
         charts.append(chart(rows, "Rank correlation", "fitness and true accuracy", curves))
         return section("NAS-Bench-201", *charts, card=card if any(charts) else "")
+
+    def baselines(self, worth):
+        """Return tables: the winner beside chance and the most parameters, and how fitness ranks architectures."""
+        html, rows = "", worth.get("accuracy") or {}
+        if rows:
+            heads = ["winner", "beaten by", "random, mean", "std", "best of 10", "best of 50", "six 3x3 convolutions"]
+            keys = ["accuracy", "beaten_by", "mean", "std", "best_of_10", "best_of_50", "most_parameters"]
+            html += table(
+                "True accuracy, %; best of: expected, of so many random ones",
+                ["Data set", *heads],
+                cells_of(rows, keys),
+            )
+        if taus := worth.get("kendall_tau"):
+            keys = ("architectures", "fitness", "parameters")
+            caption = f"Kendall's tau with {worth.get('truth')} accuracy"
+            html += table(caption, ["", *keys], cells_of(taus, keys))
+        return html
 
 
 report.SPACES["s2"] = Space()

@@ -10,9 +10,8 @@ from support.cli import Parser, command  # first: it ends Ctrl-C in one line
 import statistics
 from pathlib import Path
 
-import numpy as np
-
-from nas201.benchmark import load
+from nas201.benchmark import baselines, load
+from nas201.genotypes import NUM_ARCHS
 from nas201.report import PUBLISHED, SPREAD
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from reporting.charts import column, finite_values
@@ -35,9 +34,9 @@ def arguments(run):
 
 
 def finished(run):
-    """Return the history of a run that has all its generations and its report, else None. Raises UserError."""
+    """Return the history of a run that has all its generations, baselines and report, else None. Raises UserError."""
     run = Path(run)
-    history = read_history(run) if (run / "report.html").exists() else []
+    history = read_history(run) if all((run / name).exists() for name in ("report.html", "baselines.json")) else []
     return history if history and history[-1].get("generation") == arguments(run)["epochs"] else None
 
 
@@ -48,6 +47,7 @@ def read_run(run):
         raise UserError(f"{run} is not a finished search: start searchNAS201.sh again to continue it")
     keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
     figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
+    figures["worth"] = read_json(Path(run) / "baselines.json")
     taus = [entry.get("kendall_tau") for entry in history]
     seconds = sum(finite_values(history, "seconds"))
     return figures | {"kendall_tau_by_generation": taus, "generations": len(history), "seconds": seconds}
@@ -65,18 +65,20 @@ def summarise(folder, dataset):
     paths = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
     runs = [read_run(path) for path in paths]
     args = arguments(paths[0])
-    table = load(args["api_path"]).table if args["api_path"] else None  # None too where rows are read one by one
+    table = load(args["api_path"]) if args["api_path"] else None
+    known = {} if table is None or table.table is None else baselines(table)  # {} where rows are read one by one
     accuracy = {}
-    for k, ((name, split), label) in enumerate(zip(METRICS, COLUMNS, strict=True)):
-        at = SPLITS.index(split)
+    for (name, split), label in zip(METRICS, COLUMNS, strict=True):
+        at, label = SPLITS.index(split), label.removesuffix("_200")
         row = {"searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")), "published": None}
         if name == dataset:  # the published searches were on this data set
             row["published"] = {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]}
         row["optimum"] = PUBLISHED[name][1][at]
-        if table is not None and not np.isnan(table[:, k]).any():
-            true = table[:, k]
-            row |= {"optimum": true.max(), "space_mean": true.mean(), "space_median": float(np.median(true))}
-        accuracy[label.removesuffix("_200")] = row
+        if label in known:
+            row |= {f"space_{key}": value for key, value in known[label].items()}
+            row["optimum"] = row.pop("space_best")
+            row["beaten_by"] = column(runs, f"worth/accuracy/{label}/beaten_by")
+        accuracy[label] = row
     summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args, "accuracy": accuracy}
     for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
         summary[key] = mean_std(column(runs, key))
@@ -95,18 +97,28 @@ def print_table(summary):
     print(f"\n{summary['dataset']}: seeds {seeds}; {size}, {args['epochs']} generations")
     for run in summary["runs"]:
         print(f"  {run['best_genotype']}")
-    line = "{:22} {:>16} {:>16} {:>8} {:>11} {:>13}"
-    print(line.format("accuracy, %", "these searches", "published", "optimum", "space mean", "space median"))
+    heads = {"searched": "these searches", "published": "published", "optimum": "optimum"}
+    heads |= {"space_mean": "mean", "space_median": "median", "space_std": "std", "space_best_of_10": "of 10"}
+    heads |= {"space_best_of_50": "of 50", "space_most_parameters": "largest"}
+    line = "{:22} {:>16} {:>16}" + " {:>8}" * (len(heads) - 2)
+    print(line.format("accuracy, %", *heads.values()))
     for name, row in summary["accuracy"].items():
-        keys = ("searched", "published", "optimum", "space_mean", "space_median")
-        print(line.format(name, *(show(row.get(key)) for key in keys)))
-    print(line.format("seconds", show(summary["seconds"], 1), show(summary["published_seconds"], 1), "", "", ""))
+        print(line.format(name, *(show(row.get(key)) for key in heads)))
+    for name, row in summary["accuracy"].items():
+        if "beaten_by" in row:
+            print(f"{name}: {', '.join(map(str, row['beaten_by']))} of {NUM_ARCHS:,} architectures beat these searches")
+    seconds = [show(summary["seconds"], 1), show(summary["published_seconds"], 1)]
+    print(line.format("seconds", *seconds, *[""] * (len(heads) - 2)))
     truth = summary["runs"][0]["truth"]
     if truth:
         tau, rho = show(summary["kendall_tau"], 3), show(summary["spearman_rho"], 3)
         print(f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}")
+    for run in summary["runs"]:
+        print(f"{run['run']}: {run['worth'].get('sentence')}")
     absent = "not in the benchmark's table, or not read" if args["api_path"] else "no benchmark was given (--api_path)"
     print("mean ± standard deviation over the seeds (n - 1); published: by searches on the same data set")
+    print("mean, median, std: a random architecture; of 10, of 50: the expected best of so many of them")
+    print("largest: six 3x3 convolutions, with the most parameters")
     print(f"a dash elsewhere: {absent}")
 
 

@@ -62,6 +62,25 @@ class S2(SearchSpace):
     def cost_table(self, args, classes, image_shape):
         return model.cost_table(NAS201.init_channels, NAS201.layers, classes, image_shape)
 
+    def worth(self, groups):
+        """Return the winner's accuracies beside the benchmark's `baselines`, and how fitness ranks architectures."""
+        if not self.table or self.table.table is None:  # a directory, whose records are read one by one
+            return {}, ""
+        winner = self.table.index(self.cell(groups["last population"][0][0]))
+        fields, remarks = {"accuracy": benchmark.baselines(self.table, winner)}, ""
+        if self.truth:
+            fields |= {"truth": " ".join(self.truth), "kendall_tau": {}}
+            for name, (alphas, fitness, parameters) in groups.items():
+                indices = [self.table.index(self.cell(individual)) for individual in alphas]
+                truth = [self.table.accuracy(index, *self.truth) for index in indices]
+                tau = {"architectures": len(alphas), "fitness": correlations(fitness.tolist(), truth)[0]}
+                fields["kendall_tau"][name] = tau | {"parameters": correlations(parameters.tolist(), truth)[0]}
+            row = fields["accuracy"].get(COLUMNS[list(METRICS).index(self.truth)].removesuffix("_200"))
+            if row:
+                place = f"rank {row['beaten_by'] + 1:,} of {len(self.table):,}"
+                remarks = f"; {row['accuracy']:.2f} % true accuracy ({fields['truth']}), {place}"
+        return fields, remarks
+
     def report(self, alphas, fitness):
         if not self.table:
             return {}, ""
@@ -79,7 +98,7 @@ class S2(SearchSpace):
 
 @command
 def main(argv=None):
-    defaults = dict(bn="running", valid_transform="test")
+    defaults = dict(bn="running", valid_transform="test", baselines=100)
     parser = search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
     group.add_argument("--num_cells", type=number(int, 1), default=5, help="cells in each of the three stages")

@@ -104,8 +104,37 @@ def chart(rows, title, note, lines, band=None, levels=(), zero=False):
         figure.legend(loc="outside lower left", ncols=2)
         svg = cells.svg_of(figure, title, description)
     numbers = zip(steps, *([show(v, 3) for v in values] for _, _, values in lines), strict=True)
-    numbers = table(f"{title} by {step}", [step, *(label for label, *_ in lines)], numbers)
+    return framed(title, note, svg, table(f"{title} by {step}", [step, *(label for label, *_ in lines)], numbers))
+
+
+def framed(title, note, svg, numbers):
+    """Return a chart with its heading, and its table to be unfolded."""
     return (
         f"<figure><figcaption>{title} <small>{note}</small></figcaption>{svg}"
         f"<details><summary>Numbers</summary>{numbers}</details></figure>"
     )
+
+
+def scatter(title, note, axis, dots, front):
+    """Return a chart of fitness against a cost, of (cost, fitness), and its front in numbers; the first dot won.
+
+    The line goes through those of the front that are not dominated in this cost alone.
+    """
+    from matplotlib.figure import Figure
+
+    line, (cost, fitness) = [], dots[0]
+    for point in sorted(front, key=lambda point: (point[0], -point[1])):
+        line += [point] if not line or point[1] > line[-1][1] else []
+    with cells.default_settings(STYLE):
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        axes = figure.subplots()
+        axes.set_xmargin(0.05)
+        axes.set_xlabel(axis)
+        axes.plot(*zip(*dots, strict=True), "o", color=PALETTE["grey"], label=f"{len(dots)} individuals")
+        axes.plot(*zip(*line, strict=True), "o-", color=PALETTE["blue"], label="front")
+        axes.plot(cost, fitness, "*", color=PALETTE["red"], markersize=11, label="winner")
+        figure.legend(loc="outside lower left", ncols=3)
+        described = f"{len(dots)} individuals; the winner has {show(cost)} {axis}, fitness {show(fitness)} %."
+        svg = cells.svg_of(figure, title, described)
+    numbers = [[show(v, 3) for v in point] for point in front]
+    return framed(title, note, svg, table(f"{title}: the front", [axis, "fitness, %"], numbers))

@@ -11,7 +11,7 @@ from html import escape
 import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
-from reporting.charts import chart, column, finite_values, pairs, show, step_of, wide
+from reporting.charts import chart, column, finite_values, pairs, scatter, show, step_of, wide
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_history, read_json
 
 CSS = """
@@ -63,7 +63,12 @@ class Space:
         """Return a section of its own; `searched` is the data set."""
         return ""
 
+    def baselines(self, worth):
+        """Return HTML on what baselines.json holds of this space alone."""
+        return ""
 
+
+COSTS = {"parameters_M": "parameters, M", "mult_adds_M": "mult-adds, M", "latency_ms": "latency, ms"}
 SPACES = {"s1": Space()}  # by the name in args.json
 
 
@@ -142,6 +147,37 @@ def population_section(run_dir, space, rows, missing):
     distinct = [("distinct architectures", "orange", "distinct")]
     charts.append(chart(rows, "Distinct architectures", "in the population", distinct, zero=True))
     return section("Population", *charts)
+
+
+def worth_section(run_dir, space, missing):
+    """Return the winner beside random architectures (baselines.json), and fitness against costs (pareto.json)."""
+    paths, card, charts = [os.path.join(run_dir, name) for name in ("baselines.json", "pareto.json")], "", []
+    try:
+        if os.path.exists(paths[0]):
+            worth = read_json(paths[0])
+            rows = [worth["winner"]]
+            shown = {"Winner's fitness, %": finite_values(rows, "fitness")}
+            shown |= {f"Its network's {axis}": finite_values(rows, name) for name, axis in COSTS.items()}
+            shown |= {f"Random architectures, {of}": finite_values([worth], f"random_{of}") for of in ("mean", "best")}
+            shown = {name: show(values[0]) for name, values in shown.items() if values}
+            card = f"<p>{escape(worth['sentence'])}.</p><pre>{escape(worth['retrain'])}</pre>"
+            card += pairs(shown) + space.baselines(worth)
+        if os.path.exists(paths[1]):
+            pareto = read_json(paths[1])
+            for name, axis in COSTS.items():
+                dots, front = (points(pareto[of], name) for of in ("individuals", "front"))
+                if dots and front:
+                    charts.append(scatter(f"Fitness and {axis}", "on the final weights, %", axis, dots, front))
+            card += f"<p>The charts: {escape(pareto['about'])}.</p>" if charts else ""
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        missing.append(f"What the winner is worth: baselines.json or pareto.json is damaged ({error!s:.200})")
+    return section("What the winner is worth", *charts, card=card)
+
+
+def points(rows, name):
+    """Return [(cost, fitness)] of those rows that have both."""
+    pairs = zip(column(rows, name), column(rows, "fitness"), strict=True)
+    return [pair for pair in pairs if None not in pair]
 
 
 def training_section(rows):
@@ -232,7 +268,8 @@ def write_report(run_dir):
     else:
         if not finite_values(rows, "fitness_best"):
             missing.append("Fitness was not measured in any generation.")
-        parts += [training_section(rows), space.section(rows, flags.get("dataset"))]
+        parts += [worth_section(run_dir, space, missing), training_section(rows)]
+        parts += [space.section(rows, flags.get("dataset"))]
         parts += [population_section(run_dir, space, rows, missing), time_section(rows)]
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
     notes = notes and f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>"

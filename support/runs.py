@@ -302,17 +302,19 @@ class Run:
         """Say that the run is interrupted, and with which command it continues."""
         if self.writes:
             prog = read_json(self.path / "args.json")["prog"]
-            self.log(f"interrupted {place}; continue with: {continue_command(prog, self.path)}", file=sys.stderr)
+            self.log(
+                f"interrupted {place}; continue with: {shell_command(prog, '--resume', self.path)}", file=sys.stderr
+            )
 
 
-def continue_command(prog, path):
-    """Return the shell command that continues the run at `path` of script or module `prog`, from here."""
+def shell_command(prog, *words):
+    """Return the shell command that starts script or module `prog` with these words, from the current directory."""
     root = os.path.relpath(Path(__file__).resolve().parents[1])
     if not prog.startswith("python"):
         prog = f"python {shlex.quote(os.path.normpath(os.path.join(root, prog)))}"
     elif root != ".":
         prog = f"PYTHONPATH={shlex.quote(root)} {prog}"
-    return f"{prog} --resume {shlex.quote(str(path))}"
+    return f"{prog} {shlex.join(map(str, words))}"
 
 
 def lock(path):

@@ -875,6 +875,9 @@ def forgeries(script):
         genes = torch.zeros(4, 2, 14, 8)
         values["alphas"] = [genes[:3], genes.double(), genes - 1, genes + 1, genes * math.nan, genes.to_sparse(), None]
         values["fitness"] = [torch.zeros(3, dtype=torch.float64), torch.zeros(4), torch.full((4,), 101.0).double()]
+        values["violation"] = [torch.zeros(3, dtype=torch.float64), torch.zeros(4), -torch.ones(4).double(), None]
+        values["latency"] = [5, {"cell": "x"}, {"cell": -1.0}, {"cell": math.nan}]
+        values["archive"] = [5, {"cell": genes[0] - 1}, {"cell": genes}, {"cell": genes[0].double()}, {"cell": 3}]
     else:
         values["best_top1"] = [None, "x", torch.zeros(())]
     for name, news in values.items():

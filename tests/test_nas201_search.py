@@ -30,6 +30,7 @@ TINY = [
     *("--dataset", "digits", "--device", "cpu", "--epochs", "3", "--pop_size", "6", "--tsize", "3"),
     *("--init_channels", "4", "--num_cells", "1", "--batch_size", "32"),
     *("--train_samples", "400", "--valid_samples", "100", "--learning_rate", "0.1"),
+    *("--baselines", "3"),
 ]
 
 

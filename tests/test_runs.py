@@ -88,7 +88,7 @@ def test_the_command_that_continues_a_run(tmp_path, monkeypatch):
         monkeypatch.chdir(folder)
         for prog in ("train.py", "python -m nas201.train_search"):
             settings = dict(env={"PATH": f"{python.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
-            done = subprocess.run(["sh", "-c", runs.continue_command(prog, path)], **settings)
+            done = subprocess.run(["sh", "-c", runs.shell_command(prog, "--resume", path)], **settings)
             modules, *words = done.stdout.splitlines()
             assert words[-2:] == ["--resume", path] and not done.stderr
             if prog == "train.py":

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+import baselines
 import encoding
 import evolution
 import genotypes
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("quick_report")
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
 # 70 images in batches of 30: two and a smaller one, fewer than individuals; 45 in batches of 20 to validate.
 SIZES = dict(dataset="digits", pop_size=4, tsize=2, train_samples=70, valid_samples=45)
-SIZES |= dict(batch_size=30, valid_batch_size=20, init_channels=2, layers=2, epochs=3, device="cpu")
+SIZES |= dict(batch_size=30, valid_batch_size=20, init_channels=2, layers=2, epochs=3, device="cpu", baselines=2)
+SIZES |= dict(target_channels=4, target_layers=4)
 
 
 def command_line(**changed):
@@ -45,8 +47,12 @@ def history(run):
     return [{k: v for k, v in line.items() if k not in TIMING} for line in runs.read_history(run)]
 
 
+def raw_bytes(alphas):
+    return [individual.numpy().tobytes() for individual in alphas]
+
+
 def raw_individuals(alphas):
-    return sorted(individual.numpy().tobytes() for individual in alphas)
+    return sorted(raw_bytes(alphas))
 
 
 # ---- a finished run; stopped ones are in test_resume.py
@@ -218,7 +224,14 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
             assert fitness.isnan().all() and "fitness_best" not in history(run)[generation - 1]
         bred = dict(num_elites=1, tsize=2, mutate_rate=0.5, generator=breeding, variant=variant)
         born = evolution.next_generation(alphas, fitness, **bred)
-    assert calls == []
+    # With the final weights again: the last population, fronts of earlier generations, two random architectures.
+    random = encoding.random_alphas(2, generator=torch.Generator().manual_seed(baselines.SEED))
+    keys = raw_bytes(encoding.decode(alphas))
+    last = [a for i, a in enumerate(alphas) if keys[i] not in keys[:i]]
+    again = torch.stack([*last, *random])
+    again = again if variant in MEASURED_RAW else encoding.decode(again)
+    assert all(kind == "fitness" for kind, _ in calls) and len(calls) <= 3 * 3 + 2
+    assert all(torch.equal(a, b) for (_, a), b in zip([*calls[: len(last)], *calls[-2:]], again, strict=True))
     assert genotypes.load(run / "genotype.json") == encoding.genotype(alphas[0])  # of raw alphas, whatever was measured
 
 
