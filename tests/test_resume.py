@@ -107,7 +107,7 @@ def assert_same_run(run, expected):
     """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
     assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)))
     assert test_search.history(run) == test_search.history(expected)
-    for path in [*expected.glob("weights/*.pt"), *expected.glob("genotype.*"), *expected.glob("*.svg")]:
+    for path in [p for name in ("weights/*.pt", "genotype.*", "*.svg", "pareto.json") for p in expected.glob(name)]:
         same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
         assert same, path
     for path in expected.glob("population/*.npz"):
