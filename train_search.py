@@ -125,7 +125,7 @@ class SearchState(TrainingState):
         order = torch.sort(merit(fitness, violation), descending=True, stable=True).indices
         self.alphas, self.fitness, self.violation = self.alphas[order], fitness[order], violation[order]
         best = non_dominated(torch.cat([-fitness.unsqueeze(1).to(amounts), amounts], dim=1)[order])
-        for alphas in self.alphas[best]:
+        for alphas in self.alphas[best].flip(0):  # the fittest last: they are kept longest
             cell = str(costs.space.cell(alphas))
             self.archive.pop(cell, None)
             self.archive[cell] = alphas.clone()
@@ -325,13 +325,8 @@ def run_search(args, space, network, loaders, device, prog, bound):
             run.log("no individual of the last generation meets the budget: this one misses it by the least")
         save_cell(run, space, state.alphas[0])
         loaders[1].generator = torch.Generator().manual_seed(baselines.SEED)
+        measure_again = functools.partial(measure, args, space, network, loader=loaders[1], where="the final weights")
         with run.saving_when_interrupted(state.state_dict):
-
-            def measure_again(alphas):
-                raw = args.variant in ("nd", "ndf")
-                alphas = alphas if raw else space.encoding.decode(alphas)
-                return measure(args, space, network, alphas, loaders[1], where="the final weights")
-
             baselines.conclude(args, space, costs, state, measure_again, run)
         report.finish(run, best)
 

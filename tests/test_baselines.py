@@ -37,7 +37,9 @@ def loaded(run):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    return test_search.search(tmp_path_factory.mktemp("finished"), epochs=2, pop_size=6, baselines=5)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_search.report, "finish", lambda run, cell: None)  # drawing takes longer than the search
+        return test_search.search(tmp_path_factory.mktemp("finished"), epochs=2, pop_size=6, baselines=5)
 
 
 # ---- fronts
@@ -79,10 +81,11 @@ def test_the_archive_holds_each_generations_front(finished):
 
 
 def test_only_the_newest_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_search, "ARCHIVED", 3)
-    run = test_search.search(tmp_path, epochs=2, baselines=0)
-    archive = runs.load_checkpoint(run / "checkpoint.pt")["archive"]
-    assert len(archive) == 3
+    monkeypatch.setattr(train_search, "ARCHIVED", 1)
+    run = test_search.search(tmp_path, epochs=1, baselines=0)
+    (kept,) = runs.load_checkpoint(run / "checkpoint.pt")["archive"].values()
+    alphas, fitness = test_search.populations(run)[-1]
+    assert fitness[[torch.equal(kept, individual) for individual in alphas]].tolist() == [fitness[0]]
 
 
 @pytest.mark.parametrize("pick", [1, 2])
@@ -128,15 +131,19 @@ def test_random_architectures_on_the_same_weights_and_images(finished):
     assert str(finished) in result["retrain"] and "--init_channels 4" in result["retrain"]
 
 
-def test_without_baselines_the_search_is_the_same(finished, tmp_path):
-    run = test_search.search(tmp_path, epochs=2, pop_size=6, baselines=0)
-    assert test_search.history(run) == test_search.history(finished)
+def test_the_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, tmp_path):
+    sizes = dict(epochs=2, pop_size=6, baselines=0)
+    run = test_search.search(tmp_path, **sizes, max_params=1000, max_mult_adds=1e5)
+    lines = test_search.history(run)
+    assert [line.pop("feasible") for line in lines] == [6, 6] and lines == test_search.history(finished)
+    state, expected = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, finished))
+    test_resume.assert_same(state | {"bound": None}, expected | {"bound": None})
     pareto, result = loaded(run)
     assert result["random_fitness"] == [] and "random architectures" not in result["sentence"]
     assert pareto["individuals"] == loaded(finished)[0]["individuals"]
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]])
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], pytest.param(test_resume.AT_ONCE, marks=pytest.mark.slow)])
 def test_an_interruption_of_the_last_measurement_loses_nothing(finished, tmp_path, numbers):
     argv = test_search.command_line(epochs=2, pop_size=6, baselines=5, run_name="run", dir=tmp_path)
     test_resume.stop_at("the final weights: batch 1", numbers, train_search.main, argv)

@@ -21,7 +21,6 @@ from support import runs
 from support.files import restricted_unpickle
 
 pytestmark = pytest.mark.usefixtures("quick_report")
-TINY = dict(target_channels=4, target_layers=4)
 
 
 @pytest.mark.parametrize(
@@ -59,28 +58,18 @@ def test_counts_of_nas_bench_201_are_the_recorded_ones(shared_data):
 # ---- budgets
 
 
-def test_a_loose_budget_changes_nothing(tmp_path):
-    loose, free = (
-        test_search.search(tmp_path / name, **TINY, **flags)
-        for name, flags in (("loose", dict(max_params=1000, max_mult_adds=1e5)), ("free", {}))
-    )
-    lines = test_search.history(loose)
-    assert [line.pop("feasible") for line in lines] == [4, 4, 4]
-    assert lines == test_search.history(free)
-    for (alphas, fitness), (expected_alphas, expected) in zip(
-        test_search.populations(loose), test_search.populations(free), strict=True
-    ):
-        assert torch.equal(alphas, expected_alphas) and torch.equal(fitness, expected)
-    weights = [torch.load(run / "weights/weights.pt", weights_only=True) for run in (loose, free)]
-    assert all(torch.equal(weights[0][name], value) for name, value in weights[1].items())
-
-
-@pytest.mark.parametrize("seed", [18, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(19))])
-@pytest.mark.parametrize("space", ["s1", "s2"])
+@pytest.mark.parametrize(
+    ("space", "seed"),
+    [
+        ("s2", 0),
+        *(pytest.param("s1", seed, marks=pytest.mark.slow) for seed in range(20)),
+        *(pytest.param("s2", seed, marks=pytest.mark.slow) for seed in range(1, 20)),
+    ],
+)
 def test_winners_meet_a_tight_budget(tmp_path, space, seed):
     if space == "s1":
         sizes = dict(
-            pop_size=10, tsize=4, epochs=3, seed=seed, train_samples=30, max_params=0.0128, max_mult_adds=0.138, **TINY
+            pop_size=10, tsize=4, epochs=3, seed=seed, train_samples=30, max_params=0.0128, max_mult_adds=0.138
         )
         run = test_search.search(tmp_path, **sizes)
         limits, decode = (0.0128, 0.138), encoding.decode
@@ -110,7 +99,8 @@ def test_winners_meet_a_tight_budget(tmp_path, space, seed):
     ],
 )
 def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
-    argv = test_search.command_line() if module is train_search else test_nas201_search.TINY
+    paper = test_search.command_line(target_channels=36, target_layers=20)
+    argv = paper if module is train_search else test_nas201_search.TINY
     assert words in fails(module.main, [*argv, *flags])
 
 
@@ -129,7 +119,7 @@ def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
         return float(len(measured))
 
     monkeypatch.setattr(costs.Costs, "measure_latency", measure)
-    run = test_search.search(tmp_path, max_latency=5.5, **TINY)
+    run = test_search.search(tmp_path, max_latency=5.5, epochs=2)
     assert len(measured) == len(set(measured)) >= 4  # each cell once
     checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["latency"] == {cell: i + 1.0 for i, cell in enumerate(measured)}
