@@ -7,6 +7,7 @@ from support.cli import Parser, command  # first: it ends Ctrl-C in one line
 
 # isort: split
 
+import copy
 import importlib.util
 import io
 import json
@@ -22,6 +23,7 @@ import testing
 from support import distributed, runs
 from support.files import UserError, atomic_write, read_json
 
+ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # older versions of torch need an end
 TOLERANCE = 1e-5  # of the largest logit, in float32
 
 
@@ -33,19 +35,22 @@ class Logits(nn.Module):
 
     def __init__(self, network, mean=None, std=None):
         super().__init__()
-        self.network = network
+        self.network = copy.deepcopy(network)
+        # A plain Linear: a Classifier leaves autocast, which would be part of the file, and older versions cannot read.
+        linear, self.network.classifier = network.classifier, nn.Linear(*network.classifier.weight.shape[::-1])
+        self.network.classifier.load_state_dict(linear.state_dict())
         self.normalize = mean is not None
         if self.normalize:
-            self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
-            self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+            self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
+            self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
 
-    def forward(self, x):
-        return self.network((x - self.mean) / self.std if self.normalize else x)[0]
+    def forward(self, images):
+        return self.network((images - self.pixel_mean) / self.pixel_std if self.normalize else images)[0]
 
 
 def to_torch(module, x, metadata):
     """Return the bytes of a file of torch.export with `metadata` in its metadata.json; x (B, 3, H, W) is an example."""
-    program = torch.export.export(module, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    program = torch.export.export(module, (x,), dynamic_shapes=ANY_BATCH, strict=False)
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
     return content.getvalue()
@@ -63,11 +68,11 @@ def to_onnx(module, x, metadata):
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(packages)}")
     import onnx
 
-    shapes = {"x": {0: torch.export.Dim("batch")}}
     names = dict(input_names=["images"], output_names=["logits"])
-    program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
-    onnx.helper.set_model_props(program.model_proto, {name: json.dumps(value) for name, value in metadata.items()})
-    return program.model_proto.SerializeToString()
+    program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})
+    return model.SerializeToString()
 
 
 def run_onnx(path, x):
@@ -112,12 +117,12 @@ def main(argv=None):
     parser.add_argument("--data", help="where the test images for the comparison lie (default: where they did)")
     args = parser.parse_args(argv)
     weights, about = testing.read_about(args.run)
-    network = testing.load(args.run)[0].requires_grad_(False)
-    x, mean, std = sample_images(args, about), about["mean"], about["std"]
-    module = Logits(network).eval()
+    network, _ = testing.load(args.run)
+    x = sample_images(args, about)
+    normalisation = [about["mean"], about["std"]] if args.normalize else []
+    module = Logits(network, *normalisation).eval().requires_grad_(False)
     if args.normalize:
-        module = Logits(network, mean, std).eval()
-        x = x * module.std + module.mean
+        x = x * module.pixel_std + module.pixel_mean
     height, width = about["image_size"]
     metadata = {name: about[name] for name in ("classes", "genotype", "mean", "std")}
     metadata["input"] = f"RGB, {'in [0, 1]' if args.normalize else 'normalised'}, (batch, 3, {height}, {width})"

@@ -13,6 +13,7 @@ import fast_search
 import genotypes
 import model_search
 import nas201.fast_search
+import nas201.model
 import nas201.model_search
 import train
 from model import NetworkCIFAR
@@ -96,9 +97,9 @@ def test_supernets_with_inductor(supernet, kinds, kernels):
         assert_close(actual, expected, 1e-8)
 
 
-def retrained():
+def retrained(network):
     """Logits, and gradients, of a retrained network's training step, not compiled and compiled, with drop path."""
-    network, x = fill(NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA)), images(3, (4, 3, 8, 8))
+    network, x = fill(network), images(3, (4, 3, 8, 8))
     network.drop_path_prob = 0.5
     for compile in (False, True):
         torch.manual_seed(1)
@@ -108,8 +109,15 @@ def retrained():
         yield logits.detach(), torch.cat([p.grad.flatten() for p in network.parameters()])
 
 
-def test_a_retrained_network_with_graphs(graphs):
-    (logits, gradients), compiled = retrained()
+def of_arch_string():
+    """Two equal cells in each of three stages."""
+    arch = "|nor_conv_3x3~0|+|avg_pool_3x3~0|nor_conv_1x1~1|+|none~0|skip_connect~1|nor_conv_3x3~2|"
+    return nas201.model.Network(4, 2, 10, arch)
+
+
+@pytest.mark.parametrize("make", [lambda: NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA), of_arch_string])
+def test_a_retrained_network_with_graphs(graphs, make):
+    (logits, gradients), compiled = retrained(make())
     assert_close(compiled[0], logits, 1e-6)
     assert_close(compiled[1], gradients, 1e-6)
     assert len(graphs) == 3
@@ -118,7 +126,7 @@ def test_a_retrained_network_with_graphs(graphs):
 @pytest.mark.slow
 def test_a_retrained_network_with_inductor():
     start_anew()
-    (logits, gradients), compiled = retrained()
+    (logits, gradients), compiled = retrained(NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA))
     assert_close(compiled[0], logits)
     assert_close(compiled[1], gradients, 1e-3)
 

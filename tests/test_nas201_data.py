@@ -265,6 +265,12 @@ def test_folder_of_odd_sizes(make_images):
     assert "10x8" in refused(data.search_splits, args(dataset="folder", data=folder))
 
 
+def test_folder_of_any_size(make_images):
+    folder = make_images("train", 4, [(41, 30), (33, 70)])
+    train, valid, _ = data.search_splits(args(dataset="folder", data=folder, image_size=12))
+    assert train.image_size == valid.image_size == [12, 12] and len(train) == len(valid) == 6
+
+
 def write_split(path, **lists):
     path.write_text(json.dumps({name: ["int", [str(i) for i in indices]] for name, indices in lists.items()}))
     return path

@@ -385,10 +385,11 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
 
 
 @pytest.mark.slow
-def test_two_processes(tmp_path):
+@pytest.mark.parametrize("arch", ["EvNASB", ARCH])
+def test_two_processes(tmp_path, arch):
     project = Path(train.__file__).parent
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    argv = command_line("--cutout", dir=tmp_path, epochs=2)
+    argv = command_line("--cutout", dir=tmp_path, epochs=2, arch=arch)
     subprocess.run([*launcher, str(project / "train.py"), *argv], check=True, cwd=project, timeout=300)
     (run,) = tmp_path.iterdir()
     assert [line["epoch"] for line in history(run)] == [1, 2]
