@@ -47,7 +47,8 @@ def read_run(run):
         raise UserError(f"{run} is not a finished search: start searchNAS201.sh again to continue it")
     keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
     figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
-    figures["worth"] = read_json(Path(run) / "baselines.json")
+    worth = read_json(Path(run) / "baselines.json")
+    figures["worth"] = worth if isinstance(worth, dict) else {}
     taus = [entry.get("kendall_tau") for entry in history]
     seconds = sum(finite_values(history, "seconds"))
     return figures | {"kendall_tau_by_generation": taus, "generations": len(history), "seconds": seconds}
@@ -82,6 +83,9 @@ def summarise(folder, dataset):
     summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args, "accuracy": accuracy}
     for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
         summary[key] = mean_std(column(runs, key))
+    for of in ("fitness", "parameters"):
+        key = f"worth/kendall_tau/random architectures/{of}"
+        summary[f"kendall_tau_random_{of}"] = mean_std(column(runs, key))
     return summary | {"published_seconds": PUBLISHED_SECONDS if dataset in DATASETS else None, "runs": runs}
 
 
@@ -106,13 +110,16 @@ def print_table(summary):
         print(line.format(name, *(show(row.get(key)) for key in heads)))
     for name, row in summary["accuracy"].items():
         if "beaten_by" in row:
-            print(f"{name}: {', '.join(map(str, row['beaten_by']))} of {NUM_ARCHS:,} architectures beat these searches")
+            beaten = ", ".join(show(count, 0) for count in row["beaten_by"])
+            print(f"{name}: {beaten} of {NUM_ARCHS:,} architectures beat these searches")
     seconds = [show(summary["seconds"], 1), show(summary["published_seconds"], 1)]
     print(line.format("seconds", *seconds, *[""] * (len(heads) - 2)))
     truth = summary["runs"][0]["truth"]
     if truth:
         tau, rho = show(summary["kendall_tau"], 3), show(summary["spearman_rho"], 3)
         print(f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}")
+        tau, other = (show(summary[f"kendall_tau_random_{of}"], 3) for of in ("fitness", "parameters"))
+        print(f"Kendall's tau on random architectures: of fitness on the final weights {tau}, of parameters {other}")
     for run in summary["runs"]:
         print(f"{run['run']}: {run['worth'].get('sentence')}")
     absent = "not in the benchmark's table, or not read" if args["api_path"] else "no benchmark was given (--api_path)"

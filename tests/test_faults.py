@@ -498,6 +498,9 @@ def valid_summary(name, folder):
         about = json.loads((run / "args.json").read_text())
         about["args"] |= {"init_channels": 4, "num_cells": 1, "pop_size": 6, "api_path": None}
         files.write_json(run / "args.json", about)
+        tau = {"random architectures": {"architectures": 3, "fitness": 0.3, "parameters": 0.5}}
+        worth = {"winner": {"fitness": 9.5}, "sentence": "better", "retrain": "train.py", "kendall_tau": tau}
+        files.write_json(run / "baselines.json", worth)
         report.write_report(run)
     return folder / "search-digits-seed19" / name, summary.main, [folder, "digits"]
 
@@ -511,6 +514,7 @@ def valid_summary(name, folder):
         ("history", valid_history),
         ("history of a table of three", partial(valid_summary, "history.jsonl")),
         ("arguments of a table of three", partial(valid_summary, "args.json")),
+        ("baselines of a table of three", partial(valid_summary, "baselines.json")),
     ],
 )
 def test_malformed_files(tmp_path, kind, valid):

@@ -304,6 +304,10 @@ def assert_summary(folder, names, out):
     assert result["seconds"]["mean"] == pytest.approx(np.mean([sum(e["seconds"] for e in lines) for lines in entries]))
     assert f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out and "Kendall's tau" in out
     assert "± 1.11" not in out and "20249.7" not in out  # published searches were not on digits
+    beaten = [int((TRUTH[:, 1] > test).sum()) for test in tests]
+    assert row["beaten_by"] == beaten and f"{beaten[0]}, {beaten[1]}, {beaten[2]} of 15,625" in out
+    assert row["space_best_of_10"] < row["space_best_of_50"] < row["optimum"] and row["space_most_parameters"] > 0
+    assert -1 <= result["kendall_tau_random_fitness"]["mean"] <= 1 and "true accuracy (cifar10 valid), rank" in out
     assert result["runs"][1]["kendall_tau_by_generation"] == [entry["kendall_tau"] for entry in entries[1]]
 
 
