@@ -17,6 +17,9 @@ REMEDIES = {
     "out of memory": SMALLER,
     "could not create a primitive": SMALLER,  # in oneDNN
     "can't start new thread": SMALLER,
+    "cannot allocate memory": SMALLER,  # the loader of shared libraries, in an import
+    "without setting an exception": SMALLER,  # Python, where there is no memory for the MemoryError
+    "without exception set": SMALLER,  # the same
     "gloo": "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
     "with as many processes as you like",
 }
@@ -41,7 +44,7 @@ def command(main):
             text, code = f"error: {error}", 2
         except OSError as error:
             text, code = f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
-        except (RuntimeError, MemoryError) as error:
+        except (RuntimeError, MemoryError, SystemError, ImportError) as error:
             text, code = remedy(error), 2
             if text is None:
                 raise
