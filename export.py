@@ -11,6 +11,7 @@ import copy
 import importlib.util
 import io
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -89,16 +90,19 @@ def difference(logits, expected):
 FORMATS = {"torch": ("network.pt2", to_torch, run_torch), "onnx": ("network.onnx", to_onnx, run_onnx)}
 
 
-def sample_images(args, about):
-    """Return up to 16 test images of a retraining, (B, 3, H, W), normalised. Raises UserError where they are not."""
-    root = args.data
+def sample_images(root, path, about):
+    """Return up to 16 test images, (B, 3, H, W), normalised, of the retraining that left the weights at `path`.
+
+    Its data lie at `root`, or if that is None where its args.json says. Raises UserError where they do not.
+    """
     if root is None and about.get("dataset") != "digits":
-        saved = read_json(Path(args.run) / "args.json") if Path(args.run).is_dir() else None
+        file = path.parent.parent / "args.json"
+        saved = read_json(file) if file.is_file() else None
         saved = saved.get("args") if isinstance(saved, dict) else None
         root = saved.get("data") if isinstance(saved, dict) else None
         if not isinstance(root, str):
             raise UserError("nothing says where the test images lie, with which the file is compared: give --data")
-    family = testing.saved_family(about, about["genotype"], args.run)
+    family = testing.saved_family(about, about["genotype"], path)
     size = about["image_size"][0] if about.get("resized") else None
     images = nas201.data.load(about.get("dataset"), root, "test", image_size=size, in_memory=family != "imagenet")
     images = data.subsample(images, min(16, len(images)), torch.Generator().manual_seed(0))
@@ -118,23 +122,23 @@ def main(argv=None):
     args = parser.parse_args(argv)
     weights, about = testing.read_about(args.run)
     network, _ = testing.load(args.run)
-    x = sample_images(args, about)
+    inputs = sample_images(args.data, weights, about)
+    expected, _ = network(inputs)
     normalisation = [about["mean"], about["std"]] if args.normalize else []
     module = Logits(network, *normalisation).eval().requires_grad_(False)
-    if args.normalize:
-        x = x * module.pixel_std + module.pixel_mean
+    x = inputs * module.pixel_std + module.pixel_mean if args.normalize else inputs
     height, width = about["image_size"]
     metadata = {name: about[name] for name in ("classes", "genotype", "mean", "std")}
     metadata["input"] = f"RGB, {'in [0, 1]' if args.normalize else 'normalised'}, (batch, 3, {height}, {width})"
     metadata["versions"] = runs.versions() | {"git": runs.git_revision()}
 
     name, write, read = FORMATS[args.format]
-    path = Path(args.output or (Path(args.run) if Path(args.run).is_dir() else Path(weights).parent) / name)
+    path = Path(args.output or os.path.join(args.run if os.path.isdir(args.run) else weights.parent, name))
     content = write(module, x[:1].repeat(2, 1, 1, 1), metadata)  # of a batch of 1 the size would be fixed
     with atomic_write(path) as file:
         file.write(content)
         file.flush()
-        worst = max(difference(read(file.name, batch), module(batch)) for batch in (x, x[:1]))
+        worst = max(difference(read(file.name, x[:n]), expected[:n]) for n in (len(x), 1))
         if not worst <= TOLERANCE:
             raise UserError(f"{path} is not written: its logits differ by {worst:.0e} of the largest")
     size, images = len(content) / 1e6, f"{len(x)} test images"

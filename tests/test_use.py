@@ -117,31 +117,39 @@ READ = {
 }
 
 
+CASES = [("nas201", "torch", True), ("nas201", "onnx", False), ("cifar", "torch", False), ("cifar", "onnx", True)]
+CASES += [("imagenet", "torch", True), ("imagenet", "onnx", False)]
+
+
 @pytest.mark.parametrize(
-    ("family", "format", "normalize"),
-    [
-        ("nas201", "torch", True),
-        *[pytest.param(*case, marks=pytest.mark.slow) for case in (
-            ("nas201", "onnx", False), ("cifar", "torch", False), ("cifar", "onnx", True), ("imagenet", "torch", True),
-            ("imagenet", "onnx", False),
-        )],
-    ],
-)  # fmt: skip
-def test_an_exported_file_needs_no_code_of_ours(tmp_path, pictures, capsys, family, format, normalize):
+    ("family", "format", "normalize", "alone"),
+    [("nas201", "torch", True, False), *[pytest.param(*case, True, marks=pytest.mark.slow) for case in CASES]],
+)
+def test_an_exported_file_needs_no_code_of_ours(
+    tmp_path, pictures, capsys, monkeypatch, family, format, normalize, alone
+):
     if format == "onnx":
         pytest.importorskip("onnxscript")
         onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     network, side = make_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
-    export.main([str(tmp_path / "run"), "--format", format, *["--normalize"] * normalize])
-    assert "9 test images" in capsys.readouterr().out.splitlines()[-1]
     file = tmp_path / "run" / export.FORMATS[format][0]
+    flags, source = ["--normalize"], tmp_path / "run"
+    if not normalize:
+        file, source = tmp_path / "own.file", tmp_path / "run/weights/weights.pt"
+        flags = ["--output", str(file)]
+    export.main([str(source), "--format", format, *flags])
+    assert "9 test images" in capsys.readouterr().out.splitlines()[-1]
     pixels = np.random.RandomState(0).rand(5, 3, side, side).astype(np.float32)
     (tmp_path / "elsewhere").mkdir()
     np.save(tmp_path / "elsewhere/x.npy", pixels)
     program = READ[format].replace("F", str(file)) + "; import numpy as np; x = np.load('x.npy')"
     program += "; np.save('y.npy', np.concatenate([run(x), run(x[:1])]))"
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path / "elsewhere", env=environment)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    if alone:
+        monkeypatch.delenv("PYTHONPATH", raising=False)
+        subprocess.run([sys.executable, "-c", program], check=True)
+    else:
+        exec(program, {})
     x = torch.from_numpy(pixels)
     if normalize:
         x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
