@@ -8,9 +8,13 @@
 - BatchNorm's scale is the mixing weight, and weighted candidates are added up in place;
 - where a cell reduces, dilated and 1x1 convolutions see every second pixel only, which is sliced once a state, and the
   1x1 convolutions of all edges out of it are one;
+- candidates out of the first cell's inputs, the same for all individuals, are computed once a batch, and an
+  individual's weighted sums of them are one matrix product;
 - on a CPU, depthwise convolutions have a backward pass made of the kernels that are fast there (see Depthwise), and
   average pools are depthwise convolutions.
 """
+
+import math
 
 import torch
 from torch import nn
@@ -24,6 +28,7 @@ from support.devices import compiled, memory_format
 MAX_POOL, AVG_POOL, SKIP = (PRIMITIVES.index(name) for name in ("max_pool_3x3", "avg_pool_3x3", "skip_connect"))
 FIRST_CONV = SKIP + 1
 RUNNING = ("running_mean", "running_var")
+SHARED_MB = 3072  # at most, of the first cell's shared candidates: 2,432 at the paper's sizes and batch, in float32
 
 
 def row(node, state):
@@ -37,7 +42,7 @@ def forward(network, x, alphas, *, compile=False):
 
     def searched_cell(cell, h0, h1, weights):
         kernels, norms, eps = outgoing_kernels(cell, "batch")
-        s, moments = cell_of(h0, h1, weights, kernels, None, cell._multiplier, eps)
+        s, moments = cell_of([h0, h1, *[None] * cell._steps], weights, kernels, cell._multiplier, eps)
         count = s.numel() // s.shape[1]
         for group, of_group in zip(norms, moments, strict=True):
             shared = len(of_group[0]) == group[0].num_features
@@ -61,18 +66,14 @@ class Evaluator:
     def __init__(self, network, bn, *, compile=False):
         self.network, self.bn = network, bn
         self.cell_of = compiled(mixed_cell) if compile else mixed_cell
-        self.arguments = {}
-        for cell in network.cells:
-            kernels, norms, eps = outgoing_kernels(cell, bn)
-            running = None
-            if bn == "running":
-                running = [[torch.cat([getattr(norm, name) for norm in group]) for name in RUNNING] for group in norms]
-            self.arguments[cell] = kernels, running, cell._multiplier, eps
+        self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
+        self.shared = SharedCandidates(network.cells[0], bn, *self.kernels[network.cells[0]][::2])
 
     @torch.no_grad()
     def set_batch(self, x):
         """Do what all individuals share on a batch of images (B, 3, H, W)."""
         self.inputs = first_cell_inputs(self.network, x, self.bn_updates())
+        self.shared.set_inputs(*self.inputs[:2])
 
     @torch.no_grad()
     def logits(self, alphas):
@@ -81,51 +82,125 @@ class Evaluator:
         return cells_logits(self.network, *self.inputs, weights, self.searched_cell, self.bn_updates())
 
     def searched_cell(self, cell, h0, h1, weights):
-        return self.cell_of(h0, h1, weights, *self.arguments[cell])[0]
+        kernels, _, eps = self.kernels[cell]
+        states = [h0, h1, *[None] * cell._steps]
+        if cell is self.shared.cell and self.shared.matrix is not None:
+            states, kernels = [None, None, *self.shared.sums(weights)], kernels[2:]
+        return self.cell_of(states, weights, kernels, cell._multiplier, eps)[0]
 
     def bn_updates(self):
         return [] if self.bn == "batch" else None
+
+
+class SharedCandidates:
+    """The candidates on the edges out of the two inputs of a cell, where these are the same for all individuals.
+
+    `matrix` has one in each row, flattened: first by input and operation the operations before `own`, which are the
+    same on all edges out of an input, then by node, input and operation the others. It is None where it would take more
+    than SHARED_MB.
+    """
+
+    def __init__(self, cell, bn, kernels, eps):
+        self.cell, self.kernels, self.eps = cell, kernels, eps
+        # A pool's norms differ between edges in their running statistics; so do skip_connects that reduce.
+        self.own = 1 if bn == "running" else SKIP if cell.reduction else FIRST_CONV
+
+    def set_inputs(self, *inputs):
+        """Compute them for the cell's preprocessed inputs (B, C, H, W)."""
+        self.matrix = None
+        h, nodes, operations = inputs[0], self.cell._steps, len(PRIMITIVES)
+        (B, C, *sides), common, own = h.shape, self.own - 1, operations - self.own
+        count = 2 * (common + nodes * own)
+        shape = (count * B, C, *(side // (2 if self.cell.reduction else 1) for side in sides))
+        if math.prod(shape) * h.element_size() > SHARED_MB * 2**20:
+            return
+        maps = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=memory_format(h.device)).chunk(count)
+        ones = next(self.cell.parameters()).new_ones(nodes, operations, C)
+        for state, h in enumerate(inputs):
+            for node, o, y, _ in candidates(h, *self.kernels[state], ones, self.eps, []):
+                of_input = state * common + o - 1
+                of_edge = 2 * common + (2 * node + state) * own + o - self.own
+                maps[of_input if o < self.own else of_edge].copy_(y)
+        self.map, values = maps[0], maps[0].numel()
+        self.matrix = maps[0].as_strided((count, values), (values, 1))
+
+    def sums(self, weights):
+        """Return for each node the sum (B, C, H, W) of its edges from the inputs, given the mixing weights (E, O)."""
+        weights = torch.stack([weights[row(node, 0) : row(node, 2)] for node in range(self.cell._steps)])
+        common, own = weights[..., 1 : self.own].flatten(1), weights[..., self.own :].flatten(1)  # (nodes, rows)
+        sums = torch.cat([common, torch.block_diag(*own)], dim=1).to(self.matrix.dtype) @ self.matrix
+        return [of_node.as_strided(self.map.shape, self.map.stride()) for of_node in sums]
 
 
 # ---- a searched cell, a function of tensors alone: compiled, equal cells share a graph
 
 
 def outgoing_kernels(cell, bn):
-    """Return (kernels, norms, eps of the norms) of a cell, in the order in which `mixed_cell` needs them.
+    """Return (kernels, norms, eps of the norms) of a cell, in the order in which `candidates` needs them.
 
     `kernels` has for each state the 1x1 kernels of the skip_connects out of it that reduce, concatenated over the edges
-    ([] where they do not), and for each edge those of its convolutions by operation. `norms` are the BatchNorms, in
-    groups of those which are computed as one: of such skip_connects, and, with "batch" statistics, behind one pool.
+    ([] where they do not); for each edge those of its convolutions by operation; and the (mean, variance) of its norms
+    with "running" statistics, else None. `norms` are the BatchNorms of all states, in groups of those which are
+    computed as one: of such skip_connects, and, with "batch" statistics, behind one pool.
     """
     kernels, norms = [], []
     for state in range(1 + cell._steps):
         edges = [list(cell._ops[row(node, state)]._ops) for node in range(max(0, state - 1), cell._steps)]
         pools = [[ops[o][1] for o in (MAX_POOL, AVG_POOL)] for ops in edges]
-        if bn == "batch":
-            norms += zip(*pools, strict=True)
+        of_state = list(zip(*pools, strict=True)) if bn == "batch" else []
         skips = [ops[SKIP] for ops in edges if isinstance(ops[SKIP], FactorizedReduce)]
         if skips:
-            norms.append([skip.bn for skip in skips])
+            of_state.append([skip.bn for skip in skips])
         halves = ([skip.conv_1.weight for skip in skips], [skip.conv_2.weight for skip in skips])
         convolutions = []
         for ops, of_pools in zip(edges, pools, strict=True):
             layers = [list(op.op) for op in ops[FIRST_CONV:]]
             convolutions.append([[m.weight for m in of_op if isinstance(m, nn.Conv2d)] for of_op in layers])
-            norms += [[m] for of_op in layers for m in of_op if isinstance(m, nn.BatchNorm2d)]
+            of_state += [[m] for of_op in layers for m in of_op if isinstance(m, nn.BatchNorm2d)]
             if bn == "running":
-                norms += [[norm] for norm in of_pools]
-        kernels.append(([torch.cat(half) for half in halves if half], convolutions))
+                of_state += [[norm] for norm in of_pools]
+        running = None
+        if bn == "running":
+            running = [[torch.cat([getattr(norm, name) for norm in group]) for name in RUNNING] for group in of_state]
+        kernels.append(([torch.cat(half) for half in halves if half], convolutions, running))
+        norms += of_state
     return kernels, norms, norms[0][0].eps
 
 
-def mixed_cell(h0, h1, weights, kernels, running, multiplier, eps):
+def mixed_cell(states, weights, kernels, multiplier, eps):
     """Compute a cell from its preprocessed inputs (B, C, H, W) and the mixing weights (E, O).
 
-    `kernels` are as `outgoing_kernels` returns them; `running` has the (mean, variance) of each group of norms, or is
-    None for the batch's statistics. Returns the output (B, multiplier * C, H, W) and the batch's (mean, inverse
-    standard deviation) of each group.
+    `states` are the two inputs and None for each node, and `kernels` as `outgoing_kernels` returns them. Or the inputs
+    are None, each node has the sum of its edges from them, and `kernels` are those of the nodes.
+    Returns the output (B, multiplier * C, H, W) and the batch's (mean, inverse standard deviation) of each group.
     """
-    moments, unread = [], iter(running or ())
+    states, moments = list(states), []
+    known = next(h for h in states if h is not None)
+    scales = weights.unsqueeze(-1).repeat(1, 1, known.shape[1])  # (E, O, C), as BatchNorm takes its scale
+    weights = weights.to(known.dtype)
+    for j, of_state in enumerate(kernels, start=len(states) - 1 - len(kernels)):
+        nodes = range(max(0, j - 1), len(states) - 2)
+        edges = [row(node, j) for node in nodes]
+        for i, o, y, scaled in candidates(states[j], *of_state, [scales[e] for e in edges], eps, moments):
+            total = states[2 + nodes[i]]
+            if total is None:
+                total = y
+            elif scaled:
+                total = total.add_(y)
+            else:
+                total = total.addcmul_(y, weights[edges[i], o])
+            states[2 + nodes[i]] = total
+    return concatenate(states[-multiplier:]), moments
+
+
+def candidates(h, reducing, convolutions, running, scales, eps, moments):
+    """Yield the candidates on the edges out of a state h (B, C, H, W), normalised: (edge, operation, y, scaled).
+
+    y is multiplied by the edge's part of `scales`, [(O, C)], where `scaled` says so; each edge's first one is. The
+    first three of the other arguments come from `outgoing_kernels`. To the list `moments` is added what the norms with
+    the batch's statistics return.
+    """
+    unread = iter(running or ())
 
     def norm(x, scale=None):
         if running is not None:
@@ -134,41 +209,25 @@ def mixed_cell(h0, h1, weights, kernels, running, multiplier, eps):
         moments.append(of_group)
         return y
 
-    scales = weights.unsqueeze(-1).repeat(1, 1, h0.shape[1])  # (E, O, C), as BatchNorm takes its scale
-    weights = weights.to(h0.dtype)
-    states = [h0, h1] + [None] * (len(kernels) - 1)
-    for j, (reducing, convolutions) in enumerate(kernels):
-        nodes = range(max(0, j - 1), len(kernels) - 1)
-        edges = [row(node, j) for node in nodes]
-        h, stride, even = states[j], 2 if reducing else 1, None
-        pools = [F.max_pool2d(h, 3, stride, 1), average_pool(h, stride)]
-        if running is None:  # once for all edges: the BatchNorms behind them differ in the running statistics only
-            pools = [norm(pool) for pool in pools]
-        relu = torch.relu(h)
-        if reducing:
-            even = every_second(relu, 0)
-            skips = factorized_reduce(even, every_second(relu, 1), *reducing, len(edges))
-            skips = norm(skips, torch.cat([scales[e, SKIP] for e in edges])).chunk(len(edges), dim=1)
-        for i, (node, e) in enumerate(zip(nodes, edges, strict=True)):
-            of_edge = scales[e, FIRST_CONV:].unbind()
-            total = add_convolutions(states[2 + node], relu, even, convolutions[i], of_edge, norm)
-            total = total.add_(skips[i]) if reducing else total.addcmul_(h, weights[e, SKIP])
-            for o, pool in zip((MAX_POOL, AVG_POOL), pools, strict=True):
-                total = total.add_(norm(pool, scales[e, o])) if running else total.addcmul_(pool, weights[e, o])
-            states[2 + node] = total
-    return concatenate(states[-multiplier:]), moments
-
-
-def add_convolutions(total, x, even, kernels, scales, norm):
-    """Add the weighted convolutions of one edge to `total`, which is altered; None stands for zero."""
-    for (kernel, pointwise, *second), scale in zip(kernels, scales, strict=True):
-        y = F.conv2d(depthwise(x, kernel, 1 if second else 2, even), pointwise)
-        if second:  # separable: the same again
-            kernel, pointwise = second
-            y = F.conv2d(depthwise(norm(y).relu_(), kernel), pointwise)
-        y = norm(y, scale)
-        total = y if total is None else total.add_(y)
-    return total
+    stride, even = 2 if reducing else 1, None
+    pools = [F.max_pool2d(h, 3, stride, 1), average_pool(h, stride)]
+    if running is None:  # once for all edges: the BatchNorms behind them differ in the running statistics only
+        pools = [norm(pool) for pool in pools]
+    relu = torch.relu(h)
+    if reducing:
+        even = every_second(relu, 0)
+        skips = factorized_reduce(even, every_second(relu, 1), *reducing, len(scales))
+        skips = norm(skips, torch.cat([scale[SKIP] for scale in scales])).chunk(len(scales), dim=1)
+    for i, scale in enumerate(scales):
+        for o, (kernel, pointwise, *second) in enumerate(convolutions[i], start=FIRST_CONV):
+            y = F.conv2d(depthwise(relu, kernel, 1 if second else 2, even), pointwise)
+            if second:  # separable: the same again
+                kernel, pointwise = second
+                y = F.conv2d(depthwise(norm(y).relu_(), kernel), pointwise)
+            yield i, o, norm(y, scale[o]), True
+        yield (i, SKIP, skips[i], True) if reducing else (i, SKIP, h, False)
+        for o, pool in zip((MAX_POOL, AVG_POOL), pools, strict=True):
+            yield (i, o, norm(pool, scale[o]), True) if running else (i, o, pool, False)
 
 
 def factorized_reduce(even, odd, kernels_1, kernels_2, edges=1):

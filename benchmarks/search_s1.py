@@ -41,14 +41,18 @@ def fitness_memory(args, batch):
     way = Way(args.memory_of, new_network(), fast_search, args)
     x = torch.randn(batch, 3, 32, 32, device=args.device)
     alphas = torch.zeros(1, 2, 14, 8, device=args.device)
-    way.measure(x[:2], alphas)  # libraries load and kernels compile
+
+    def measure(x):
+        way.measure(way.evaluator(x), alphas)
+
+    measure(x[:2])  # libraries load and kernels compile
     if torch.device(args.device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
-        way.measure(x, alphas)
+        measure(x)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     before = resident("VmRSS")
-    way.measure(x, alphas)
+    measure(x)
     return resident("VmHWM") - before
 
 
@@ -75,7 +79,7 @@ def compare_precisions(args, steps=200, individuals=100):
         way.training_step(x[chosen], y[chosen], population[step % individuals])()
     fitness = []
     for args.amp in (False, True):
-        logits = way.measure(x[1024:], population)  # (P, B, 10)
+        logits = way.measure(way.evaluator(x[1024:]), population)  # (P, B, 10)
         fitness.append(100 * (logits.argmax(-1) == y[1024:]).double().mean(1).cpu())
     a, b = fitness
     print(

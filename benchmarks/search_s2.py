@@ -82,10 +82,10 @@ def main():
     results = {}
 
     def measure_plain():
-        results["plain"] = plain.measure(x[:images], population)
+        results["plain"] = plain.measure(plain.evaluator(x[:images]), population)
 
     def measure_fast():
-        results["fast"] = fast.measure(x[:images], distinct)[index]
+        results["fast"] = fast.measure(fast.evaluator(x[:images]), distinct)[index]
 
     title = f"fitness, population of 50 ({len(distinct)} distinct), {images} images, s"
     whole = {title: alternate({"plain": measure_plain, "fast": measure_fast}, min(3, args.rounds), 0, args.device)}

@@ -119,25 +119,33 @@ def test_golden_eval_logits():
 
 @both_modes
 @pytest.mark.parametrize(
-    "layers, C, side, kernels",
+    "layers, C, side, kernels, shared_mb",
     [
-        (1, 4, 8, "cpu"),
-        (2, 4, 8, "cpu"),
-        (5, 4, 12, "cpu"),
-        (8, 16, 16, "cpu"),
-        (2, 4, 8, "gpu"),
-        (2, 4, 8, "gpu-nchw"),
+        (1, 4, 8, "cpu", 1),
+        (2, 4, 8, "cpu", 1),
+        (5, 4, 12, "cpu", 1),
+        (5, 4, 12, "cpu", 0.1),
+        (8, 16, 16, "cpu", 4),
+        (2, 4, 8, "gpu", 1),
+        (2, 4, 8, "gpu-nchw", 1),
+        (3, 4, 8, "gpu-nchw", 1),
     ],
     indirect=["kernels"],
 )
-def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, side, kernels):
+def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, side, kernels, shared_mb, monkeypatch):
+    """With the first cell's candidates kept (38 to 56 maps of images, channels and pixels) or beyond the bound."""
+    monkeypatch.setattr(fast_search, "SHARED_MB", shared_mb)
     of, x = network(layers, C), images(3, (16, 3, side, side))
     before, training = copy.deepcopy(of.state_dict()), of.training
-    evaluator = fast_evaluator(of, bn, x)
-    for seed in (1, 2, 3, 1):
-        actual, expected = evaluator.logits(individual(seed)), plain_logits(of, x, individual(seed), bn)
-        assert not actual.requires_grad
-        assert_close(actual, expected)
+    for dtype, tolerance in ((torch.float64, 1e-8), (torch.float32, 1e-4)):
+        of, x = of.to(dtype), x.to(dtype)
+        evaluator = fast_evaluator(of, bn, x)
+        assert (evaluator.shared.matrix is None) == (shared_mb == 0.1)
+        for seed in (1, 2, 3, 1) if dtype == torch.float32 else (2,):
+            alphas = individual(seed).to(dtype)
+            actual, expected = evaluator.logits(alphas), plain_logits(of, x, alphas, bn)
+            assert not actual.requires_grad
+            assert_close(actual, expected, tolerance)
     assert of.training is training
     assert all(torch.equal(value, before[name]) for name, value in of.state_dict().items())
 
