@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from fast_ops import average_pool, batch_norm, batch_norm_stats, concatenate, depthwise, every_second, move_statistics
 from genotypes import PRIMITIVES
 from operations import FactorizedReduce
-from support.devices import compiled, memory_format
+from support.devices import cell_function, memory_format
 
 MAX_POOL, AVG_POOL, SKIP = (PRIMITIVES.index(name) for name in ("max_pool_3x3", "avg_pool_3x3", "skip_connect"))
 FIRST_CONV = SKIP + 1
@@ -36,9 +36,12 @@ def row(node, state):
     return node * (node + 3) // 2 + state
 
 
-def forward(network, x, alphas, *, compile=False):
-    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise."""
-    bn_updates, cell_of = [], compiled(mixed_cell) if compile else mixed_cell
+def forward(network, x, alphas, **settings):
+    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise.
+
+    `settings` are those of `cell_function`.
+    """
+    bn_updates, cell_of = [], cell_function(mixed_cell, **settings)
 
     def searched_cell(cell, h0, h1, weights):
         kernels, norms, eps = outgoing_kernels(cell, "batch")
@@ -65,7 +68,7 @@ class Evaluator:
     @torch.no_grad()
     def __init__(self, network, bn, *, compile=False):
         self.network, self.bn = network, bn
-        self.cell_of = compiled(mixed_cell) if compile else mixed_cell
+        self.cell_of = cell_function(mixed_cell, compile)
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
         self.shared = SharedCandidates(network.cells[0], bn, *self.kernels[network.cells[0]][::2])
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from operations import OPS, Classifier, FactorizedReduce, ReLUConvBN, make_cells
-from support.devices import compiled
+from support.devices import cell_function
 
 
 class Cell(nn.Module):
@@ -59,10 +59,9 @@ class _Network(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = Classifier(self.cells[-1].channels, num_classes)
 
-    def _classify(self, s0, s1, compile):
-        cell_of, drop_path, logits_aux = Cell.__call__, [None] * len(self.cells), None
-        if compile:
-            cell_of = compiled(Cell.forward)
+    def _classify(self, s0, s1, compile=False, checkpoint=False):
+        drop_path, logits_aux = [None] * len(self.cells), None
+        cell_of = cell_function(Cell.forward, compile, checkpoint)
         if self.training and (self.drop_path_prob > 0 or compile):  # so the first epoch needs no graphs of its own
             drop_path = draw_drop_path(self.cells, len(s0), self.drop_path_prob)
         for i, cell in enumerate(self.cells):
@@ -90,8 +89,8 @@ def auxiliary_head(C, num_classes, imagenet):
 class NetworkCIFAR(_Network):
     """`forward(x)`, x (B, 3, 32, 32) or any sides that are multiples of 4, returns (logits, logits_aux).
 
-    logits_aux is None unless training with the auxiliary head, which needs 32x32. With `compile` the cells go through
-    torch.compile: equal ones share a graph, EvNAS-A's 20 cells nine.
+    logits_aux is None unless training with the auxiliary head, which needs 32x32. `settings` are those of
+    `cell_function`: with `compile` equal cells share a graph, EvNAS-A's 20 cells nine.
     """
 
     def __init__(self, C, num_classes, layers, auxiliary, genotype):
@@ -99,9 +98,9 @@ class NetworkCIFAR(_Network):
         self.stem = nn.Sequential(nn.Conv2d(3, 3 * C, 3, padding=1, bias=False), nn.BatchNorm2d(3 * C))
         self._add_cells(3 * C, C, num_classes, layers, auxiliary, genotype, imagenet=False)
 
-    def forward(self, x, *, compile=False):
+    def forward(self, x, **settings):
         s = self.stem(x)
-        return self._classify(s, s, compile)
+        return self._classify(s, s, **settings)
 
 
 class NetworkImageNet(_Network):
@@ -119,6 +118,6 @@ class NetworkImageNet(_Network):
         self.stem1 = nn.Sequential(nn.ReLU(), nn.Conv2d(C, C, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(C))
         self._add_cells(C, C, num_classes, layers, auxiliary, genotype, imagenet=True)
 
-    def forward(self, x, *, compile=False):
+    def forward(self, x, **settings):
         s0 = self.stem0(x)  # (B, C, H/4, W/4)
-        return self._classify(s0, self.stem1(s0), compile)  # (B, C, H/8, W/8)
+        return self._classify(s0, self.stem1(s0), **settings)  # (B, C, H/8, W/8)

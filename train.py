@@ -184,7 +184,8 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
         seed = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
         # The last batch is smaller, and not worth graphs of its own.
-        logits, logits_aux = network(x, compile=args.compile and step + 1 < len(loader))
+        compile = args.compile and step + 1 < len(loader)
+        logits, logits_aux = network(x, compile=compile, checkpoint=args.checkpoint)
         loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
         if logits_aux is not None:
             loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)

@@ -165,7 +165,8 @@ def search(args, space, network, train_loader, valid_loader, costs, run):
 
 def train_generation(args, space, state, alphas, lr, loader, *, where, log):
     """Train the shared weights for one epoch: batch t belongs to individual t mod P of `alphas` (P, G, E, O)."""
-    forward = plain_forward if args.plain else functools.partial(space.fast.forward, compile=args.compile)
+    settings = dict(compile=args.compile, checkpoint=args.checkpoint)
+    forward = plain_forward if args.plain else functools.partial(space.fast.forward, **settings)
     network, optimizer = state.network, state.optimizer
     alphas = alphas.to(next(network.parameters()).device)
 
@@ -283,8 +284,8 @@ def check_search(args):
     for name in ("tsize", "num_elites"):
         if getattr(args, name) > args.pop_size:
             raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
-    if args.plain and args.compile:
-        raise UserError("--plain runs the reference as it is written: leave --compile out")
+    if args.plain and (args.compile or args.checkpoint):
+        raise UserError("--plain runs the reference as it is written: leave --compile and --checkpoint out")
     if args.batch_size < distributed.world_size():
         raise UserError(f"--batch_size {args.batch_size} is too small for {distributed.world_size()} processes")
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fast_ops import average_pool, batch_norm, batch_norm_stats, move_statistics, on_cpu
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell
-from support.devices import compiled, memory_format
+from support.devices import cell_function, memory_format
 
 SKIP, CONV1, CONV3, POOL = (
     PRIMITIVES.index(name) for name in ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -74,9 +74,12 @@ def outgoing_kernels(cell):
     return kernels, norms
 
 
-def forward(network, x, alphas, *, compile=False):
-    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise."""
-    cell_of = compiled(mixed_cell) if compile else mixed_cell
+def forward(network, x, alphas, **settings):
+    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise.
+
+    `settings` are those of `cell_function`.
+    """
+    cell_of = cell_function(mixed_cell, **settings)
     weights, bn_updates = mixing_weights(alphas), []
 
     def searched_cell(cell, s):
@@ -155,7 +158,7 @@ class Evaluator:
         self.eps, tracked = norms[0][0][0].eps, norms[0][0][0].running_mean is not None
         self.folding = bn == "running" and tracked  # without running statistics the searched cells use the batch's
         cell_of = folded_cell if self.folding else mixed_cell
-        self.cell_of = compiled(cell_of) if compile else cell_of
+        self.cell_of = cell_function(cell_of, compile)
         cells_per_stage = len(cells) // 3  # one `mix` serves the equal cells of a stage
         firsts = range(0, len(cells), cells_per_stage) if self.folding else ()
         self.stages = [fold(cells[i : i + cells_per_stage]) for i in firsts]

@@ -6,7 +6,7 @@ from torch import nn
 from costs import cost
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
-from support.devices import compiled
+from support.devices import cell_function
 
 
 class Cell(nn.Module):
@@ -17,9 +17,7 @@ class Cell(nn.Module):
         ops = (OPS[PRIMITIVES[index]](C, True, True) for index in operations)
         self.edges = nn.ModuleDict({f"{node}<-{source}": op for (node, source), op in zip(EDGES, ops, strict=True)})
 
-    def forward(self, x, compile=False):  # (B, C, H, W) -> (B, C, H, W)
-        if compile:
-            return compiled(Cell.forward)(self, x)
+    def forward(self, x):  # (B, C, H, W) -> (B, C, H, W)
         nodes, ops = [x], iter(self.edges.values())
         while len(nodes) < 4:
             nodes.append(sum(next(ops)(h) for h in nodes))
@@ -30,7 +28,7 @@ class Network(Stages):
     """`forward(x)`, x (B, 3, H, W), returns (logits, None) as the networks of the other space do: there is no head.
 
     N cells of the arch string in each of three stages with C, 2C and 4C channels. Raises UserError for an arch string
-    that is none. With `compile` the cells go through torch.compile.
+    that is none. `settings` are those of `cell_function`.
     """
 
     drop_path_prob = 0.0  # the benchmark's recipe has no drop path
@@ -39,8 +37,8 @@ class Network(Stages):
         operations = from_arch_string(arch)
         super().__init__(C, N, num_classes, lambda channels: Cell(operations, channels))
 
-    def forward(self, x, *, compile=False):
-        return super().forward(x, compile), None
+    def forward(self, x, **settings):
+        return super().forward(x, cell_function(Cell.forward, **settings)), None
 
 
 def cost_table(C, N, classes, image_shape):

@@ -59,8 +59,8 @@ class Cell(nn.Module):
 class Stages(nn.Module):
     """Stem, three stages of N cells with C, 2C and 4C channels, residual blocks between them, classifier.
 
-    What all networks of this space have in common. A cell is make_cell(channels); it is called with the features
-    (B, channels, H, W) and whatever else `forward` gets.
+    What all networks of this space have in common. A cell is make_cell(channels); cell_of(cell, s, *inputs)
+    computes it for the features s (B, channels, H, W).
     """
 
     def __init__(self, C, N, num_classes, make_cell):
@@ -76,10 +76,10 @@ class Stages(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = Classifier(C, num_classes)
 
-    def forward(self, x, *settings):
+    def forward(self, x, cell_of, *inputs):
         s = self.stem(x)
         for cell in self.cells:
-            s = cell(s) if isinstance(cell, ResidualBlock) else cell(s, *settings)
+            s = cell(s) if isinstance(cell, ResidualBlock) else cell_of(cell, s, *inputs)
         return self.classifier(self.global_pooling(self.lastact(s)).flatten(1))
 
 
@@ -101,4 +101,5 @@ class Network(Stages):
 
     def forward(self, x, alphas):
         """Logits (B, num_classes) of images x (B, 3, H, W) with alphas (1, E, O) or (E, O), raw or decoded."""
-        return super().forward(x, torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1))  # weights (E, O)
+        weights = torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
+        return super().forward(x, Cell.__call__, weights)

@@ -11,7 +11,7 @@ from pathlib import Path
 from support.files import UserError, emit
 
 # What ends a run without a fault in the program: a part of the message that torch gives, what it means, what to do.
-SMALLER = "memory ran out: give a smaller --batch_size, --valid_batch_size or --init_channels"
+SMALLER = "memory ran out: give --checkpoint, where it was in training, or a smaller --batch_size or --valid_batch_size"
 REMEDIES = {
     "can't allocate memory": SMALLER,
     "out of memory": SMALLER,

@@ -7,6 +7,7 @@ import resource
 import sys
 
 import torch
+import torch.utils.checkpoint
 
 from support import distributed
 from support.cli import number
@@ -21,6 +22,8 @@ def add_device_arguments(group):
 def add_speed_arguments(group):
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster on GPUs; else all is float32")
     group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell (ignored on the CPU)")
+    text = "compute each cell again in the backward pass instead of keeping it: less memory, same results, slower"
+    group.add_argument("--checkpoint", action="store_true", help=text)
 
 
 def choose_device(args):
@@ -86,6 +89,43 @@ def compiled(function):
     # whose name is recompile_limit in newer versions.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return torch.compile(function, dynamic=False)
+
+
+def cell_function(function, compile=False, checkpoint=False):
+    """Return `function`, of a cell, compiled; with `checkpoint` the backward pass computes it again.
+
+    Then only its arguments are kept. Among them may be modules, whose running statistics move the first time alone. The
+    function draws no random numbers.
+    """
+    function = compiled(function) if compile else function
+    if not checkpoint:
+        return function
+
+    def recomputed(*args):
+        modules = [arg for arg in args if isinstance(arg, torch.nn.Module)]
+        return torch.utils.checkpoint.checkpoint(
+            function,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=lambda: (contextlib.nullcontext(), resting_statistics(modules)),
+        )
+
+    return recomputed
+
+
+@contextlib.contextmanager
+def resting_statistics(modules):
+    """Let BatchNorms in train mode leave their buffers as they are, and yet save what they save otherwise."""
+    norms = [norm for module in modules for norm in module.modules() if getattr(norm, "track_running_stats", False)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, values in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = values
 
 
 def describe_device(device):

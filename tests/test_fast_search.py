@@ -121,14 +121,14 @@ def test_golden_eval_logits():
 @pytest.mark.parametrize(
     "layers, C, side, kernels, shared_mb",
     [
-        (1, 4, 8, "cpu", 1),
-        (2, 4, 8, "cpu", 1),
-        (5, 4, 12, "cpu", 1),
+        (1, 4, 8, "cpu", 3072),
+        (2, 4, 8, "cpu", 3072),
+        (5, 4, 12, "cpu", 3072),
         (5, 4, 12, "cpu", 0.1),
-        (8, 16, 16, "cpu", 4),
-        (2, 4, 8, "gpu", 1),
-        (2, 4, 8, "gpu-nchw", 1),
-        (3, 4, 8, "gpu-nchw", 1),
+        (8, 16, 16, "cpu", 3072),
+        (2, 4, 8, "gpu", 3072),
+        (2, 4, 8, "gpu-nchw", 3072),
+        (3, 4, 8, "gpu-nchw", 3072),
     ],
     indirect=["kernels"],
 )
