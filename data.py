@@ -1,6 +1,8 @@
 """Data sets and splits: reading them, and which images train and which validate. `loaders` makes batches of them."""
 
+import argparse
 import collections
+import contextlib
 import hashlib
 import os
 import stat
@@ -12,10 +14,12 @@ import numpy as np
 import torch
 
 from support import distributed
-from support.files import UserError, no_empty_folders
+from support.files import UserError, atomic_write, check_unpacked_size, no_empty_folders, open_regular
 from support.images import SUFFIXES, open_image, to_rgb, to_size
 
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
+CACHED = 5_000  # images of a folder; where so many are read into memory, they are kept in a file and decoded once
+CACHE = ".evnas-images.npz"  # that file, beside the class folders
 SHARE = 0.9  # of a folder's images; where so many have one small size, an image of another is a mistake
 
 
@@ -114,12 +118,19 @@ def counts_text(description):
 # ---- reading
 
 
-def load(dataset, root, split, workers=None, image_size=None, in_memory=None):
+def add_data_arguments(group, default, text):
+    """Add --data, and how a folder's images are read."""
+    group.add_argument("--data", default=default, help=text)
+    text = f"keep what is read of {CACHED:,} images or more in a file {CACHE} beside their folders"
+    group.add_argument("--image_cache", action=argparse.BooleanOptionalAction, default=True, help=text)
+
+
+def load(dataset, root, split, workers=None, image_size=None, in_memory=None, cache=True):
     """Read split "train" or "test" of cifar10, cifar100, digits, folder or imagenet: Images, or Files if large.
 
     Of image files, `in_memory` says whether they are read now, as Images (None: if they are small, and of one size),
     and `image_size` to how many pixels a side they are resized and cropped, now or later. `workers` threads read them
-    (default: one a core). Raises UserError naming what is missing or unreadable.
+    (default: one a core), with `cache` once: see `read_once`. Raises UserError naming what is missing or unreadable.
     """
     if dataset not in ("folder", "imagenet"):
         check_small(dataset, image_size, in_memory)
@@ -134,7 +145,8 @@ def load(dataset, root, split, workers=None, image_size=None, in_memory=None):
         in_memory = dataset == "folder" and image_size <= SMALL
     if in_memory is False:
         return files
-    return read_resized(files, workers) if image_size else read_small(files, workers)
+    read = read_resized if image_size else read_small
+    return read_once(files, read, workers) if cache and len(files) >= CACHED else read(files, workers)
 
 
 def check_small(dataset, image_size, in_memory):
@@ -275,6 +287,36 @@ def to_images(files, arrays):
     return Images(images, files.labels, files.classes, files.source)
 
 
+def read_once(files, read, workers):
+    """Return what read(files, workers) does; Images come from a file beside the class folders, once it is there.
+
+    It is that of an earlier call for the same files. One that is damaged does not count, nor does it where none can be
+    written.
+    """
+    path = files.paths[0].parents[1] / CACHE
+    with contextlib.suppress(Exception):  # a damaged file raises nearly any
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
+            check_unpacked_size(content.zip, len(files) * 3 * max(SMALL, *files.image_size) ** 2 + 2**16)
+            if content["key"].tobytes() == fingerprint(files, read):
+                images = content["images"]
+                if images.dtype == np.uint8 and images.ndim == 4 and images.shape[:2] == (len(files), 3):
+                    return Images(torch.from_numpy(images), files.labels, files.classes, files.source)
+    split = read(files, workers)
+    if isinstance(split, Images):
+        with contextlib.suppress(UserError), atomic_write(path) as file:
+            np.savez(file, key=np.frombuffer(fingerprint(files, read), np.uint8), images=split.images.numpy())
+    return split
+
+
+def fingerprint(files, read):
+    """Return a digest of names, sizes and times of change of a split's files, and of how they are read."""
+    digest = hashlib.sha256(f"{read.__name__} {files.image_size}\n".encode())
+    for path in files.paths:
+        of_file = status(path)
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {of_file.st_size} {of_file.st_mtime_ns}\n"))
+    return digest.digest()
+
+
 def augmentation(dataset, train=None, about=None):
     """Return the Augmentation of `dataset`.
 
@@ -340,7 +382,7 @@ def check_classes(**splits):
 
 def search_splits(args):
     """Return (train, validation, Augmentation) of a search on the training images of args.dataset. Raises UserError."""
-    images = load(args.dataset, args.data, "train", image_size=args.image_size, in_memory=True)
+    images = load(args.dataset, args.data, "train", image_size=args.image_size, in_memory=True, cache=args.image_cache)
     check_in_memory(images)
     generator = torch.Generator().manual_seed(args.seed)
     train, valid = split_train(images, args.train_portion, args.dataset in ("cifar10", "cifar100"), generator)

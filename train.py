@@ -45,7 +45,7 @@ def make_parser():
     text = "retrain the N-th architecture of the front in DIR/pareto.json, the fittest first, instead of the winner"
     group.add_argument("--pick", type=number(int, 1), metavar="N", help=text)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", help="where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
+    data.add_data_arguments(group, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
     group.add_argument("--dataset", default="cifar10", choices=datasets)
@@ -112,7 +112,7 @@ def load_splits(args, genotype):
     if args.data is None:
         args.data = data.FOLDERS.get(args.dataset, "../data")
     in_memory = True if isinstance(genotype, str) else args.recipe and args.recipe != "imagenet"
-    settings = dict(image_size=args.image_size, in_memory=in_memory)
+    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
     train, test = (nas201.data.load(args.dataset, args.data, split, **settings) for split in ("train", "test"))
     large = isinstance(train, data.Files)
     args.recipe = args.recipe or choose_family(genotype, train)

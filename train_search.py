@@ -234,7 +234,7 @@ def search_parser(prog, description, datasets, **defaults):
     """Make a parser with the flags both spaces have, in groups; the defaults are the paper's."""
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("data")
-    group.add_argument("--data", default="../data", help="where the data set lies or is downloaded to")
+    data.add_data_arguments(group, "../data", "where the data set lies or is downloaded to")
     group.add_argument("--dataset", default="cifar10", choices=datasets, help="folder: own images in DATA/train/CLASS/")
     text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
     group.add_argument("--image_size", type=number(int, 4), help=text)

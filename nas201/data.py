@@ -32,10 +32,10 @@ VALIDATION = {"cifar100": 5000, "ImageNet16-120": 3000}
 SPLIT_KEYS = {"cifar10": ("train", "valid"), "cifar100": ("xvalid", "xtest"), "ImageNet16-120": ("xvalid", "xtest")}
 
 
-def load(dataset, root, split, workers=None, image_size=None, in_memory=None):
+def load(dataset, root, split, workers=None, image_size=None, in_memory=None, cache=True):
     """Read a split as `data.load` does, of ImageNet16-120 too: it tests on all 6,000 validation images."""
     if dataset != "ImageNet16-120":
-        return data.load(dataset, root, split, workers, image_size, in_memory)
+        return data.load(dataset, root, split, workers, image_size, in_memory, cache)
     data.check_small(dataset, image_size, in_memory)
     return load_imagenet16(root, workers)[split]
 
@@ -56,7 +56,8 @@ def search_splits(args):
     if not args.split_file:
         args.split = args.split or ("fixed" if args.dataset in SPLIT_KEYS else "seeded")
     generator = torch.Generator().manual_seed(args.seed)
-    read = partial(load, args.dataset, args.data, workers=args.workers, image_size=args.image_size, in_memory=True)
+    settings = dict(workers=args.workers, image_size=args.image_size, in_memory=True, cache=args.image_cache)
+    read = partial(load, args.dataset, args.data, **settings)
     train = read("train")
     test = read("test") if args.dataset in VALIDATION else train
     data.check_in_memory(train)

@@ -245,7 +245,8 @@ def fake_cifar(monkeypatch, count=60):
 
 
 def search_args(**changed):
-    args = dict(data=".", seed=18, image_size=None, train_portion=0.5, train_samples=None, valid_samples=None)
+    args = dict(data=".", seed=18, image_size=None, image_cache=True, train_portion=0.5)
+    args |= dict(train_samples=None, valid_samples=None)
     return Namespace(**{**args, **changed})
 
 
@@ -319,6 +320,42 @@ def test_small_images_of_one_size_are_kept_in_memory(make_images):
     assert len(data.load("folder", root, "test")) == 6  # val/ where there is no test/
     make_images("test", 1, [(32, 16)])
     assert len(data.load("folder", root, "test")) == 3
+
+
+def test_decoded_images_are_kept_in_a_file(make_images, monkeypatch):
+    """It is never needed: one that is of other files, damaged or cannot be written does not count."""
+    root = make_images("train", 4, [(8, 12)])
+    folder, opened, open_image = root / "train", [], data.open_image
+    monkeypatch.setattr(data, "open_image", lambda path, *use: opened.append(path) or open_image(path, *use))
+
+    def decoded(**settings):
+        opened.clear()
+        split = data.load("folder", root, "train", **settings)
+        assert torch.equal(split.images, expected.images) and split.source == expected.source
+        return len(opened) > 12  # of so many the headers alone are read
+
+    expected, cache = data.load("folder", root, "train"), folder / data.CACHE
+    assert decoded() and not cache.exists()  # too few images
+    monkeypatch.setattr(data, "CACHED", 12)
+    assert decoded(cache=False) and not cache.exists()
+    assert decoded() and cache.exists() and not decoded() and decoded(cache=False)
+    whole = cache.read_bytes()
+    for damaged in (b"", whole[:-100], whole[:500] + b"x" + whole[501:], whole.replace(b"uint8", b"object")):
+        cache.write_bytes(damaged)
+        decoded()
+        assert not decoded()
+    key = np.frombuffer(data.fingerprint(data.scan_folder(root, "train"), data.read_small), np.uint8)
+    for wrong in (dict(images=np.zeros((12, 3, 12, 8), np.int8)), dict(images=np.zeros((11, 3, 12, 8), np.uint8)), {}):
+        with cache.open("wb") as file:
+            np.savez(file, key=key, **wrong)
+        assert decoded() and not decoded()
+    os.utime(folder / "ant/0.jpg", (1, 1))
+    assert decoded() and not decoded()
+    assert data.load("folder", root, "train", image_size=4, in_memory=True).image_size == [4, 4]
+    assert decoded() and not decoded()  # as they are, not resized
+    cache.unlink()
+    cache.mkdir()
+    assert decoded()
 
 
 def array_of(path):

@@ -1,7 +1,11 @@
 """Imports point one way: scripts -> the method -> support; reporting is for scripts and nas201.report alone."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize", "predict", "export"}
@@ -44,6 +48,20 @@ def test_imports_point_one_way():
             assert module in SCRIPTS | S2_SCRIPTS, module
         if "nas201" in packages and not module.startswith("nas201."):
             assert module in SCRIPTS | SHARED, module
+
+
+@pytest.mark.slow
+def test_help_imports_no_more_than_it_needs():
+    """torch takes its time, what draws, logs and reads data sets is left to the commands that do."""
+    scripts = "import sys, train_search, train, nas201.train_search, test_cifar\n"
+    scripts += "for script in (train_search, train, nas201.train_search, test_cifar):\n"
+    scripts += "    try: script.main(['--help'])\n    except SystemExit: pass\n"
+    done = subprocess.run(
+        [sys.executable, "-c", scripts + "print(*sys.modules)"], cwd=ROOT, capture_output=True, text=True
+    )
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
+    assert "torch" in loaded and done.stdout.count("usage:") == 4, done.stderr
+    assert not loaded & {"matplotlib", "torchvision", "sklearn", "scipy", "tensorboard"}
 
 
 def test_there_is_no_circle():
