@@ -6,7 +6,7 @@ DEMO ?= demo
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile
 
-.PHONY: demo test test-slow test-gpu test-faults test-floors coverage lint clean
+.PHONY: demo bench test test-slow test-gpu test-faults test-floors coverage lint clean
 
 # Search on the embedded digits, retrain the found cell, test it.
 demo: $(VENV)/.installed
@@ -17,6 +17,15 @@ demo: $(VENV)/.installed
 		--init_channels 16 --layers 5 --epochs 40 --batch_size 64 --cutout --cutout_length 2
 	$(BIN)/python test_cifar.py --dataset digits --dir $(DEMO)/search/eval-digits-*
 	@echo "The search, its report and the found cell: $(DEMO)/search; the retrained network: $(DEMO)/search/eval-digits-*"
+
+# Every row of the table in docs/speed.md, on an idle machine; TABLE names a NAS-Bench-201 table, for one of them.
+bench: $(VENV)/.installed
+	@git log -1 --format='commit %h'
+	$(BIN)/python benchmarks/search_s1.py --rounds 3
+	$(BIN)/python benchmarks/search_s2.py --rounds 3 $(if $(TABLE),--table $(TABLE))
+	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/retrain.py
+	$(BIN)/python benchmarks/kernels.py
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -76,7 +76,10 @@ def search_arguments(description, bn):
 
 
 class Way:
-    """One way to compute: plain (NCHW, the reference), the same channels-last, or fast; a network of its own."""
+    """One way to compute: plain (NCHW, the reference), the same channels-last, fast, or that with `checkpoint`.
+
+    Each has a network of its own.
+    """
 
     def __init__(self, name, network, fast, args):
         if args.nchw:
@@ -87,8 +90,8 @@ class Way:
         self.args = args
         devices.set_up(torch.device(args.device))  # as the programs do
         self.forward, self.make_evaluator = plain_forward, PlainEvaluator
-        if name == "fast":
-            self.forward = partial(fast.forward, compile=args.compile)
+        if name in ("fast", "checkpoint"):
+            self.forward = partial(fast.forward, compile=args.compile, checkpoint=name == "checkpoint")
             self.make_evaluator = partial(fast.Evaluator, compile=args.compile)
 
     def autocast(self):
@@ -151,7 +154,10 @@ def compare(network, fast, args, x, y, alphas, nesterov=False):
         differences = [difference(of[name], of["plain"]) for of in (trained, logits)]
         text = "differences from plain, {}: training logits {:.1e}, fitness logits {:.1e}, gradient {:.1e} relatively"
         print(text.format(name, *differences, apart.item()))
+    steps["checkpoint"] = Way("checkpoint", network, fast, args).training_step(x[:64], y, alphas, nesterov)
     seconds = {"train_step": alternate(steps, args.rounds, 1, args.device)}
+    kept, again = (seconds["train_step"][name] for name in ("fast", "checkpoint"))
+    print(f"training step, batch 64, with --checkpoint: {again:.3f} s, {again / kept:.2f} times that of fast")
     passes = {name: partial(way.measure, evaluators[name], alphas[None]) for name, way in ways.items()}
     one = alternate(passes, args.rounds, 1, args.device)
     shared = alternate({name: partial(way.evaluator, x) for name, way in ways.items()}, 2, 1, args.device)

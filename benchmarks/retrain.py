@@ -1,6 +1,6 @@
 """A retraining step of EvNAS-A: the network as it is built (NCHW) against what train.py runs.
 
-python benchmarks/retrain.py [--full] [--device cuda --amp --compile]
+python benchmarks/retrain.py [--device cuda --amp --compile]
 """
 
 import argparse
@@ -22,8 +22,7 @@ from support import devices
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="C 36, 20 cells, as in the paper, instead of C 16, 8 cells")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--nchw", action="store_true", help="train.py's way in NCHW, not channels-last")
     devices.add_device_arguments(parser)
     devices.add_speed_arguments(parser)
@@ -32,19 +31,18 @@ def main():
     device = devices.choose_device(args)
     layout = torch.contiguous_format if args.nchw else devices.memory_format(device)
     torch.manual_seed(0)
-    C, layers = (36, 20) if args.full else (16, 8)
-    plain = NetworkCIFAR(C, 10, layers, True, genotypes.EvNASA).to(device)
+    plain = NetworkCIFAR(36, 10, 20, True, genotypes.EvNASA).to(device)
     fast = deepcopy(plain).to(memory_format=layout)
     x, y = torch.randn(96, 3, 32, 32, device=device), torch.randint(10, (96,), device=device)
     recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
 
-    def step(network, images, amp, compile):
+    def step(network, images, amp, **settings):
         network.drop_path_prob = 0.1
         optimizer = utils.make_sgd(network.parameters(), recipe, device)
 
         def run():
             with devices.autocast(device, amp):
-                logits, logits_aux = network(images, compile=compile)
+                logits, logits_aux = network(images, **settings)
                 loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y)
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -53,14 +51,16 @@ def main():
 
         return run
 
-    print(f"{describe(device)}; EvNAS-A, C {C}, {layers} cells, batch 96, auxiliary head, drop path")
+    print(f"{describe(device)}; EvNAS-A, C 36, 20 cells, batch 96, auxiliary head, drop path")
+    images = x.contiguous(memory_format=layout)
     functions = {
-        "plain": step(plain, x, amp=False, compile=False),
-        "fast": step(fast, x.contiguous(memory_format=layout), args.amp, compiled),
+        "plain": step(plain, x, amp=False),
+        "fast": step(fast, images, args.amp, compile=compiled),
+        "--checkpoint": step(fast, images, args.amp, compile=compiled, checkpoint=True),
     }
-    median = alternate(functions, rounds=args.rounds, warmup=2, device=device)
+    median = alternate(functions, rounds=args.rounds, warmup=1, device=device)
     for name, value in median.items():
-        print(f"{name:6} {1000 * value:9.1f} ms a step; {value * 521:7.1f} s an epoch of 50,000 images")
+        print(f"{name:12} {1000 * value:9.1f} ms a step; {value * 521:7.1f} s an epoch of 50,000 images")
     finish({"train_step": median["plain"] / median["fast"]})
 
 

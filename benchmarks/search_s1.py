@@ -36,14 +36,18 @@ def resident(field):
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def fitness_memory(args, batch):
-    """MB that one individual's fitness pass adds at its peak, in this process, which has computed nothing before."""
-    way = Way(args.memory_of, new_network(), fast_search, args)
-    x = torch.randn(batch, 3, 32, 32, device=args.device)
+def added_memory(args, batch):
+    """MB that a training step, or fitness, adds at its peak, in this process, which has computed nothing before."""
+    of, name = args.memory_of
+    way = Way(name, new_network(), fast_search, args)
+    x = torch.randn(16 if of == "training" else batch, 3, 32, 32, device=args.device)
     alphas = torch.zeros(1, 2, 14, 8, device=args.device)
 
     def measure(x):
-        way.measure(way.evaluator(x), alphas)
+        if of == "training":
+            way.training_step(x, torch.zeros(len(x), dtype=torch.int64, device=args.device), alphas[0])()
+        else:
+            way.measure(way.evaluator(x), alphas)
 
     measure(x[:2])  # libraries load and kernels compile
     if torch.device(args.device).type == "cuda":
@@ -56,8 +60,8 @@ def fitness_memory(args, batch):
     return resident("VmHWM") - before
 
 
-def memory(name):
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", name]
+def memory(of, name):
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", of, name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -91,11 +95,11 @@ def compare_precisions(args, steps=200, individuals=100):
 
 def main():
     parser = search_arguments(__doc__, bn="batch")
-    parser.add_argument("--memory_of", choices=WAYS, help="print one way's memory: for the benchmark's own use")
+    parser.add_argument("--memory_of", nargs=2, help="print the memory of training or fitness, WAY: for its own use")
     args = parser.parse_args()
     batch = 1024 if args.full else 256
     if args.memory_of:
-        print(fitness_memory(args, batch))
+        print(added_memory(args, batch))
         return
     generator = torch.Generator().manual_seed(0)
     alphas = decode(random_alphas(1, generator=generator))[0].to(args.device)
@@ -106,9 +110,11 @@ def main():
         {
             "training step, batch 64, s": seconds["train_step"],
             f"fitness, one individual, batch {batch}, s": seconds["fitness"],
-            "peak memory of the fitness pass, MB": {name: memory(name) for name in WAYS},
+            "peak memory of a training step, batch 16, MB": {name: memory("training", name) for name in WAYS},
+            "peak memory of the fitness pass, MB": {name: memory("fitness", name) for name in WAYS},
         }
     )
+    print(f"peak memory of a training step, batch 16, with --checkpoint: {memory('training', 'checkpoint'):.0f} MB")
     if args.full:
         generation = 391 * seconds["train_step"]["fast"] + 25 * 50 * seconds["fitness"]["fast"]
         print(
@@ -116,7 +122,7 @@ def main():
             f"{50 * generation / 3600:.2f} h, published {PUBLISHED_HOURS:.1f} h"
         )
         compare_precisions(args)
-    finish(dict(zip(("train_step", "fitness", "memory"), ratios, strict=True)))
+    finish(dict(zip(("train_step", "fitness", "training_memory", "memory"), ratios, strict=True)))
 
 
 if __name__ == "__main__":
