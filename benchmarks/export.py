@@ -16,8 +16,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
-from benchmarks.common import alternate, describe, difference, finish
-from export import Logits, to_onnx, to_torch
+from benchmarks.common import alternate, describe, finish
+from export import Logits, difference, to_onnx, to_torch
 from model import NetworkCIFAR, NetworkImageNet
 
 
@@ -52,7 +52,7 @@ def main():
     logits = {name: way() for name, way in ways.items()}
     seconds = alternate(ways, args.rounds, 5, "cpu")
     for name, value in seconds.items():
-        apart = difference(logits[name], logits["PyTorch"])
+        apart = difference(logits[name], logits["PyTorch"])  # relative to the largest
         print(f"{name:24} {1000 * value:8.2f} ms, median; logits differ by {apart:.0e}")
     finish({f"PyTorch / {name}": seconds["PyTorch"] / value for name, value in seconds.items() if name != "PyTorch"})
 
