@@ -64,9 +64,9 @@ class Costs:
 
     def check(self):
         """Raise UserError for a budget that no architecture meets."""
-        for name, flag, smallest in zip(self.names, FLAGS, (self.fixed / 1e6).tolist(), strict=False):
+        for name, flag, smallest in zip(self.names, FLAGS, (self.fixed.double() / 1e6).tolist(), strict=False):
             if self.limits[name] is not None and self.limits[name] < smallest:
-                least = f"the smallest network has {smallest:.6g} {NAMES[name]}"
+                least = f"the smallest network has {smallest} {NAMES[name]}"
                 raise UserError(f"--{flag} {self.limits[name]:g}: no architecture meets it, {least}")
 
     def counts(self, alphas):

@@ -104,6 +104,20 @@ def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
     assert words in fails(module.main, [*argv, *flags])
 
 
+def test_the_smallest_network_meets_a_budget_of_its_own_size():
+    """What the message names is exact: that budget is possible, one below it is not."""
+    args = train_search.search_parser("", "", ["digits"]).parse_args([])
+    args.target_channels, args.target_layers = 36, 20
+    target = costs.Costs(args, train_search.S1(), 10, (3, 32, 32), torch.device("cpu"))
+    for name, smallest in zip(target.names, (1.370134, 227.27232), strict=True):
+        target.limits[name] = smallest
+        target.check()
+        target.limits[name] = smallest - 1e-6
+        with pytest.raises(costs.UserError, match=f"the smallest network has {smallest} "):
+            target.check()
+        target.limits[name] = None
+
+
 def test_a_search_says_that_nothing_met_its_budget(tmp_path, capsys):
     flags = ["--max_mult_adds", 0.49, "--pop_size", 2, "--tsize", 1, "--epochs", 1]
     run = test_nas201_search.search(tmp_path, *flags)
