@@ -12,9 +12,9 @@ PARALLEL = -n $(WORKERS) --dist loadfile
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python train_search.py --dataset digits --dir $(DEMO) --run_name search \
-		--epochs 8 --pop_size 12 --tsize 4 --init_channels 8 --layers 4
+		--epochs 5 --pop_size 8 --tsize 3 --init_channels 8 --layers 3 --baselines 8
 	$(BIN)/python train.py --dataset digits --dir $(DEMO)/search --save digits \
-		--init_channels 16 --layers 5 --epochs 40 --batch_size 64 --cutout --cutout_length 2
+		--init_channels 16 --layers 4 --epochs 14 --batch_size 64 --cutout --cutout_length 2
 	$(BIN)/python test_cifar.py --dataset digits --dir $(DEMO)/search/eval-digits-*
 	@echo "The search, its report and the found cell: $(DEMO)/search; the retrained network: $(DEMO)/search/eval-digits-*"
 
