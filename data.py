@@ -414,14 +414,14 @@ def check_alike(name, one, other_name, other):
     both = ((name, one, other), (other_name, other, one))
     if one["classes"] != other["classes"]:
         found = [(where, [c for c in it["classes"] if c not in its["classes"]]) for where, it, its in both]
-        said = [
+        extra = [
             f"only in {where}: {', '.join(names[:3])}{', ..' * (len(names) > 3)}" for where, names in found if names
         ]
-        raise UserError(f"the classes of {name} and {other_name} differ: {'; '.join(said) or 'in their order'}")
+        raise UserError(f"the classes of {name} and {other_name} differ: {'; '.join(extra) or 'in their order'}")
     if one["image_size"] != other["image_size"]:
         sizes = [(where, "{1}x{0}".format(*it["image_size"])) for where, it, _ in both]
-        said = [f"in {where} {size}{' (larger or uneven ones, cut)' * (size == '224x224')}" for where, size in sizes]
-        raise UserError(f"the sizes of the images differ: {', '.join(said)} pixels; --image_size can make them one")
+        texts = [f"in {where} {size}{' (larger or uneven ones, cut)' * (size == '224x224')}" for where, size in sizes]
+        raise UserError(f"the sizes of the images differ: {', '.join(texts)} pixels; --image_size can make them one")
 
 
 def check_batch(batch_size, train, auxiliary=False):

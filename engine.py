@@ -153,8 +153,8 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
                     )
                 sums += torch.tensor([value * images, right, images], dtype=torch.float64)
             unread = []
-            loss_so_far, correct, seen = sums.tolist()
-            report = f"loss {loss_so_far / seen:.4f}, top-1 {100 * correct / seen:.2f} %"
+            loss_so_far, correct, count = sums.tolist()
+            report = f"loss {loss_so_far / count:.4f}, top-1 {100 * correct / count:.2f} %"
             bar.set_postfix_str(report)
             if bar.disable:
                 log(f"{where}, step {steps}/{len(loader)}: {report}")
@@ -192,8 +192,8 @@ def evaluate(network, loader, args, *, log, where="test"):
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums.append(torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))]))
     total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
-    loss, top1, top5, seen = distributed.sum_over_ranks(total).tolist()
-    return {"loss": loss / seen, "top1": 100 * top1 / seen, "top5": 100 * top5 / seen}
+    loss, top1, top5, count = distributed.sum_over_ranks(total).tolist()
+    return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
 @contextlib.contextmanager

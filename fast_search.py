@@ -178,9 +178,9 @@ def mixed_cell(states, weights, kernels, multiplier, eps):
     Returns the output (B, multiplier * C, H, W) and the batch's (mean, inverse standard deviation) of each group.
     """
     states, moments = list(states), []
-    known = next(h for h in states if h is not None)
-    scales = weights.unsqueeze(-1).repeat(1, 1, known.shape[1])  # (E, O, C), as BatchNorm takes its scale
-    weights = weights.to(known.dtype)
+    any_state = next(h for h in states if h is not None)
+    scales = weights.unsqueeze(-1).repeat(1, 1, any_state.shape[1])  # (E, O, C), as BatchNorm takes its scale
+    weights = weights.to(any_state.dtype)
     for j, of_state in enumerate(kernels, start=len(states) - 1 - len(kernels)):
         nodes = range(max(0, j - 1), len(states) - 2)
         edges = [row(node, j) for node in nodes]

@@ -52,8 +52,8 @@ def choose_family(genotype, images):
 
 def choose_augmentation(genotype, dataset, images, about=None):
     """Return the Augmentation; arch strings have the benchmark's normalisation, and ImageNet16-120 no other."""
-    known = nas201.data.AUGMENTATION if isinstance(genotype, str) or dataset not in data.AUGMENTATION else {}
-    return known.get(dataset) or data.augmentation(dataset, images, about)
+    of_benchmark = nas201.data.AUGMENTATION if isinstance(genotype, str) or dataset not in data.AUGMENTATION else {}
+    return of_benchmark.get(dataset) or data.augmentation(dataset, images, about)
 
 
 def make_network(genotype, family, classes, image_size, args):
@@ -92,7 +92,7 @@ def read_about(run_dir):
     `run_dir` is the run's directory, whose last weights are taken, or a weights file. Raises UserError.
     """
     path = Path(run_dir)
-    path = weights.find(path / "weights.pt") if path.is_dir() else path
+    path = weights.locate(path / "weights.pt") if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
     about = weights.read_info(path)
@@ -154,7 +154,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
 
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
-    args.model_path = weights.find(args.model_path or Path(args.dir) / "weights.pt")
+    args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
     about = weights.read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         genotype = genotypes.from_json(about["genotype"], weights.info_path(args.model_path))

@@ -67,7 +67,8 @@ def summarise(folder, dataset):
     runs = [read_run(path) for path in paths]
     args = arguments(paths[0])
     table = load(args["api_path"]) if args["api_path"] else None
-    known = {} if table is None or table.table is None else baselines(table)  # {} where rows are read one by one
+    # A source whose rows are read one by one has no figures of the whole space.
+    space_figures = {} if table is None or table.table is None else baselines(table)
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):
         at, label = SPLITS.index(split), label.removesuffix("_200")
@@ -75,8 +76,8 @@ def summarise(folder, dataset):
         if name == dataset:  # the published searches were on this data set
             row["published"] = {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]}
         row["optimum"] = PUBLISHED[name][1][at]
-        if label in known:
-            row |= {f"space_{key}": value for key, value in known[label].items()}
+        if label in space_figures:
+            row |= {f"space_{key}": value for key, value in space_figures[label].items()}
             row["optimum"] = row.pop("space_best")
             row["beaten_by"] = column(runs, f"worth/accuracy/{label}/beaten_by")
         accuracy[label] = row

@@ -105,14 +105,14 @@ class Published(argparse.Action):
     def __init__(self, option_strings, dest, instead=None, why="it had no effect in the published scripts"):
         nothing = argparse.SUPPRESS
         super().__init__(option_strings, nothing, nargs=None if instead else "?", default=nothing, help=nothing)
-        self.instead, self.why, self.said = instead, why, set()
+        self.instead, self.why, self.noticed = instead, why, set()
 
     def __call__(self, parser, namespace, value, flag=None):
         from support import distributed  # imports torch, which a command without such a flag can do without
 
         words = [word.format(value) for word in self.instead.split()] if self.instead else []
-        if flag not in self.said:  # a resumed run's arguments are parsed twice
-            self.said.add(flag)
+        if flag not in self.noticed:  # a resumed run's arguments are parsed twice
+            self.noticed.add(flag)
             text = f"read as {' '.join(words)}" if words else f"ignored: {self.why}"
             distributed.say(f"note: {flag} is {text}", file=sys.stderr)
         parser.parse_args(words, namespace)

@@ -78,7 +78,7 @@ def problems(value, expected):
         yield "has values that are not finite"
 
 
-def find(path):
+def locate(path):
     """Return `path`, or where that is no file, the one of this name in weights/ beside it, as published runs lack."""
     inside = Path(path).parent / "weights" / Path(path).name
     return inside if inside.is_file() and not Path(path).is_file() else path

@@ -52,7 +52,7 @@ def test_a_second_signal_stops_at_once(tmp_path, capsys, numbers):
 def test_ctrl_c_promises_no_more_than_there_is(tmp_path, monkeypatch, capsys):
     """Before the first checkpoint of a new run, and so before there is a run, nothing can be continued."""
 
-    def stop(*args):
+    def stop(*args, **settings):
         raise KeyboardInterrupt
 
     for owner, name in ((data, "load"), (runs.Run, "restore")):
