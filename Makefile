@@ -39,7 +39,7 @@ test-gpu: $(VENV)/.installed-dev
 
 # Every fault that tests/test_faults.py knows, in full, and a table of what came of them.
 test-faults: $(VENV)/.installed-dev
-	EVNAS_FAULTS=full $(BIN)/python -m pytest -s tests/test_faults.py
+	EVNAS_FAULTS=full $(BIN)/python -m pytest -s -m "slow or not slow" tests/test_faults.py
 
 # The fast tests with the oldest versions that requirements*.txt allow, in an environment of their own.
 # Python 3.10 or 3.11: for newer ones some of these versions were never built.

@@ -143,7 +143,8 @@ def test_the_search_is_the_same_without_baselines_and_with_a_loose_budget(finish
     assert pareto["individuals"] == loaded(finished)[0]["individuals"]
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], pytest.param(test_resume.AT_ONCE, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], test_resume.AT_ONCE])
 def test_an_interruption_of_the_last_measurement_loses_nothing(finished, tmp_path, numbers):
     argv = test_search.command_line(epochs=2, pop_size=6, baselines=5, run_name="run", dir=tmp_path)
     test_resume.stop_at("the final weights: batch 1", numbers, train_search.main, argv)

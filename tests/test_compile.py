@@ -151,6 +151,7 @@ def test_a_retrained_network_with_inductor():
             assert_close(actual, expected, tolerance)
 
 
+@pytest.mark.slow
 def test_a_whole_retraining_needs_a_graph_for_each_kind_of_cell(tmp_path, monkeypatch, graphs):
     """EvNAS-A at the paper's depth; each epoch has another drop path, a last, smaller batch, and a test."""
     monkeypatch.setattr(devices, "choose_device", lambda args: torch.device("cpu"))  # which ignores --compile

@@ -10,7 +10,7 @@ from model import NetworkCIFAR
 UNREAD = {"square", "reciprocal", "rsqrt", "sub", "_foreach_pow"}  # what variances are made with
 
 
-@pytest.fixture(params=[False, True], ids=["float32", "bfloat16"])
+@pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
 def amp(request):
     with kernels.fake_gpu():
         yield request.param

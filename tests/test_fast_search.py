@@ -125,7 +125,7 @@ def test_golden_eval_logits():
         (2, 4, 8, "cpu", 3072),
         (5, 4, 12, "cpu", 3072),
         (5, 4, 12, "cpu", 0.1),
-        (8, 16, 16, "cpu", 3072),
+        pytest.param(8, 16, 16, "cpu", 3072, marks=pytest.mark.slow),
         (2, 4, 8, "gpu", 3072),
         (2, 4, 8, "gpu-nchw", 3072),
         (3, 4, 8, "gpu-nchw", 3072),

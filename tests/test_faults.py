@@ -1051,6 +1051,7 @@ def test_without_tensorboard_and_display(whole, process, tmp_path):
 # ---- 9. several processes
 
 
+@pytest.mark.slow
 def test_two_processes_interrupted_and_continued(whole, process, tmp_path):
     """Interrupted within an epoch, at its end and while it is measured, by the signal of one: as if it had not been."""
     script, output = whole[0], tmp_path / "output"

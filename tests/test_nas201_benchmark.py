@@ -214,7 +214,7 @@ def test_loading_is_small_and_without_torch(lines, write):
 # The official .pth and the NATS-Bench directory, synthetic
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_official_pth(tmp_path, zipped):
     """Both of torch's formats; the real file has the older one. Numbers of numpy under its old and new module name."""
     states = {i: (state(i, arch, offset=0.5 * (i < 100)), {"epochs": 12}) for i, arch in enumerate(ARCHS)}

@@ -205,12 +205,9 @@ def interrupted_at(process, line, number):
     return process.communicate(timeout=120)[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "whole",
-    [name if name == "search" else pytest.param(name, marks=pytest.mark.slow) for name in SCRIPTS],
-    indirect=True,
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("whole", SCRIPTS, indirect=True)
 def test_a_process_interrupted_within_an_epoch(whole, tmp_path, number):
     script, expected = whole
     process = start(*script.command.split(), *script.argv, "--dir", tmp_path, "--report_freq", 1)

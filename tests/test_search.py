@@ -138,11 +138,12 @@ def accuracy(network, alphas, batches, bn):
 @pytest.mark.parametrize(
     "flags, changed",
     [
-        ([], dict()),  # more individuals than batches
+        pytest.param([], dict(), marks=pytest.mark.slow),  # more individuals than batches
         ([], dict(pop_size=2, tsize=2, num_elites=1, bn="running", valid_transform="test")),  # fewer
-        (  # a rate at which the fast path's rounding grows within a few steps
+        pytest.param(  # a rate at which the fast path's rounding grows within a few steps
             ["--plain"],
             dict(num_elites=0, mutate_rate=0.5, grad_clip=0.3, learning_rate=0.1, learning_rate_min=0.05, momentum=0.5),
+            marks=pytest.mark.slow,
         ),
     ],
 )
