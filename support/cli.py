@@ -1,6 +1,7 @@
 """Command lines: flags, defaults in the help, and errors that end in one line. No torch here."""
 
 import argparse
+import errno
 import functools
 import operator
 import os
@@ -43,7 +44,8 @@ def command(main):
         except UserError as error:
             text, code = f"error: {error}", 2
         except OSError as error:
-            text, code = f"error: {f'{error.filename}: ' if error.filename else ''}{error.strerror or error}", 2
+            text = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
+            text, code = f"error: {f'{SMALLER} ({text})' if error.errno == errno.ENOMEM else text}", 2
         except (RuntimeError, MemoryError, SystemError, ImportError) as error:
             text, code = remedy(error), 2
             if text is None:
