@@ -7,6 +7,9 @@ import genotypes
 from benchmarks import kernels
 from model import NetworkCIFAR
 
+pytestmark = pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="PyTorch 2.6 looks for the device behind a fake tensor"
+)
 UNREAD = {"square", "reciprocal", "rsqrt", "sub", "_foreach_pow"}  # what variances are made with
 
 
