@@ -333,7 +333,8 @@ def disk(folder, size):
 
 def one_line(output):
     """The error line that a process must have ended with; no traceback."""
-    (line,) = [line for line in output.read_text().splitlines() if line.startswith("error: ")]
+    lines = (line.strip(" \0") for line in output.read_text().splitlines())  # PyTorch ends lines of its own with a zero
+    (line,) = [line for line in lines if line.startswith("error: ")]
     assert "Traceback" not in output.read_text() and "Exception" not in output.read_text(), output.read_text()
     return line
 
