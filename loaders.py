@@ -155,7 +155,8 @@ class FileLoader:
                 yield x.contiguous(memory_format=memory_format(self.device)), y
         except (RuntimeError, OSError, EOFError) as error:
             reason = str(error).strip()
-            if isinstance(error, RuntimeError) and not re.search("DataLoader worker .pid|shared memory", reason):
+            lost = "DataLoader worker .pid|shared memory|unable to write to file"
+            if isinstance(error, RuntimeError) and not re.search(lost, reason):
                 raise
             raise UserError(
                 "a process that reads images was lost, most often for want of memory or of shared memory (/dev/shm; "
