@@ -293,19 +293,33 @@ def read_once(files, read, workers):
     It is that of an earlier call for the same files. One that is damaged does not count, nor does it where none can be
     written.
     """
-    path = files.paths[0].parents[1] / CACHE
-    with contextlib.suppress(Exception):  # a damaged file raises nearly any
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
-            check_unpacked_size(content.zip, len(files) * 3 * max(SMALL, *files.image_size) ** 2 + 2**16)
-            if content["key"].tobytes() == fingerprint(files, read):
-                images = content["images"]
-                if images.dtype == np.uint8 and images.ndim == 4 and images.shape[:2] == (len(files), 3):
-                    return Images(torch.from_numpy(images), files.labels, files.classes, files.source)
+    path, key = files.paths[0].parents[1] / CACHE, fingerprint(files, read)
+    images = load_cache(path, key, len(files) * 3 * max(SMALL, *files.image_size) ** 2).get("images")
+    if images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[:2] == (len(files), 3):
+        return Images(torch.from_numpy(images), files.labels, files.classes, files.source)
     split = read(files, workers)
     if isinstance(split, Images):
-        with contextlib.suppress(UserError), atomic_write(path) as file:
-            np.savez(file, key=np.frombuffer(fingerprint(files, read), np.uint8), images=split.images.numpy())
+        save_cache(path, key, images=split.images.numpy())
     return split
+
+
+def load_cache(path, key, limit):
+    """Return the arrays {name: array} that `save_cache` left with the same key, {} if it did not.
+
+    A file that is damaged, or unpacks to many more than `limit` bytes, does not count.
+    """
+    with contextlib.suppress(Exception):  # a damaged file raises nearly any
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
+            check_unpacked_size(content.zip, limit + 2**16)
+            if content["key"].tobytes() == key:
+                return {name: content[name] for name in content.files if name != "key"}
+    return {}
+
+
+def save_cache(path, key, **arrays):
+    """Write arrays and the key, bytes that say of what they are; nothing where that cannot be written."""
+    with contextlib.suppress(UserError), atomic_write(path) as file:
+        np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)
 
 
 def fingerprint(files, read):

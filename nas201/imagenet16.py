@@ -1,6 +1,5 @@
 """ImageNet16-120: ImageNet at 16x16 pixels, the first 120 classes (Chrabaszcz et al. 2017; Dong & Yang 2020)."""
 
-import contextlib
 import hashlib
 from functools import partial
 from multiprocessing.pool import ThreadPool
@@ -9,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Images
+from data import Images, load_cache, save_cache
 from nas201.sources import Dtype
-from support.files import UserError, atomic_write, read_bytes, restricted_unpickle
+from support.files import UserError, read_bytes, restricted_unpickle
 
 _FILES = (*(f"train_data_batch_{i}" for i in range(1, 11)), "val_data")
 _SUMS = """
@@ -56,22 +55,16 @@ def load_imagenet16(root, workers=None):
         sources = np.array([[(root / name).stat().st_size, (root / name).stat().st_mtime_ns] for name in MD5])
     except OSError as error:
         raise UserError(f"ImageNet16-120 is not in {root}: cannot read {error.filename}: {error.strerror}") from error
-    try:
-        with np.load(root / CACHE, allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception:  # no cache, or a damaged one, which raises nearly anything: it is made anew
-        arrays = {}
-    if not np.array_equal(arrays.get("sources"), sources):
+    arrays = load_cache(root / CACHE, sources.tobytes(), sum(SIZES.values()) * (3 * 16 * 16 + 8))
+    if not arrays:
         with ThreadPool(workers) as pool:
             batches = pool.map(partial(_read_batch, root), MD5)
-        arrays = {"sources": sources}
         for split, part in (("train", batches[:-1]), ("test", batches[-1:])):
             images, labels = (np.concatenate(parts) for parts in zip(*part, strict=True))
             if len(labels) != SIZES[split]:
                 raise UserError(f"{root}: {len(labels)} {split} images of {CLASSES} classes instead of {SIZES[split]}")
             arrays |= {f"{split}_images": images, f"{split}_labels": labels}
-        with contextlib.suppress(UserError), atomic_write(root / CACHE) as file:  # a read-only folder: no cache
-            np.savez(file, **arrays)
+        save_cache(root / CACHE, sources.tobytes(), **arrays)
     classes = [str(label) for label in range(1, CLASSES + 1)]
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return {

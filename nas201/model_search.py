@@ -94,7 +94,7 @@ class Network(Stages):
         super().__init__(C, N, num_classes, lambda channels: Cell(channels, max_nodes, track_running_stats))
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """As torch's own; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""
+        """Load as torch does; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""
         if "arch_parameters" in state_dict:
             state_dict = {name: value for name, value in state_dict.items() if name != "arch_parameters"}
         return super().load_state_dict(state_dict, *args, **kwargs)
