@@ -23,7 +23,9 @@ SKIP, CONV1, CONV3, POOL = (
     PRIMITIVES.index(name) for name in ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 )
 CONVS = (CONV1, CONV3)
-IMAGES_PER_THREAD = 16  # with running statistics a CPU takes so many images at a time: their activations stay in cache
+# With running statistics a CPU takes so many images at a time, so that their activations stay in its cache. Compiled
+# cells have fewer of them.
+IMAGES_PER_THREAD, COMPILED_IMAGES_PER_THREAD = 16, 64
 
 
 def row(target, source):
@@ -159,6 +161,7 @@ class Evaluator:
         self.folding = bn == "running" and tracked  # without running statistics the searched cells use the batch's
         cell_of = folded_cell if self.folding else mixed_cell
         self.cell_of = cell_function(cell_of, compile)
+        self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
         cells_per_stage = len(cells) // 3  # one `mix` serves the equal cells of a stage
         firsts = range(0, len(cells), cells_per_stage) if self.folding else ()
         self.stages = [fold(cells[i : i + cells_per_stage]) for i in firsts]
@@ -168,7 +171,7 @@ class Evaluator:
         """Do what all individuals share on a batch of images (B, 3, H, W)."""
         s = stem(self.network, x, self.norm_of)
         cut = self.folding and on_cpu(s)
-        self.parts = s.split(IMAGES_PER_THREAD * torch.get_num_threads()) if cut else [s]
+        self.parts = s.split(self.images_per_thread * torch.get_num_threads()) if cut else [s]
 
     @torch.no_grad()
     def logits(self, alphas):

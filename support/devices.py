@@ -3,7 +3,9 @@
 import contextlib
 import ctypes
 import functools
+import os
 import resource
+import shutil
 import sys
 
 import torch
@@ -21,7 +23,7 @@ def add_device_arguments(group):
 
 def add_speed_arguments(group):
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster on GPUs; else all is float32")
-    group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell (ignored on the CPU)")
+    group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell: faster after minutes")
     text = "compute each cell again in the backward pass instead of keeping it: less memory, same results, slower"
     group.add_argument("--checkpoint", action="store_true", help=text)
 
@@ -44,11 +46,16 @@ def choose_device(args):
         torch.cuda.set_device(device)
         if args.amp and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"{torch.cuda.get_device_name(device)} does not compute with bfloat16: leave --amp out")
-    if args.compile and device.type == "cpu":  # a run that began on a GPU may continue here
-        distributed.say("--compile is not for the CPU: ignored")
+    if args.compile and device.type == "cpu" and not has_compiler():  # a run that began on a GPU may continue here
+        distributed.say("--compile needs a C++ compiler on the CPU, g++ or what CXX names: ignored")
         args.compile = False
     distributed.join_process_group(device)
     return device
+
+
+def has_compiler():
+    """Tell whether the C++ compiler is installed that torch.compile takes for the CPU."""
+    return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def set_up(device):
