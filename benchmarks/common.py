@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from engine import PlainEvaluator, batch_norm_mode, plain_forward
 from support import devices
 
-WAYS = ("plain", "channels-last", "fast")
+WAYS = ("plain", "channels-last", "fast", "compiled")
 POPULATION = 50  # the paper's
 
 
@@ -67,7 +67,6 @@ def search_arguments(description, bn):
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, for all ways")
-    parser.add_argument("--compile", action="store_true", help="torch.compile the fast path's cells")
     parser.add_argument("--nchw", action="store_true", help="the fast path in this layout instead of channels-last")
     parser.add_argument("--bn", choices=["batch", "running"], default=bn, help="statistics for fitness")
     parser.add_argument("--rounds", type=int, default=5)
@@ -76,7 +75,7 @@ def search_arguments(description, bn):
 
 
 class Way:
-    """One way to compute: plain (NCHW, the reference), the same channels-last, fast, or that with `checkpoint`.
+    """One way to compute: plain (NCHW, the reference), the same channels-last, fast, or that compiled or checkpointed.
 
     Each has a network of its own.
     """
@@ -90,9 +89,10 @@ class Way:
         self.args = args
         devices.set_up(torch.device(args.device))  # as the programs do
         self.forward, self.make_evaluator = plain_forward, PlainEvaluator
-        if name in ("fast", "checkpoint"):
-            self.forward = partial(fast.forward, compile=args.compile, checkpoint=name == "checkpoint")
-            self.make_evaluator = partial(fast.Evaluator, compile=args.compile)
+        if name in ("fast", "compiled", "checkpoint"):
+            compile = name == "compiled"
+            self.forward = partial(fast.forward, compile=compile, checkpoint=name == "checkpoint")
+            self.make_evaluator = partial(fast.Evaluator, compile=compile)
 
     def autocast(self):
         return devices.autocast(torch.device(self.args.device), self.args.amp)
@@ -140,7 +140,7 @@ def compare(network, fast, args, x, y, alphas, nesterov=False):
     Returns {key: {way: seconds}}. What the individuals share on a batch counts for fitness by its POPULATION-th part.
     Prints that, and how far the ways differ.
     """
-    print(f"{describe(args.device)}\namp {args.amp}, compile {args.compile}, {args.bn} statistics for fitness")
+    print(f"{describe(args.device)}\namp {args.amp}, {args.bn} statistics for fitness")
     ways = {name: Way(name, network, fast, args) for name in WAYS}
     evaluators = {name: way.evaluator(x) for name, way in ways.items()}
     logits = {name: way.measure(evaluators[name], alphas[None]) for name, way in ways.items()}
@@ -161,15 +161,19 @@ def compare(network, fast, args, x, y, alphas, nesterov=False):
     passes = {name: partial(way.measure, evaluators[name], alphas[None]) for name, way in ways.items()}
     one = alternate(passes, args.rounds, 1, args.device)
     shared = alternate({name: partial(way.evaluator, x) for name, way in ways.items()}, 2, 1, args.device)
-    print(f"fitness, seconds of what all individuals share on a batch: {shared['fast']:.3f}")
+    text = "fitness, seconds of what all individuals share on a batch: {fast:.3f}, compiled {compiled:.3f}"
+    print(text.format_map(shared))
     return seconds | {"fitness": {name: one[name] + shared[name] / POPULATION for name in ways}}
 
 
 def show(rows):
-    """Print {title: {way: number}} and the ratio of plain to fast; returns these ratios in order."""
-    print(f"\n{'medians':58} {'plain NCHW':>12} {'channels-last':>14} {'fast':>10} {'plain / fast':>13}")
-    for title, row in rows.items():
-        figures = [f"{row[name]:.4f}" if name in row else "-" for name in WAYS]
-        ratio = row["plain"] / row["fast"]
-        print(f"{title:58} {figures[0]:>12} {figures[1]:>14} {figures[2]:>10} {ratio:12.2f}x")
-    return [row["plain"] / row["fast"] for row in rows.values()]
+    """Print {name: (title, {way: number})} and what is plain / fast; returns the ratios {name: number} to both ways."""
+    columns = "".join(f"{name:>14}" for name in WAYS)
+    print(f"\n{'medians':58}{columns} {'plain / fast':>14} {'/ compiled':>11}")
+    ratios = {}
+    for name, (title, row) in rows.items():
+        figures = "".join(f"{row[way]:14.4f}" if way in row else f"{'-':>14}" for way in WAYS)
+        of_row = {way: row["plain"] / row[way] for way in ("fast", "compiled") if way in row}
+        print(f"{title:58}{figures} " + "".join(f"{ratio:12.2f}x" for ratio in of_row.values()))
+        ratios |= {name if way == "fast" else f"{name}_{way}": ratio for way, ratio in of_row.items()}
+    return ratios

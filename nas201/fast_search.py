@@ -23,9 +23,8 @@ SKIP, CONV1, CONV3, POOL = (
     PRIMITIVES.index(name) for name in ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
 )
 CONVS = (CONV1, CONV3)
-# With running statistics a CPU takes so many images at a time, so that their activations stay in its cache. Compiled
-# cells have fewer of them.
-IMAGES_PER_THREAD, COMPILED_IMAGES_PER_THREAD = 16, 64
+# With running statistics a CPU takes so many images at a time, so that their activations stay in its cache.
+IMAGES_PER_THREAD, COMPILED_IMAGES_PER_THREAD = 16, 64  # a compiled cell keeps fewer of them
 
 
 def row(target, source):

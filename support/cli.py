@@ -13,6 +13,7 @@ from support.files import UserError, emit
 
 # What ends a run without a fault in the program: a part of the message that torch gives, what it means, what to do.
 SMALLER = "memory ran out: give --checkpoint, where it was in training, or a smaller --batch_size or --valid_batch_size"
+NO_COMPILE = "torch.compile found no compiler that works here: give --no-compile, also with --resume"
 REMEDIES = {
     "can't allocate memory": SMALLER,
     "out of memory": SMALLER,
@@ -21,6 +22,9 @@ REMEDIES = {
     "cannot allocate memory": SMALLER,  # the loader of shared libraries, in an import
     "without setting an exception": SMALLER,  # Python, where there is no memory for the MemoryError
     "without exception set": SMALLER,  # the same
+    "InvalidCxxCompiler": NO_COMPILE,
+    "CppCompileError": NO_COMPILE,
+    "TritonMissing": NO_COMPILE,  # on a GPU
     "gloo": "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
     "with as many processes as you like",
 }

@@ -1,5 +1,6 @@
 """The device that computes: its flags, its choice, autocast and memory."""
 
+import argparse
 import contextlib
 import ctypes
 import functools
@@ -23,9 +24,10 @@ def add_device_arguments(group):
 
 def add_speed_arguments(group):
     group.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster on GPUs; else all is float32")
-    group.add_argument("--compile", action="store_true", help="torch.compile, cell by cell: faster after minutes")
+    text = "torch.compile, cell by cell: faster after some minutes"
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "compute each cell again in the backward pass instead of keeping it: less memory, same results, slower"
-    group.add_argument("--checkpoint", action="store_true", help=text)
+    group.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=False, help=text)
 
 
 def choose_device(args):
@@ -46,9 +48,8 @@ def choose_device(args):
         torch.cuda.set_device(device)
         if args.amp and not torch.cuda.is_bf16_supported(including_emulation=False):
             raise UserError(f"{torch.cuda.get_device_name(device)} does not compute with bfloat16: leave --amp out")
-    if args.compile and device.type == "cpu" and not has_compiler():  # a run that began on a GPU may continue here
-        distributed.say("--compile needs a C++ compiler on the CPU, g++ or what CXX names: ignored")
-        args.compile = False
+    if args.compile and device.type == "cpu" and not has_compiler():
+        raise UserError("--compile needs a C++ compiler here, g++ or what CXX names: install it or give --no-compile")
     distributed.join_process_group(device)
     return device
 

@@ -4,10 +4,13 @@ In the fast tests the backend returns each graph as it is; in the slow ones it i
 """
 
 import copy
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
-from test_train import history, retrain
+from test_train import command_line, history, retrain
 from torch.nn.functional import cross_entropy
 
 import fast_ops
@@ -154,7 +157,7 @@ def test_a_retrained_network_with_inductor():
 @pytest.mark.slow
 def test_a_whole_retraining_needs_a_graph_for_each_kind_of_cell(tmp_path, monkeypatch, graphs):
     """EvNAS-A at the paper's depth; each epoch has another drop path, a last, smaller batch, and a test."""
-    monkeypatch.setattr(devices, "choose_device", lambda args: torch.device("cpu"))  # which ignores --compile
+    monkeypatch.setattr(devices, "has_compiler", lambda: True)  # these graphs need none
     sizes = dict(layers=20, init_channels=2, epochs=4, drop_path_prob=0.2, train_samples=80, batch_size=60)
     assert len(history(retrain(tmp_path, "--compile", arch="EvNASA", **sizes))) == 4
     assert len(graphs) == 9
@@ -168,7 +171,21 @@ def test_concatenate_two_with_and_without_gradients(graphs):
         assert torch.equal(y, torch.cat([x, x + 1], dim=1))
 
 
-def test_the_cpu_ignores_it(tmp_path, capsys, graphs):
-    run = retrain(tmp_path, "--compile", epochs=1)
-    assert "--compile" in capsys.readouterr().out and not graphs
-    train.main(["--resume", str(run), "--compile"])
+def test_a_cpu_without_a_compiler(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(SystemExit) as error:
+        retrain(tmp_path, "--compile", epochs=1)
+    assert error.value.code == 2 and "C++ compiler" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_compiler_that_does_not_work(tmp_path, monkeypatch):
+    """The run, which began with --compile, goes on without it."""
+    monkeypatch.setenv("CXX", "false")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    command = [sys.executable, train.__file__, *command_line("--compile", dir=tmp_path, epochs=1)]
+    begun = subprocess.run(command, capture_output=True, text=True)
+    assert begun.returncode == 2 and re.fullmatch(r"error: .*compiler.*--no-compile.*\n", begun.stderr)
+    (run,) = tmp_path.glob("eval-*")
+    train.main(["--resume", str(run), "--no-compile"])
+    assert len(history(run)) == 1
