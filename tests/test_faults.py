@@ -242,6 +242,7 @@ def whole(request, process, tmp_path_factory):
 # ---- 1. kill -9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["any moment", "a write"])
 def test_kills(whole, process, tmp_path, where):
     """A chain of processes, each killed, until there were enough; a run that ends equals the uninterrupted one."""
@@ -349,6 +350,7 @@ def refused_write(process, script, argv, output, **conditions):
     return one_line(output)
 
 
+@pytest.mark.slow
 def test_full_disk(whole, process, tmp_path):
     script, expected, _, _ = whole
     total = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file()) // 1024
@@ -660,6 +662,7 @@ def main(argv):
         (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
+@pytest.mark.slow
 def test_hostile_files(process, tmp_path):
     count = 0
     for count, (what, name, content) in enumerate(hostile_files(tmp_path / "executed"), 1):
@@ -827,7 +830,7 @@ def files_of_run_edited(run, script):
         momentum=[2, 0.5], weight_decay=["", 0.1], grad_clip=[-1, 0, 1.0], init_channels=[0, 3, 10**6], layers=[10**6],
         seed=[-1, 19, 2**63], dataset=["mnist", "cifar10", {}], train_samples=[10**9, None], cutout=[1, "yes"],
         cutout_length=[0, 7], device=["toaster"], gpu=[-1], report_freq=[0, 2], data=["nowhere", [], "a\0b"],
-        amp=["yes", True], compile=[True], resume=["elsewhere"], dir=["\ud800", 5], moment=[0.9], help=[True],
+        amp=["yes", True], compile=["yes"], resume=["elsewhere"], dir=["\ud800", 5], moment=[0.9], help=[True],
     )  # fmt: skip
     special = {
         "train_search": dict(bn=["junk", "running"], pop_size=[10**9], variant=["rand"], mutate_rate=[1.5], plain=[1]),
@@ -970,6 +973,7 @@ def test_changed_and_moved_data(tmp_path, make_images, monkeypatch):
 # ---- 7. two at once
 
 
+@pytest.mark.slow
 def test_two_runs_started_at_once(whole, process, tmp_path):
     script, expected, _, _ = whole
     for i in range(few(3, 1)):
@@ -985,6 +989,7 @@ def test_two_runs_started_at_once(whole, process, tmp_path):
         COUNTS["two runs started in one second"]["a directory each, both right"] += 1
 
 
+@pytest.mark.slow
 def test_a_run_resumed_twice_at_once(whole, process, tmp_path):
     script, expected, seconds, _ = whole
     for i in range(few(3, 1)):
@@ -1012,6 +1017,7 @@ def test_a_run_resumed_twice_at_once(whole, process, tmp_path):
 NAMES = [os.fsdecode(b"\xff\xfe \xe9"), "na\u00efve \u9032\u5316", "a'b\"c $(touch x) --epochs 9\nd"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", few(NAMES, ["".join(NAMES)]))
 def test_names_of_all_kinds(make_images, tmp_path, monkeypatch, name):
     """Of the data, the classes and the run; on a terminal that knows ASCII alone."""
@@ -1036,6 +1042,7 @@ def test_names_of_all_kinds(make_images, tmp_path, monkeypatch, name):
 # ---- 9. bare hosts
 
 
+@pytest.mark.slow
 def test_without_tensorboard_and_display(whole, process, tmp_path):
     script, expected, _, _ = whole
     running = process(script, [*ARGUMENTS[script], "--dir", tmp_path / "parent"], without=["tensorboard"])
@@ -1089,6 +1096,7 @@ def test_lost_streams(whole, process, tmp_path):
         COUNTS["stdout or stderr lost"]["training goes on, every line in log.txt"] += 1
 
 
+@pytest.mark.slow
 def test_closed_terminals(whole, process, tmp_path):
     """SIGHUP, and nothing can be printed any more; under nohup it is ignored."""
     script, expected, _, _ = whole
@@ -1141,6 +1149,7 @@ def photographs(process, tmp_path_factory):
     return argv, next((tmp_path / "whole").iterdir())
 
 
+@pytest.mark.slow
 def test_killed_workers(photographs, process, tmp_path):
     (argv, expected), luck = photographs, random.Random(4)
     for i in range(few(8, 1)):
@@ -1161,6 +1170,7 @@ def test_killed_workers(photographs, process, tmp_path):
         COUNTS["image-reading process killed"]["one line, exit 2; continued, bit-identical"] += 1
 
 
+@pytest.mark.slow
 def test_small_shared_memory(photographs, process, tmp_path):
     with disk(tmp_path / "disk", 1):  # or this test cannot mount a small one either
         pass
@@ -1177,6 +1187,7 @@ def test_small_shared_memory(photographs, process, tmp_path):
         COUNTS["too little shared memory"]["one line, exit 2; continued with --workers 0, bit-identical"] += 1
 
 
+@pytest.mark.slow
 def test_too_little_memory(whole, process, tmp_path):
     script = whole[0]
     argv = [*ARGUMENTS[script], "--init_channels", 128, "--epochs", 1, "--dir", tmp_path / "runs"]
