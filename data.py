@@ -2,7 +2,6 @@
 
 import argparse
 import collections
-import contextlib
 import hashlib
 import os
 import stat
@@ -14,8 +13,8 @@ import numpy as np
 import torch
 
 from support import distributed
-from support.files import UserError, atomic_write, check_unpacked_size, no_empty_folders, open_regular
-from support.images import SUFFIXES, open_image, to_rgb, to_size
+from support.files import UserError, no_empty_folders
+from support.images import SUFFIXES, load_cache, open_image, save_cache, to_rgb, to_size
 
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
 CACHED = 5_000  # images of a folder; where so many are read into memory, they are kept in a file and decoded once
@@ -301,25 +300,6 @@ def read_once(files, read, workers):
     if isinstance(split, Images):
         save_cache(path, key, images=split.images.numpy())
     return split
-
-
-def load_cache(path, key, limit):
-    """Return the arrays {name: array} that `save_cache` left with the same key, {} if it did not.
-
-    A file that is damaged, or unpacks to many more than `limit` bytes, does not count.
-    """
-    with contextlib.suppress(Exception):  # a damaged file raises nearly any
-        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
-            check_unpacked_size(content.zip, limit + 2**16)
-            if content["key"].tobytes() == key:
-                return {name: content[name] for name in content.files if name != "key"}
-    return {}
-
-
-def save_cache(path, key, **arrays):
-    """Write arrays and the key, bytes that say of what they are; nothing where that cannot be written."""
-    with contextlib.suppress(UserError), atomic_write(path) as file:
-        np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)
 
 
 def fingerprint(files, read):

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import Images, load_cache, save_cache
+from data import Images
 from nas201.sources import Dtype
 from support.files import UserError, read_bytes, restricted_unpickle
+from support.images import load_cache, save_cache
 
 _FILES = (*(f"train_data_batch_{i}" for i in range(1, 11)), "val_data")
 _SUMS = """

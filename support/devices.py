@@ -23,7 +23,7 @@ def add_device_arguments(group):
 
 
 def add_speed_arguments(group):
-    group.add_argument("--amp", action="store_true", help="bfloat16 autocast: faster on GPUs; else all is float32")
+    group.add_argument("--amp", action="store_true", help="bfloat16 autocast (GPUs and new CPUs are faster so)")
     text = "torch.compile, cell by cell: faster after some minutes"
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = "compute each cell again in the backward pass instead of keeping it: less memory, same results, slower"

@@ -1,11 +1,11 @@
-"""Opening image files of strangers: known formats alone, upright, in RGB of 8 bits."""
+"""Opening image files of strangers: known formats alone, upright, in RGB of 8 bits; keeping what was decoded."""
 
 import contextlib
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from support.files import UserError, open_regular
+from support.files import UserError, atomic_write, check_unpacked_size, open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
 # What they stand for. Pillow may try no other: its EPS starts Ghostscript, its rare formats raise any exception.
@@ -51,3 +51,22 @@ def open_image(path, use=to_rgb):
         raise UserError(f"cannot read image {path}: it is not {', '.join(FORMATS)}") from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
+
+
+def load_cache(path, key, limit):
+    """Return the arrays {name: array} that `save_cache` left with the same key, {} if it did not.
+
+    A file that is damaged, or unpacks to many more than `limit` bytes, does not count.
+    """
+    with contextlib.suppress(Exception):  # a damaged file raises nearly any
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
+            check_unpacked_size(content.zip, limit + 2**16)
+            if content["key"].tobytes() == key:
+                return {name: content[name] for name in content.files if name != "key"}
+    return {}
+
+
+def save_cache(path, key, **arrays):
+    """Write arrays and the key, bytes that say of what they are; nothing where that cannot be written."""
+    with contextlib.suppress(UserError), atomic_write(path) as file:
+        np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)

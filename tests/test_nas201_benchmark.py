@@ -259,6 +259,7 @@ def test_incomplete_directory(nats, capsys):
     assert f"{FIGURES[2, 0]:.2f}" in out and "15622" in err
 
 
+@pytest.mark.slow
 def test_complete_directory(nats):
     for index in range(3, 15625):
         write_pbz2(nats / f"{index:06d}.pickle.pbz2", {"200": state(index, ARCHS[index])})
