@@ -41,7 +41,7 @@ def test_training(space, most, amp):
     "space, bn, most_shared, most",
     [
         ("s1", "batch", 250, 3070),
-        ("s1", "running", 2060, 3430),
+        pytest.param("s1", "running", 2060, 3430, marks=pytest.mark.slow),
         ("s2", "batch", 100, 750),
         ("s2", "running", 1200, 430),
     ],

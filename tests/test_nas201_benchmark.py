@@ -389,6 +389,7 @@ def test_real_records_equal_the_package(real, shared_data):
             assert real.accuracy(index, dataset, split) == pytest.approx(info[names[split]], abs=1e-9)
 
 
+@pytest.mark.slow
 def test_real_records_as_pth_and_exported(real, shared_data, tmp_path):
     """The real records inside the official structure, every other architecture synthetic; then the exported table."""
     archs = [real.arch(i) for i in range(15625)]

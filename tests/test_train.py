@@ -82,6 +82,7 @@ class NoFloat64(TorchDispatchMode):
         return out
 
 
+@pytest.mark.slow
 def test_no_device_needs_float64(tmp_path):
     with NoFloat64():
         retrain(tmp_path, epochs=1)
