@@ -131,13 +131,17 @@ def retrained(network):
         yield logits.detach(), torch.cat([p.grad.flatten() for p in network.parameters()]), buffers
 
 
+def of_genotype():
+    return NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA)
+
+
 def of_arch_string():
     """Two equal cells in each of three stages."""
     arch = "|nor_conv_3x3~0|+|avg_pool_3x3~0|nor_conv_1x1~1|+|none~0|skip_connect~1|nor_conv_3x3~2|"
     return nas201.model.Network(4, 2, 10, arch)
 
 
-@pytest.mark.parametrize("make", [lambda: NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA), of_arch_string])
+@pytest.mark.parametrize("make", [pytest.param(of_genotype, marks=pytest.mark.slow), of_arch_string])
 def test_a_retrained_network_with_graphs(graphs, make):
     eager, *others = retrained(make())
     for results in others:
@@ -149,7 +153,7 @@ def test_a_retrained_network_with_graphs(graphs, make):
 @pytest.mark.slow
 def test_a_retrained_network_with_inductor():
     start_anew()
-    eager, *others = retrained(NetworkCIFAR(4, 10, 3, False, genotypes.EvNASA))
+    eager, *others = retrained(of_genotype())
     for results in others:
         for actual, expected, tolerance in zip(results, eager, (1e-4, 1e-3, 1e-4), strict=True):
             assert_close(actual, expected, tolerance)

@@ -27,7 +27,7 @@ def launches(function, amp):
     return counts
 
 
-@pytest.mark.parametrize("space, most", [("s1", 3310), ("s2", 850)])
+@pytest.mark.parametrize("space, most", [pytest.param("s1", 3310, marks=pytest.mark.slow), ("s2", 850)])
 def test_training(space, most, amp):
     fast, network, alphas, _ = kernels.SPACES[space]
     network, x, alphas = network(), torch.randn(64, 3, 32, 32), torch.rand(alphas)

@@ -242,8 +242,7 @@ def whole(request, process, tmp_path_factory):
 # ---- 1. kill -9
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("where", ["any moment", "a write"])
+@pytest.mark.parametrize("where", [pytest.param("any moment", marks=pytest.mark.slow), "a write"])
 def test_kills(whole, process, tmp_path, where):
     """A chain of processes, each killed, until there were enough; a run that ends equals the uninterrupted one."""
     script, expected, seconds, steps = whole
@@ -350,7 +349,6 @@ def refused_write(process, script, argv, output, **conditions):
     return one_line(output)
 
 
-@pytest.mark.slow
 def test_full_disk(whole, process, tmp_path):
     script, expected, _, _ = whole
     total = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file()) // 1024
