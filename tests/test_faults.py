@@ -349,6 +349,7 @@ def refused_write(process, script, argv, output, **conditions):
     return one_line(output)
 
 
+@pytest.mark.slow
 def test_full_disk(whole, process, tmp_path):
     script, expected, _, _ = whole
     total = sum(path.stat().st_size for path in expected.rglob("*") if path.is_file()) // 1024
