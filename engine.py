@@ -112,11 +112,12 @@ class TrainingState:
             self.partial.check(len(self.train_loader), self.network)
 
 
-def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, where, log):
-    """Train on every batch of `loader` once; `loss_of(step, x, y)` returns (loss, logits).
+def train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, progress, *, where, log):
+    """Train on every batch of `loader` once; `loss_of(x, y, *inputs_of(step))` returns (loss, logits).
 
-    `args` says grad_clip, amp (bfloat16 autocast) and report_freq, the steps between two calls of `log`. The steps that
-    `progress` counts are left out; it is brought up to date at the end, and before Interrupted is raised.
+    `args` says grad_clip, amp (bfloat16 autocast), cuda_graph (see `Recorded`; `loss_of` must then depend on tensors
+    alone) and report_freq, the steps between two calls of `log`. The steps that `progress` counts are left out; it is
+    brought up to date at the end, and before Interrupted is raised.
 
     Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
     if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
@@ -127,19 +128,25 @@ def train_one_epoch(loss_of, network, loader, optimizer, args, progress, *, wher
     sums = progress.resume(buffers)  # on the CPU, since not every device computes with float64
     unread, loader.skip = [], steps
     bar = distributed.progress(loader, where, steps)
-    for step, (x, y) in enumerate(bar, start=steps):
+
+    def train_step(x, y, *inputs):
+        """Move the weights by one batch; return its mean loss, right answers and images, (3,)."""
         optimizer.zero_grad(set_to_none=True)
         with devices.autocast(device, args.amp):
-            loss, logits = loss_of(step, x, y)
+            loss, logits = loss_of(x, y, *inputs)
         loss.backward()
         if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
             distributed.average_over_ranks([p.grad for p in parameters])
         if args.grad_clip is not None:
             nn.utils.clip_grad_norm_(parameters, args.grad_clip)
         optimizer.step()
-
         loss = loss.detach()
-        unread.append(torch.stack([loss, (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))]))
+        return torch.stack([loss, (logits.detach().argmax(1) == y).sum(), torch.full_like(loss, len(y))])
+
+    if args.cuda_graph and device.type == "cuda" and distributed.world_size() == 1:
+        train_step = devices.Recorded(train_step)
+    for step, (x, y) in enumerate(bar, start=steps):
+        unread.append(train_step(x, y, *inputs_of(step)))
         steps = step + 1
         due = steps % args.report_freq == 0 or steps == len(loader)
         stop = signals.stop_requested(device, at_meeting_point=due)

@@ -179,12 +179,17 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
 def train_epoch(args, network, epoch, loader, state, *, where, log):
     """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
 
-    def loss_of(step, x, y):
+    full_batch = len(range(loader.batch_size)[loaders.share_of(range(loader.batch_size), True, True)])
+
+    def inputs_of(step):
         # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
         seed = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
+        return ()
+
+    def loss_of(x, y):
         # The last batch is smaller, and not worth graphs of its own.
-        compile = args.compile and step + 1 < len(loader)
+        compile = args.compile and len(x) == full_batch
         logits, logits_aux = network(x, compile=compile, checkpoint=args.checkpoint)
         loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
         if logits_aux is not None:
@@ -192,7 +197,8 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
         return loss, logits
 
     network.train()
-    return train_one_epoch(loss_of, network, loader, state.optimizer, args, state.progress, where=where, log=log)
+    state_of = (state.optimizer, args, state.progress)
+    return train_one_epoch(loss_of, inputs_of, network, loader, *state_of, where=where, log=log)
 
 
 @command

@@ -170,13 +170,16 @@ def train_generation(args, space, state, alphas, lr, loader, *, where, log):
     network, optimizer = state.network, state.optimizer
     alphas = alphas.to(next(network.parameters()).device)
 
-    def loss_of(step, x, y):
-        logits = forward(network, x, alphas[step % len(alphas)])
+    def loss_of(x, y, individual):
+        logits = forward(network, x, individual)
         return F.cross_entropy(logits, y), logits
+
+    def inputs_of(step):
+        return (alphas[step % len(alphas)],)
 
     optimizer.param_groups[0]["lr"] = lr
     network.train()
-    return train_one_epoch(loss_of, network, loader, optimizer, args, state.progress, where=where, log=log)
+    return train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, state.progress, where=where, log=log)
 
 
 def measure(args, space, network, alphas, loader, *, where):

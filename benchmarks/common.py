@@ -43,6 +43,14 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
+def recorded(step):
+    """Return the step of a CUDA device as a CUDA graph."""
+    step = devices.Recorded(step, warm_up=2)
+    for _ in range(3):
+        step()
+    return step
+
+
 def describe(device):
     """Processor, cores, threads and versions in one line."""
     model = platform.processor() or platform.machine()
@@ -68,6 +76,7 @@ def search_arguments(description, bn):
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, for all ways")
     parser.add_argument("--nchw", action="store_true", help="the fast path in this layout instead of channels-last")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the compiled way out")
     parser.add_argument("--bn", choices=["batch", "running"], default=bn, help="statistics for fitness")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--full", action="store_true", help="the paper's sizes, multiplied out to the whole search")
@@ -141,7 +150,7 @@ def compare(network, fast, args, x, y, alphas, nesterov=False):
     Prints that, and how far the ways differ.
     """
     print(f"{describe(args.device)}\namp {args.amp}, {args.bn} statistics for fitness")
-    ways = {name: Way(name, network, fast, args) for name in WAYS}
+    ways = {name: Way(name, network, fast, args) for name in WAYS if args.compile or name != "compiled"}
     evaluators = {name: way.evaluator(x) for name, way in ways.items()}
     logits = {name: way.measure(evaluators[name], alphas[None]) for name, way in ways.items()}
     steps = {name: way.training_step(x[:64], y, alphas, nesterov) for name, way in ways.items()}
@@ -149,21 +158,29 @@ def compare(network, fast, args, x, y, alphas, nesterov=False):
     gradients = {
         name: torch.cat([p.grad.flatten() for p in way.network.parameters()]).float() for name, way in ways.items()
     }
-    for name in WAYS[1:]:
+    for name in list(ways)[1:]:
         apart = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
         differences = [difference(of[name], of["plain"]) for of in (trained, logits)]
         text = "differences from plain, {}: training logits {:.1e}, fitness logits {:.1e}, gradient {:.1e} relatively"
         print(text.format(name, *differences, apart.item()))
-    steps["checkpoint"] = Way("checkpoint", network, fast, args).training_step(x[:64], y, alphas, nesterov)
+    steps["--checkpoint"] = Way("checkpoint", network, fast, args).training_step(x[:64], y, alphas, nesterov)
+    if torch.device(args.device).type == "cuda":
+        steps["--cuda_graph"] = recorded(Way("fast", network, fast, args).training_step(x[:64], y, alphas, nesterov))
     seconds = {"train_step": alternate(steps, args.rounds, 1, args.device)}
-    kept, again = (seconds["train_step"][name] for name in ("fast", "checkpoint"))
-    print(f"training step, batch 64, with --checkpoint: {again:.3f} s, {again / kept:.2f} times that of fast")
+    kept = seconds["train_step"]["fast"]
+    for name, other in list(seconds["train_step"].items())[len(ways) :]:
+        print(f"training step, batch 64, with {name}: {other:.4f} s, {other / kept:.2f} times that of fast")
     passes = {name: partial(way.measure, evaluators[name], alphas[None]) for name, way in ways.items()}
     one = alternate(passes, args.rounds, 1, args.device)
     shared = alternate({name: partial(way.evaluator, x) for name, way in ways.items()}, 2, 1, args.device)
-    text = "fitness, seconds of what all individuals share on a batch: {fast:.3f}, compiled {compiled:.3f}"
-    print(text.format_map(shared))
+    text = ", ".join(f"{name} {shared[name]:.4f}" for name in ("fast", "compiled") if name in shared)
+    print(f"fitness, seconds of what all individuals share on a batch: {text}")
     return seconds | {"fitness": {name: one[name] + shared[name] / POPULATION for name in ways}}
+
+
+def fastest(seconds):
+    """Return the seconds of the fastest way that a search has, of {way: seconds}."""
+    return min(seconds[name] for name in ("fast", "compiled", "--cuda_graph") if name in seconds)
 
 
 def show(rows):

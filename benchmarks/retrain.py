@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
 import utils
-from benchmarks.common import alternate, describe, finish
+from benchmarks.common import alternate, describe, finish, recorded
 from model import NetworkCIFAR
 from support import devices
 
@@ -26,7 +26,7 @@ def main():
     parser.add_argument("--nchw", action="store_true", help="train.py's way in NCHW, not channels-last")
     devices.add_device_arguments(parser)
     parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, but for the network as it is built")
-    parser.set_defaults(compile=False)
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the compiled step out")
     args = parser.parse_args()
     device = devices.choose_device(args)
     layout = torch.contiguous_format if args.nchw else devices.memory_format(device)
@@ -48,6 +48,7 @@ def main():
             loss.backward()
             torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
             optimizer.step()
+            return loss.detach()
 
         return run
 
@@ -56,13 +57,17 @@ def main():
     functions = {
         "plain": step(plain, x, amp=False),
         "fast": step(fast, images, args.amp),
-        "--compile": step(fast, images, args.amp, compile=True),
         "--checkpoint": step(fast, images, args.amp, checkpoint=True),
     }
+    if args.compile:
+        functions["--compile"] = step(fast, images, args.amp, compile=True)
+    if device.type == "cuda":
+        functions["--cuda_graph"] = recorded(step(deepcopy(plain).to(memory_format=layout), images, args.amp))
     median = alternate(functions, rounds=args.rounds, warmup=1, device=device)
     for name, value in median.items():
         print(f"{name:12} {1000 * value:9.1f} ms a step; {value * 521:7.1f} s an epoch of 50,000 images")
-    finish({"train_step": median["plain"] / median["fast"], "compiled": median["plain"] / median["--compile"]})
+    names = {"fast": "train_step", "--compile": "compiled", "--cuda_graph": "recorded"}
+    finish({names[name]: median["plain"] / median[name] for name in names if name in median})
 
 
 if __name__ == "__main__":

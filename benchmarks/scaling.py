@@ -54,9 +54,9 @@ def generation(rank, world, address, args, results):
     optimizer = utils.make_sgd(network.parameters(), recipe, device)
     alphas = decode(random_alphas(args.pop_size, generator=torch.Generator().manual_seed(0)))
 
-    def loss_of(step, x, y):
+    def loss_of(x, y, individual):
         done["trained"] += len(y)
-        logits = fast_search.forward(network, x, alphas[step % len(alphas)])
+        logits = fast_search.forward(network, x, individual)
         return torch.nn.functional.cross_entropy(logits, y), logits
 
     class Counting(fast_search.Evaluator):
@@ -69,9 +69,10 @@ def generation(rank, world, address, args, results):
             return super().logits(individual)
 
     start = time.perf_counter()
-    settings = argparse.Namespace(grad_clip=5.0, amp=False, report_freq=10**9)
+    settings = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=10**9)
     reports = dict(where="training", log=lambda text: None)
-    train_one_epoch(loss_of, network, train_loader, optimizer, settings, Progress(), **reports)
+    inputs_of = lambda step: (alphas[step % len(alphas)],)  # noqa: E731
+    train_one_epoch(loss_of, inputs_of, network, train_loader, optimizer, settings, Progress(), **reports)
     done["training seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", Counting)

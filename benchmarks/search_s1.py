@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
 import fast_search
-from benchmarks.common import WAYS, Way, compare, finish, search_arguments, show
+from benchmarks.common import WAYS, Way, compare, fastest, finish, search_arguments, show
 from encoding import decode, random_alphas
 from model_search import Network
 
@@ -117,7 +117,7 @@ def main():
     )
     print(f"peak memory of a training step, batch 16, with --checkpoint: {memory('training', 'checkpoint'):.0f} MB")
     if args.full:
-        step, fitness = (min(of["fast"], of["compiled"]) for of in seconds.values())
+        step, fitness = (fastest(of) for of in seconds.values())
         generation = 391 * step + 25 * 50 * fitness
         print(
             f"one generation, 391 steps and 50 distinct individuals on 25 batches: {generation:.1f} s; 50 generations "

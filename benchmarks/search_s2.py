@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.common import Way, alternate, compare, difference, finish, search_arguments, show
+from benchmarks.common import Way, alternate, compare, difference, fastest, finish, search_arguments, show
 from engine import unique
 from evolution import next_generation
 from nas201 import benchmark, fast_search
@@ -105,8 +105,7 @@ def main():
         rows["population_on_table" if table else "population"] = (title, of_population)
     ratios = show(rows)
     if args.full:
-        step = min(seconds["train_step"][way] for way in ("fast", "compiled"))
-        generation = 391 * step + 25 * of_population["fast"]
+        generation = 391 * fastest(seconds["train_step"]) + 25 * of_population["fast"]
         print(
             f"one generation, 391 steps and {counts[-1]} distinct individuals on 25 batches: {generation:.1f} s; "
             f"50 generations {50 * generation:.0f} s, published {PUBLISHED_SECONDS:,.0f} s"

@@ -25,6 +25,7 @@ REMEDIES = {
     "InvalidCxxCompiler": NO_COMPILE,
     "CppCompileError": NO_COMPILE,
     "TritonMissing": NO_COMPILE,  # on a GPU
+    "captur": "a step cannot be recorded as a CUDA graph: give --no-cuda_graph, also with --resume",
     "gloo": "another process of this run is gone; continue from the last checkpoint with --resume RUN_DIR, "
     "with as many processes as you like",
 }

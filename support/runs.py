@@ -38,8 +38,8 @@ from support.files import (
 MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content does
 PATH_ARGUMENTS = {"data", "api_path", "split_file"}  # a run is bound to what lies there
 # Arguments that change the result by rounding at most: a resumed run may have other ones.
-FREE_ARGUMENTS = {"resume", "device", "gpu", "compile", "checkpoint", "image_cache", "workers", "report_freq"}
-FREE_ARGUMENTS |= PATH_ARGUMENTS
+FREE_ARGUMENTS = {"device", "gpu", "compile", "cuda_graph", "checkpoint", "image_cache", "workers", "report_freq"}
+FREE_ARGUMENTS |= PATH_ARGUMENTS | {"resume"}
 NAME_ARGUMENTS = {"dir", "run_name", "save"}  # where a run was made: it may have been moved since
 
 

@@ -84,14 +84,15 @@ def train_one_layer(wrapped):
     """(running mean and variance after an epoch, each process's own), of a BatchNorm behind the images."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
     trained = DistributedDataParallel(network, broadcast_buffers=False) if wrapped else network
-    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, report_freq=1), Progress()
+    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=1), Progress()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
 
-    def loss_of(step, x, y):
+    def loss_of(x, y):
         logits = trained(x)
         return nn.functional.cross_entropy(logits, y), logits
 
-    train_one_epoch(loss_of, trained, digits_loader(), optimizer, args, progress, where="", log=lambda text: None)
+    reports = dict(where="", log=lambda text: None)
+    train_one_epoch(loss_of, lambda step: (), trained, digits_loader(), optimizer, args, progress, **reports)
     return torch.cat([network[0].running_mean, network[0].running_var]), progress.buffers
 
 

@@ -24,7 +24,7 @@ import test_imagenet
 import train
 import train_search
 from model import NetworkCIFAR
-from support import devices
+from support import cli, devices
 
 SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
 TRAIN = "--dataset digits --init_channels 2 --layers 3 --epochs 1 --train_samples 96".split()
@@ -489,3 +489,16 @@ def test_a_process_whose_streams_are_lost(tmp_path):
         assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == (name == "a")
         lines = (tmp_path / name / "log.txt").read_text().splitlines()
         assert len(lines) > 3 and lines[-1].endswith("report.html")
+
+
+@pytest.mark.parametrize(
+    "message, advice",
+    [
+        ("CUDA out of memory. Tried to allocate 2 GiB\nmore", "--batch_size"),
+        ("CUDA error: operation not permitted when stream is capturing", "--no-cuda_graph"),
+        ("InvalidCxxCompiler: No working C++ compiler found", "--no-compile"),
+    ],
+)
+def test_what_torch_cannot_do_has_a_remedy(message, advice):
+    assert advice in cli.remedy(RuntimeError(message))
+    assert cli.remedy(RuntimeError("a fault in the program")) is None

@@ -172,7 +172,7 @@ def test_linear_schedule_and_warmup():
 def test_each_epoch_trains_with_its_learning_rate_and_drop_path(tmp_path, monkeypatch):
     seen = []
 
-    def record(loss_of, network, loader, optimizer, args, progress, **kwargs):
+    def record(loss_of, inputs_of, network, loader, optimizer, args, progress, **kwargs):
         seen.append((optimizer.param_groups[0]["lr"], network.drop_path_prob, network.training))
         return {"train_loss": 0.0, "train_top1": 0.0}
 
