@@ -2,9 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
-# Tests run in this many processes; the tests of one file stay together.
+# Tests run in this many processes; the tests of one file stay together, and files come by name, not by the number of their tests: the slowest have few.
 WORKERS ?= 2
-PARALLEL = -n $(WORKERS) --dist loadfile
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo bench test test-slow test-gpu test-faults test-floors coverage lint clean
 
@@ -37,9 +37,9 @@ test-slow: $(VENV)/.installed-dev
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs -m cuda
 
-# Every fault that tests/test_faults.py knows, in full, and a table of what came of them.
+# Every fault that tests/test_fault_*.py know, in full, and a table of what came of them.
 test-faults: $(VENV)/.installed-dev
-	EVNAS_FAULTS=full $(BIN)/python -m pytest -s -m "slow or not slow" tests/test_faults.py
+	EVNAS_FAULTS=full $(BIN)/python -m pytest -s -m "slow or not slow" tests/test_fault_*.py
 
 # The fast tests with the oldest versions that requirements*.txt allow, in an environment of their own.
 # Python 3.10 or 3.11: for newer ones some of these versions were never built.

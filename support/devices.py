@@ -126,7 +126,8 @@ class Recorded:
             return self.on_own_stream()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            # Meanwhile another thread may pin the memory of the next images.
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
         self.graph.replay()
         return self.output.clone()

@@ -86,12 +86,16 @@ def make_images(tmp_path):
     return make
 
 
-@pytest.fixture
-def quick_report(monkeypatch):
-    """Reports with the titles of their charts alone: drawing takes longer than a tiny run."""
+def draw_no_charts(patch=setattr):
+    """Have reports with the titles of their charts alone: drawing takes longer than a tiny run."""
     import nas201.report
     from reporting import report
 
     for module in (report, nas201.report):
-        monkeypatch.setattr(module, "chart", lambda rows, title, *_, **__: title)
-    monkeypatch.setattr(report, "scatter", lambda title, *_: title)
+        patch(module, "chart", lambda rows, title, *_, **__: title)
+    patch(report, "scatter", lambda title, *_: title)
+
+
+@pytest.fixture
+def quick_report(monkeypatch):
+    draw_no_charts(monkeypatch.setattr)

@@ -141,7 +141,7 @@ def test_fitness_logits_equal_the_plain_ones_and_nothing_moves(bn, layers, C, si
         of, x = of.to(dtype), x.to(dtype)
         evaluator = fast_evaluator(of, bn, x)
         assert (evaluator.shared.matrix is None) == (shared_mb == 0.1)
-        for seed in (1, 2, 3, 1) if dtype == torch.float32 else (2,):
+        for seed in (1, 2, 1) if dtype == torch.float32 else (2,):
             alphas = individual(seed).to(dtype)
             actual, expected = evaluator.logits(alphas), plain_logits(of, x, alphas, bn)
             assert not actual.requires_grad
@@ -155,7 +155,7 @@ def trained():
     """A supernet in which architectures differ; measuring leaves it as it is."""
     torch.manual_seed(0)
     of = Network(4, 10, 3)
-    train(Fast(of), of, 40, side=8)
+    train(Fast(of), of, 20, side=8)
     return of
 
 

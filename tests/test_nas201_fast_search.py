@@ -131,7 +131,7 @@ def test_population_fitness_equals_one_by_one_and_moves_nothing(bn, track, kerne
     of, x = network(track), images(3, (26, 3, 16, 16))
     before, training = copy.deepcopy(of.state_dict()), of.training
     evaluator = fast_evaluator(of, bn, x)
-    for alphas in population(6):
+    for alphas in population(4):
         expected = plain_logits(of, x, alphas, bn)
         for actual in (evaluator.logits(alphas), evaluator.logits(alphas[0])):  # (1, 6, 5) and (6, 5)
             assert not actual.requires_grad

@@ -44,6 +44,7 @@ OF_THE_SHELL_SCRIPT = (
     "--gpu 0 --seed 18"
 )
 SEARCH = "--epochs 1 --pop_size 2 --tsize 1 --init_channels 2 --train_samples 64 --valid_samples 16 --device cpu"
+SEARCH += " --baselines 2"
 CIFAR_TRAIN = "--epochs 1 --init_channels 2 --layers 3 --train_samples 96 --device cpu"
 SIZES = {
     "train_search.py": f"{SEARCH} --layers 2",

@@ -47,8 +47,8 @@ def random_arch(seed, nodes=3):
 
 ARCHITECTURES = {
     **genotypes.NAMED,
-    **{f"genotype {seed}": random_genotype(seed) for seed in range(60)},
-    **{f"arch {seed}": random_arch(seed) for seed in range(30)},
+    **{f"genotype {seed}": random_genotype(seed) for seed in range(30)},
+    **{f"arch {seed}": random_arch(seed) for seed in range(15)},
 }
 
 

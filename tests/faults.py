@@ -1,0 +1,191 @@
+"""What the tests of faults share: processes under conditions, a run that was left alone, the table of outcomes."""
+
+import collections
+import ctypes
+import importlib
+import itertools
+import multiprocessing
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import conftest
+import pytest
+import test_search
+import test_train
+from torch.utils.data import dataloader
+
+from support import files, signals
+
+ROOT = Path(__file__).resolve().parents[1]
+FULL = os.environ.get("EVNAS_FAULTS") == "full"
+SEARCH = test_search.command_line(cutout_length=4)
+RETRAIN = test_train.command_line("--cutout", drop_path_prob=0.5)
+ARGUMENTS = {"train_search": SEARCH, "train": RETRAIN}
+COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
+
+
+def few(full, short):
+    return full if FULL else short
+
+
+@pytest.fixture(scope="module", autouse=True)
+def counted():
+    """Prints the table of faults and outcomes at the end (pytest -s)."""
+    yield
+    print(f"\n\n{'fault':62} {'tried':>5}  outcome")
+    for fault, outcomes in COUNTS.items():
+        text = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()) if count)
+        print(f"{fault:62} {sum(outcomes.values()):>5}  {text}")
+    COUNTS.clear()
+
+
+@pytest.fixture(scope="module")
+def process():
+    """`process(script, argv, **conditions)` starts a process of a run; forked from one that has imported torch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(
+            ["faults", "train", "train_search", "sklearn.datasets", "torch.utils.tensorboard"]
+        )
+
+        def start(script, argv, output=os.devnull, **conditions):
+            arguments = (script, [str(word) for word in argv], str(output), conditions)
+            process = context.Process(target=work, args=arguments)
+            process.start()
+            return process
+
+        yield start
+
+
+def work(script, argv, output, conditions):
+    """What a process does: `main` of a script under conditions, stdout and stderr in the file `output`."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(file, number)
+    if not FULL:
+        conftest.draw_no_charts()
+        # It looks so often, in seconds, whether the processes that read images are alive: 5 otherwise.
+        dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
+    if "die_at" in conditions:
+        die_at(**conditions["die_at"])
+    if "file_size" in conditions:  # bytes
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (conditions["file_size"],) * 2)
+    for package in conditions.get("without", []):
+        for name in [name for name in sys.modules if f".{name}.".find(f".{package}.") >= 0]:
+            del sys.modules[name]
+        sys.modules[package] = None
+    multiprocessing.set_start_method("fork", force=True)  # as in a script; here it would be this one's own
+    os.environ.pop("DISPLAY", None)
+    os.environ.update(conditions.get("environment", {}))
+    for number in conditions.get("ignored", []):
+        signal.signal(number, signal.SIG_IGN)
+    if "signal_at" in conditions:
+        signal_at(*conditions["signal_at"])
+    for name, how in conditions.get("lost", {}).items():
+        lose(name, how)
+    if "shared_memory" in conditions:  # KiB
+        assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+        size = f"size={conditions['shared_memory']}k"
+        for mount in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", size, "tmpfs", "/dev/shm"]):
+            subprocess.run(["mount", *mount], check=True)
+    if "memory" in conditions:  # bytes more than there are
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + conditions["memory"],) * 2)
+    importlib.import_module(script).main(argv)
+
+
+def die_at(call, steps_file=None):
+    """Kill this process within the `call`-th step of writing: half through a write, after a rename or a flush.
+
+    The numbers of the renames and flushes are written to `steps_file`.
+    """
+    calls = 0
+
+    def step(do, half=None):
+        nonlocal calls
+        calls += 1
+        if steps_file and half is None:
+            with open(steps_file, "a") as file:
+                file.write(f"{calls}\n")
+        if calls == call:
+            (half or do)()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return do()
+
+    class File:
+        def __init__(self, file):
+            self.file = file
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def write(self, content):
+            def half():
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+
+            return step(lambda: self.file.write(content), half)
+
+    files.open = lambda path, mode, **how: open(path, mode, **how) if "r" in mode else File(open(path, mode, **how))
+    for name in ("replace", "fsync", "link"):
+        function = getattr(os, name)
+        setattr(os, name, lambda *args, function=function: step(lambda: function(*args)))
+
+
+def signal_at(call, number):
+    """Send this process a signal when it asks for the `call`-th time whether to stop."""
+    requested, calls = signals.stop_requested, itertools.count(1)
+
+    def asked(*args, **kwargs):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return requested(*args, **kwargs)
+
+    signals.stop_requested = asked
+
+
+def lose(name, how):
+    """Lose stdout or stderr: closed from the start, a full disk behind it, or a pipe whose reader goes after a line."""
+    number = {"stdout": 1, "stderr": 2}[name]
+    setattr(sys, name, None)
+    if how == "closed":
+        return os.close(number)
+    if how == "full disk":
+        os.dup2(os.open("/dev/full", os.O_WRONLY), number)
+    else:
+        reader, writer = os.pipe()
+        os.dup2(writer, number)
+        os.close(writer)
+        threading.Thread(target=lambda: (os.read(reader, 1), os.close(reader)), daemon=True).start()
+    setattr(sys, name, open(number, "w", closefd=False))
+
+
+@pytest.fixture(scope="module", params=["train_search", "train"] if FULL else ["train"])
+def whole(request, process, tmp_path_factory):
+    """(script, an uninterrupted run's directory, its seconds, the steps of writing that are renames or flushes)."""
+    folder = tmp_path_factory.mktemp("whole")
+    steps = dict(call=-1, steps_file=folder / "steps")
+    running = process(request.param, [*ARGUMENTS[request.param], "--dir", folder], folder / "output", die_at=steps)
+    while not list(folder.glob("*/checkpoint.pt")) and running.is_alive():
+        time.sleep(0.01)
+    started = time.monotonic()
+    running.join(120)
+    assert running.exitcode == 0, (folder / "output").read_text()
+    seconds = time.monotonic() - started
+    (run,) = [path for path in folder.iterdir() if path.is_dir()]
+    return request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()]
