@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
-# Tests run in this many processes; the tests of one file stay together, and files come by name, not by the number of their tests: the slowest have few.
+# Tests run in this many processes. Those of a file stay together; files come by name, not by how many tests they have.
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 

@@ -53,7 +53,7 @@ from support.files import UserError
 import faults
 from faults import COUNTS, FULL, few
 
-quick_report = pytest.mark.usefixtures(*few([], ["quick_report"]))
+quick_report = (lambda test: test) if FULL else pytest.mark.usefixtures("quick_report")
 counted, process, whole = faults.counted, faults.process, faults.whole
 
 
