@@ -50,7 +50,8 @@ def command(main):
             text, code = f"error: {error}", 2
         except OSError as error:
             text = f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}"
-            text, code = f"error: {f'{SMALLER} ({text})' if error.errno == errno.ENOMEM else text}", 2
+            no_memory = error.errno == errno.ENOMEM or text == "could not get source code"  # so inspect calls it
+            text, code = f"error: {f'{SMALLER} ({text})' if no_memory else text}", 2
         except (RuntimeError, MemoryError, SystemError, ImportError) as error:
             text, code = remedy(error), 2
             if text is None:
