@@ -45,7 +45,7 @@ def synchronize(device):
 
 def recorded(step):
     """Return the step of a CUDA device as a CUDA graph."""
-    step = devices.Recorded(step, warm_up=2)
+    step = devices.Recorded(step)
     for _ in range(3):
         step()
     return step

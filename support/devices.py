@@ -104,13 +104,13 @@ def compiled(function):
 class Recorded:
     """A function of CUDA tensors whose kernels are recorded as a CUDA graph and from then on launched all at once.
 
-    The first `warm_up` calls compute as ever, so that libraries, compilers and optimizer are ready. Whatever else it
+    The first two calls compute as ever, so that libraries, compilers and optimizer are ready. Whatever else it
     reads must be tensors that stay where they are, or never change. Inputs of other shapes than the first ones are
     computed without the graph.
     """
 
-    def __init__(self, function, warm_up=2):
-        self.function, self.warm_up, self.calls = function, warm_up, 0
+    def __init__(self, function):
+        self.function, self.calls = function, 0
         self.graph, self.inputs, self.stream = None, None, torch.cuda.Stream()
 
     def __call__(self, *inputs):
@@ -122,7 +122,7 @@ class Recorded:
         for own, x in zip(self.inputs, inputs, strict=True):
             own.copy_(x)
         self.calls += 1
-        if self.calls <= self.warm_up:
+        if self.calls <= 2:
             return self.on_own_stream()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
