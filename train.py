@@ -149,8 +149,8 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
         # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
         own = [device] if device.type == "cuda" else None
         dead_ends = about["family"] == "nas201"  # an edge may lead to a node from which only `none` goes on
-        settings = dict(broadcast_buffers=False, find_unused_parameters=dead_ends)
-        trained = DistributedDataParallel(network, device_ids=own, **settings)
+        trained = DistributedDataParallel(network, device_ids=own, find_unused_parameters=dead_ends)
+        trained.broadcast_buffers = False  # as an argument it is deprecated in torch 2.14
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import importlib
 import os
 import sys
 
@@ -48,6 +49,9 @@ def join_process_group(device):
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank() < world_size():
         raise UserError("the variables RANK and WORLD_SIZE do not fit each other: unset both, or start with torchrun")
     if world_size() > 1 and not torch.distributed.is_initialized():
+        # If it is imported after the group is made (by torch.compile, say), its default arguments hold the group: then
+        # the group's threads live on until Python ends, and can abort the process there.
+        importlib.import_module("torch.distributed.nn")
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:

@@ -83,7 +83,10 @@ def digits_loader(shared=True):
 def train_one_layer(wrapped):
     """(running mean and variance after an epoch, each process's own), of a BatchNorm behind the images."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
-    trained = DistributedDataParallel(network, broadcast_buffers=False) if wrapped else network
+    trained = network
+    if wrapped:
+        trained = DistributedDataParallel(network)
+        trained.broadcast_buffers = False
     args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=1), Progress()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
 
@@ -192,6 +195,23 @@ def test_torchrun_is_interrupted(tmp_path, script, argv, number):
     )
     assert checkpoint["completed"] == completed and checkpoint["partial"]["steps"] > 0
     finish(script.main, history.parent, completed + 1)
+
+
+def threads_left(module, argv):
+    """The names of the threads that a process has after a whole run of a script."""
+    module.main(argv)
+    distributed.leave_process_group()
+    return [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="the threads of a process are listed by Linux")
+@pytest.mark.parametrize(("script", "argv"), SCRIPTS)
+def test_no_thread_outlives_the_process_group(tmp_path, script, argv):
+    """One that does can take the interpreter's lock while Python ends, which aborts the process."""
+    argv = [*argv, "--epochs", "1", "--dir", str(tmp_path)]
+    for names in of_two(tmp_path, f"threads_left(test_distributed.{script.__name__}, {argv})"):
+        assert names and not [name for name in names if "gloo" in name]
 
 
 @pytest.mark.slow
