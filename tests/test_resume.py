@@ -173,6 +173,20 @@ def test_a_run_stopped_once(whole, tmp_path, i, capsys):
     assert_same_run(stopped_run(script, tmp_path, [stop], capsys), expected)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_compiled_run_stopped_in_its_last_measurement(name, table, tmp_path, capsys):
+    """The graphs are made anew then, and for the shape of another batch first."""
+    script = SCRIPTS[name]
+    own = ["--compile", *(["--api_path", str(table)] if name == "NAS-Bench-201" else [])]
+    script = script._replace(argv=[*script.argv, *own])
+    script.module.main([*script.argv, "--dir", str(tmp_path / "whole")])
+    (expected,) = (tmp_path / "whole").iterdir()
+    torch._dynamo.reset()
+    stop = (f"{script.unit} 3/3, {script.measuring}: batch 0", STOP)
+    assert_same_run(stopped_run(script, tmp_path / "stopped", [stop], capsys), expected)
+
+
 def test_a_resumed_run_keeps_its_own_cell(tmp_path):
     """The search it took the cell from may have gone on, or be elsewhere, since."""
     genotypes.save(genotypes.EvNASB, tmp_path / "genotype.json")
