@@ -1,8 +1,11 @@
 """What the tests of faults share: processes under conditions, a run that was left alone, the table of outcomes."""
 
 import collections
+import contextlib
 import ctypes
+import hashlib
 import importlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -18,9 +21,10 @@ import conftest
 import pytest
 import test_search
 import test_train
+import torch
 from torch.utils.data import dataloader
 
-from support import files, signals
+from support import files, runs, signals
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("EVNAS_FAULTS") == "full"
@@ -28,6 +32,9 @@ SEARCH = test_search.command_line(cutout_length=4)
 RETRAIN = test_train.command_line("--cutout", drop_path_prob=0.5)
 ARGUMENTS = {"train_search": SEARCH, "train": RETRAIN}
 COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
+
+
+quick_report = (lambda test: test) if FULL else pytest.mark.usefixtures("quick_report")
 
 
 def few(full, short):
@@ -63,6 +70,37 @@ def process():
             return process
 
         yield start
+
+
+def outcome(main, *argv, naming=""):
+    """Refused (exit code 2 and one line, with `naming` in it) or accepted; anything else fails, as do 30 seconds."""
+    errors = io.StringIO()
+    alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
+    signal.alarm(30)
+    try:
+        with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
+            main([str(word) for word in argv])
+        return "accepted"
+    except SystemExit as stopped:
+        text = errors.getvalue()
+        assert stopped.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and len(text) < 2000, text
+        assert str(naming) in text, text
+        return "refused in one line, exit 2"
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, alarm)
+
+
+def saved(value, zipped=True):
+    """What torch.save writes."""
+    content = io.BytesIO()
+    torch.save(value, content, _use_new_zipfile_serialization=zipped)
+    return content.getvalue()
+
+
+def checkpoint(content):
+    """The bytes of a checkpoint with a right checksum."""
+    return runs.MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 def work(script, argv, output, conditions):
