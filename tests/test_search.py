@@ -311,7 +311,7 @@ def test_batch_norm_is_as_before_after_a_failure(supernet):
 # ---- a loss that is not finite
 
 
-@pytest.mark.parametrize("report_freq", [1, 50])
+@pytest.mark.parametrize("report_freq", [1, pytest.param(2, marks=pytest.mark.slow), 50])
 def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, report_freq):
     monkeypatch.setattr(train_search, "cosine", lambda high, low, progress: 0.01 if progress == 0 else 1e38)
     argv = command_line(run_name="run", report_freq=report_freq, batch_size=10)
