@@ -4,14 +4,10 @@ import torch
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
+from operations import average_pool, depthwise_conv, in_low_precision_on_cpu, neighbour_mean, on_cpu, split_phases
 from support.devices import memory_format
 
 PIXELS = 2**14  # whose statistics are computed at a time where there are no gradients
-
-
-def on_cpu(x):
-    """Tell whether to take what is fast on a CPU. A test that says no runs a GPU's kernels on the CPU."""
-    return x.device.type == "cpu"
 
 
 def concatenate(tensors):
@@ -110,13 +106,9 @@ def move_statistics(bn_updates):
     torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
 
 
-def average_pool(x, stride=1):
-    """Return the 3x3 average over the neighbours that exist."""
-    if not on_cpu(x):
-        return F.avg_pool2d(x, 3, stride, 1, count_include_pad=False)
-    # On a CPU a depthwise convolution costs a fraction of the pooling.
-    count = F.avg_pool2d(x.new_ones(1, 1, *x.shape[2:]), 3, stride, 1, divisor_override=1)
-    return F.conv2d(x, x.new_ones(x.shape[1], 1, 3, 3), None, stride, 1, groups=x.shape[1]) / count
+def fast_average_pool(x, stride=1):
+    """Compute `average_pool` in the form that is fast on the device: on a CPU, a depthwise convolution."""
+    return neighbour_mean(x, stride) if on_cpu(x) else average_pool(x, stride)
 
 
 def depthwise(x, kernel, dilation=1, even=None):
@@ -124,9 +116,9 @@ def depthwise(x, kernel, dilation=1, even=None):
     stride, padding = 1 if even is None else 2, dilation * (kernel.shape[-1] // 2)
     if even is not None and dilation == 2:  # stride and dilation 2, even padding: no other pixel counts
         x, stride, padding, dilation = even, 1, padding // 2, 1
-    if on_cpu(x) and x.requires_grad and x.dtype == kernel.dtype:
+    if on_cpu(x) and x.requires_grad and not in_low_precision_on_cpu(x):
         return Depthwise.apply(x, kernel, stride, padding, dilation)
-    return F.conv2d(x, kernel, None, stride, padding, dilation, len(kernel))
+    return depthwise_conv(x, kernel, stride, padding, dilation)
 
 
 class Depthwise(torch.autograd.Function):
@@ -148,17 +140,10 @@ class Depthwise(torch.autograd.Function):
         else:
             grad_x = conv2d_input(x.shape, kernel, grad, stride, padding, dilation, C)
         if dilation == 2 and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            x, grad, padding, dilation = phases(x), phases(grad), padding // 2, 1
+            x, grad, padding, dilation = split_phases(x), split_phases(grad), padding // 2, 1
         if (k, dilation) == (5, 1):
             x = F.pad(x, (2, 2, 2, 2))
             halves = (conv2d_weight(part, (C, 1, 5, 3), grad, stride, 0, 1, C) for part in (x[..., :-2], x[..., 2:]))
             left, right = halves  # they share the middle column
             return grad_x, torch.cat([left, right[..., 1:]], dim=3), None, None, None
         return grad_x, conv2d_weight(x, kernel.shape, grad, stride, padding, dilation, C), None, None, None
-
-
-def phases(x):
-    """Turn (B, C, H, W) into (4 B, C, H / 2, W / 2): dilation 2 becomes dilation 1 within each."""
-    B, C, H, W = x.shape
-    x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(4 * B, H // 2, W // 2, C).permute(0, 3, 1, 2)

@@ -20,7 +20,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fast_ops import average_pool, batch_norm, batch_norm_stats, concatenate, depthwise, every_second, move_statistics
+from fast_ops import (
+    batch_norm,
+    batch_norm_stats,
+    concatenate,
+    depthwise,
+    every_second,
+    fast_average_pool,
+    move_statistics,
+)
 from genotypes import PRIMITIVES
 from operations import FactorizedReduce
 from support.devices import cell_function, memory_format
@@ -213,7 +221,7 @@ def candidates(h, reducing, convolutions, running, scales, eps, moments):
         return y
 
     stride, even = 2 if reducing else 1, None
-    pools = [F.max_pool2d(h, 3, stride, 1), average_pool(h, stride)]
+    pools = [F.max_pool2d(h, 3, stride, 1), fast_average_pool(h, stride)]
     if running is None:  # once for all edges: the BatchNorms behind them differ in the running statistics only
         pools = [norm(pool) for pool in pools]
     relu = torch.relu(h)

@@ -9,11 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from support import devices
+from support.devices import memory_format
 
 OPS = {
     "none": lambda C, stride, affine: Zero(stride),
     "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride=stride, padding=1),
-    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride=stride, padding=1, count_include_pad=False),
+    "avg_pool_3x3": lambda C, stride, affine: AveragePool(stride),
     "skip_connect": lambda C, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine),
     "sep_conv_3x3": lambda C, stride, affine: sep_conv(C, 3, stride, affine),
     "sep_conv_5x5": lambda C, stride, affine: sep_conv(C, 5, stride, affine),
@@ -22,6 +23,11 @@ OPS = {
     "dil_conv_5x5": lambda C, stride, affine: Sequence(*separable(C, 5, stride, 2, affine)),
     "conv_7x1_1x7": lambda C, stride, affine: conv_7x1_1x7(C, stride, affine),
 }
+
+
+def on_cpu(x: torch.Tensor) -> bool:
+    """Return whether to compute as on a CPU. A test that replaces this runs a GPU's kernels on the CPU."""
+    return x.device.type == "cpu"
 
 
 class Sequence(nn.Module):
@@ -49,7 +55,7 @@ def separable(C, kernel_size, stride, dilation, affine):
     padding = dilation * (kernel_size // 2)
     return [
         nn.ReLU(),
-        nn.Conv2d(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False),
+        DepthwiseConv(C, kernel_size, stride, padding, dilation),
         nn.Conv2d(C, C, 1, bias=False),
         nn.BatchNorm2d(C, affine=affine),
     ]
@@ -68,6 +74,102 @@ def conv_7x1_1x7(C, stride, affine):
         nn.Conv2d(C, C, (7, 1), stride=(stride, 1), padding=(3, 0), bias=False),
         nn.BatchNorm2d(C, affine=affine),
     )
+
+
+class AveragePool(nn.AvgPool2d):
+    """The 3x3 average over the neighbours that exist; see `average_pool` for how it is computed."""
+
+    def __init__(self, stride: int):
+        super().__init__(3, stride=stride, padding=1, count_include_pad=False)
+
+    def forward(self, x):  # (B, C, H, W) -> (B, C, H / stride, W / stride)
+        return average_pool(x, self.stride)
+
+
+def average_pool(x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Return the 3x3 average over the neighbours that exist: (B, C, H, W) -> (B, C, H / stride, W / stride)."""
+    if on_cpu(x) or not torch.is_grad_enabled():
+        return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+    return SoundAveragePool.apply(x, stride)
+
+
+class SoundAveragePool(torch.autograd.Function):
+    """`average_pool` whose backward pass runs in the layout NCHW.
+
+    In channels-last, PyTorch's own gives wrong gradients on CUDA for every padded pool, up to the fix of July 2026
+    (pytorch/pytorch issue 188344). The forward pass is right in both layouts.
+    """
+
+    @staticmethod
+    def forward(ctx, x, stride):
+        ctx.save_for_backward(x)
+        ctx.stride = stride
+        return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        stride = (ctx.stride, ctx.stride)
+        shape_of_x = x.new_empty(x.shape)  # in NCHW; of x itself, the backward pass needs nothing but the shape
+        settings = ((3, 3), stride, (1, 1), False, False, None)  # no ceil_mode, no count_include_pad, no divisor
+        grad_x = torch.ops.aten.avg_pool2d_backward(grad.contiguous(), shape_of_x, *settings)
+        return grad_x.contiguous(memory_format=memory_format(x.device)), None
+
+
+def neighbour_mean(x: torch.Tensor, stride: int = 1) -> torch.Tensor:
+    """Compute what `average_pool` does as a depthwise convolution of ones, divided by the number of neighbours."""
+    C = x.shape[1]
+    count = F.avg_pool2d(x.new_ones(1, 1, *x.shape[2:]), 3, stride, padding=1, divisor_override=1)
+    return F.conv2d(x, x.new_ones(C, 1, 3, 3), stride=stride, padding=1, groups=C) / count
+
+
+class DepthwiseConv(nn.Conv2d):
+    """A convolution of each channel with its own kernel; see `depthwise_conv` for how it is computed."""
+
+    def __init__(self, C: int, kernel_size: int, stride: int, padding: int, dilation: int):
+        super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
+
+    def forward(self, x):  # (B, C, H, W) -> (B, C, H / stride, W / stride)
+        return depthwise_conv(x, self.weight, self.stride[0], self.padding[0], self.dilation[0])
+
+
+def depthwise_conv(x: torch.Tensor, kernel: torch.Tensor, stride: int, padding: int, dilation: int) -> torch.Tensor:
+    """Convolve each channel of x (B, C, H, W) with its kernel of (C, 1, k, k).
+
+    In bfloat16 on a CPU, the kernel's gradient of a dilated convolution is garbage from 32x32 pixels on (oneDNN in
+    PyTorch 2.14, on CPUs with AVX-512). So a dilated convolution becomes one that is not dilated there: on every second
+    pixel where the stride is 2, else on each of the image's four phases.
+    """
+    if dilation == 2 and torch.is_grad_enabled() and in_low_precision_on_cpu(x):
+        if stride == 2:
+            return F.conv2d(x[:, :, ::2, ::2], kernel, padding=padding // 2, groups=len(kernel))
+        H, W = x.shape[2:]
+        x = F.pad(x, (0, W % 2, 0, H % 2))  # zeros, as the convolution's own padding
+        return join_phases(F.conv2d(split_phases(x), kernel, padding=padding // 2, groups=len(kernel)))[..., :H, :W]
+    return F.conv2d(x, kernel, None, stride, padding, dilation, len(kernel))
+
+
+def in_low_precision_on_cpu(x: torch.Tensor) -> bool:
+    """Return whether a convolution of x would run on a CPU in fewer bits than float32."""
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+    return x.device.type == "cpu" and dtype in (torch.bfloat16, torch.float16)
+
+
+def split_phases(x: torch.Tensor) -> torch.Tensor:
+    """Turn (B, C, H, W) into (4 B, C, H / 2, W / 2): even and odd rows, even and odd columns become images.
+
+    Neighbours at distance 2 become neighbours at distance 1, so dilation 2 becomes dilation 1.
+    """
+    B, C, H, W = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(B, H // 2, 2, W // 2, 2, C).permute(0, 2, 4, 1, 3, 5)
+    return x.reshape(4 * B, H // 2, W // 2, C).permute(0, 3, 1, 2)
+
+
+def join_phases(x: torch.Tensor) -> torch.Tensor:
+    """Undo `split_phases`: (4 B, C, H, W) -> (B, C, 2 H, 2 W)."""
+    B, C, H, W = x.shape
+    x = x.permute(0, 2, 3, 1).reshape(B // 4, 2, 2, H, W, C).permute(0, 3, 1, 4, 2, 5)
+    return x.reshape(B // 4, 2 * H, 2 * W, C).permute(0, 3, 1, 2)
 
 
 class Zero(nn.Module):
@@ -90,13 +192,20 @@ class FactorizedReduce(nn.Module):
 
     def forward(self, x):  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
         x = torch.relu(x)
-        if self.conv_1.in_channels < 16:
-            # The same, for on the CPU the gradients of strided 1x1 convolutions of large channels-last images with
-            # fewer than 16 channels overrun their memory (PyTorch 2.14, oneDNN).
-            halves = (F.conv2d(x[:, :, i::2, i::2], conv.weight) for i, conv in enumerate((self.conv_1, self.conv_2)))
-            return self.bn(torch.cat(list(halves), dim=1))
         shifted = F.pad(x, (-1, 0, -1, 0))  # x[:, :, 1:, 1:], whose gradient would lose the channels-last layout
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        halves = [halving_conv(x, self.conv_1.weight), halving_conv(shifted, self.conv_2.weight)]
+        return self.bn(torch.cat(halves, dim=1))
+
+
+def halving_conv(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """Apply a 1x1 convolution with stride 2: (B, C_in, H, W) -> (B, C_out, H / 2, W / 2).
+
+    On a CPU the kernel's gradient overruns its memory for channels-last images of fewer than 8 or 16 channels (oneDNN
+    issue 6035), so there every second pixel is taken first.
+    """
+    if kernel.shape[1] < 16:
+        return F.conv2d(x[:, :, ::2, ::2], kernel)
+    return F.conv2d(x, kernel, stride=2)
 
 
 class Classifier(nn.Linear):

@@ -14,9 +14,10 @@ A cell is a function of tensors alone, so that `compile=True` compiles it once f
 import torch
 from torch.nn import functional as F
 
-from fast_ops import average_pool, batch_norm, batch_norm_stats, move_statistics, on_cpu
+from fast_ops import batch_norm, batch_norm_stats, fast_average_pool, move_statistics
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell
+from operations import on_cpu
 from support.devices import cell_function, memory_format
 
 SKIP, CONV1, CONV3, POOL = (
@@ -49,7 +50,7 @@ def mixed_cell(x, weights, kernels, eps):
         x = nodes[source]
         targets = range(source + 1, len(nodes))
         w = torch.stack([weights[row(target, source)] for target in targets])  # (targets, O)
-        active, pooled, out = torch.relu(x), average_pool(x), 0
+        active, pooled, out = torch.relu(x), fast_average_pool(x), 0
         for op, kernel in zip(CONVS, of_ops, strict=True):
             y = F.conv2d(active, kernel, padding=kernel.shape[-1] // 2)  # (B, targets * C, H, W)
             y, *moments = batch_norm_stats(y, w[:, op].repeat_interleave(x.shape[1]), None, eps)
@@ -108,7 +109,7 @@ def folded_cell(x, weights, kernels, biases):
     nodes, active, pooled = [x], [], []
     for target, (kernel, bias) in enumerate(zip(kernels, biases, strict=True), start=1):
         active.append(torch.relu(nodes[-1]))
-        pooled.append(average_pool(nodes[-1]))
+        pooled.append(fast_average_pool(nodes[-1]))
         out = F.conv2d(torch.cat(active, dim=1), kernel, bias, padding=1)
         for source in range(target):
             w = weights[row(target, source)].to(out.dtype)

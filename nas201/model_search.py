@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from nas201.genotypes import PRIMITIVES
-from operations import Classifier, ReLUConvBN, Zero
+from operations import AveragePool, Classifier, ReLUConvBN, Zero
 
 OPS = {  # (B, C, H, W) -> (B, C, H, W); `track`: whether BatchNorm keeps running statistics
     "none": lambda C, affine, track: Zero(1),
@@ -15,7 +15,7 @@ OPS = {  # (B, C, H, W) -> (B, C, H, W); `track`: whether BatchNorm keeps runnin
     "nor_conv_1x1": lambda C, affine, track: ReLUConvBN(C, C, 1, 1, 0, affine, track),
     "nor_conv_3x3": lambda C, affine, track: ReLUConvBN(C, C, 3, 1, 1, affine, track),
     # Unlike in the DARTS space no BatchNorm follows the pool.
-    "avg_pool_3x3": lambda C, affine, track: nn.AvgPool2d(3, stride=1, padding=1, count_include_pad=False),
+    "avg_pool_3x3": lambda C, affine, track: AveragePool(1),
 }
 
 

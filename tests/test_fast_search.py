@@ -192,7 +192,7 @@ def test_fitness_takes_the_current_weights(bn):
 @pytest.mark.parametrize("side", [4, 6, 7, 8])
 def test_average_pool(stride, side):
     x = images(0, (2, 5, side, side)).contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(fast_ops.average_pool(x, stride), OPS["avg_pool_3x3"](5, stride, False)(x))
+    torch.testing.assert_close(fast_ops.fast_average_pool(x, stride), OPS["avg_pool_3x3"](5, stride, False)(x))
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def test_shapes_and_parameters(name, stride, affine):
 @pytest.mark.parametrize("stride", [1, 2])
 def test_convolutions(name, stride):
     op = OPS[name](8, stride, True)
-    half = ["ReLU", "Conv2d", "Conv2d", "BatchNorm2d"]
+    half = ["ReLU", "DepthwiseConv", "Conv2d", "BatchNorm2d"]
     assert layers(op) == half * (len(CONV[name]) // 2)
     convolutions = [m for m in op.modules() if isinstance(m, nn.Conv2d)]
     for i, (conv, (kernel, dilation)) in enumerate(zip(convolutions, CONV[name], strict=True)):
@@ -131,7 +131,7 @@ def test_supernet_normalises_behind_pools_only(stride):
     ops = MixedOp(8, stride)._ops
     for name, op in zip(genotypes.PRIMITIVES, ops, strict=True):
         if "pool" in name:
-            assert layers(op) == ["MaxPool2d" if "max" in name else "AvgPool2d", "BatchNorm2d"]
+            assert layers(op) == ["MaxPool2d" if "max" in name else "AveragePool", "BatchNorm2d"]
             assert isinstance(op[1], nn.BatchNorm2d) and op[1].weight is None and op[1].num_features == 8
         else:
             assert type(op) is type(OPS[name](8, stride, False))
