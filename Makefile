@@ -6,7 +6,7 @@ DEMO ?= demo
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo bench test test-slow test-gpu test-faults test-floors coverage lint clean
+.PHONY: demo bench conformance test test-slow test-gpu test-faults test-floors coverage lint clean
 
 # Search on the embedded digits, retrain the found cell, test it.
 demo: $(VENV)/.installed
@@ -26,6 +26,10 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/loader.py
 	$(BIN)/python benchmarks/retrain.py
 	$(BIN)/python benchmarks/kernels.py
+
+# Compare every primitive with float64 on the CPU, or with DEVICE=cuda on a GPU; minutes. See docs/conformance.md.
+conformance: $(VENV)/.installed
+	$(BIN)/python benchmarks/conformance.py --device $(or $(DEVICE),cpu)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -35,6 +35,12 @@ def share_of(batch, shared, training):
     return slice(distributed.rank(), None, distributed.world_size())
 
 
+def images_per_process(loader) -> int:
+    """Return how many images of a full training batch this process gets."""
+    batch = range(loader.batch_size)
+    return len(batch[share_of(batch, True, True)])
+
+
 class Loader:
     """Batches (x, y) of in-memory images: x float32 (B, 3, H, W) normalised, in the layout of the device; y int64 (B,).
 

@@ -25,7 +25,7 @@ import nas201.report  # registers arch strings with the drawings and the report
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
-from support import devices, distributed, runs
+from support import devices, distributed, runs, self_check
 from support.files import UserError
 from testing import ARCH, choose_augmentation, choose_family, choose_genotype, make_network
 from utils import CIFAR, IMAGENET, NAS201, RECIPES
@@ -176,10 +176,30 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
         )
 
 
+def training_loss(args, network, x, y, compile: bool):
+    """Return the loss on images x (B, 3, H, W) of classes y (B,), the auxiliary head's included, and the logits."""
+    logits, logits_aux = network(x, compile=compile, checkpoint=args.checkpoint)
+    loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
+    if logits_aux is not None:
+        loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
+    return loss, logits
+
+
+def check_training_step(args, network, loader) -> str:
+    """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
+
+    def loss(network, x, y, compile):
+        return training_loss(args, network, x, y, compile)[0]
+
+    images = loaders.images_per_process(loader)
+    classes = network.classifier.out_features
+    return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
+
+
 def train_epoch(args, network, epoch, loader, state, *, where, log):
     """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
 
-    full_batch = len(range(loader.batch_size)[loaders.share_of(range(loader.batch_size), True, True)])
+    full_batch = loaders.images_per_process(loader)
 
     def inputs_of(step):
         # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
@@ -189,12 +209,7 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
 
     def loss_of(x, y):
         # The last batch is smaller, and not worth graphs of its own.
-        compile = args.compile and len(x) == full_batch
-        logits, logits_aux = network(x, compile=compile, checkpoint=args.checkpoint)
-        loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
-        if logits_aux is not None:
-            loss = loss + args.auxiliary_weight * F.cross_entropy(logits_aux, y, label_smoothing=args.label_smooth)
-        return loss, logits
+        return training_loss(args, network, x, y, compile=args.compile and len(x) == full_batch)
 
     network.train()
     state_of = (state.optimizer, args, state.progress)
@@ -240,6 +255,9 @@ def main(argv=None):
         **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
     }
     bound = {"kind": "eval", "cell": about["genotype"], "data": data.describe(train=train, test=test)}
+    checked = None
+    if self_check.is_needed(args, device):  # before there is a run directory
+        checked = check_training_step(args, network, train_loader)
     if args.resume:
         run = runs.Run.resume(args.resume, args, **bound)
     else:
@@ -252,6 +270,8 @@ def main(argv=None):
         run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {data.counts_text(bound['data'])}")
+        if checked:
+            run.log(checked)
         retrain(args, network, train_loader, test_loader, warmup, about, run)
         report.finish(run, genotype)
 

@@ -25,7 +25,7 @@ from evolution import VARIANTS, merit, next_generation, non_dominated
 from model import NetworkCIFAR
 from model_search import Network
 from reporting import report
-from support import devices, distributed, runs
+from support import devices, distributed, runs, self_check
 from support.files import UserError, atomic_write
 
 ARCHIVED = 100  # individuals of the generations' fronts of fitness and costs
@@ -165,8 +165,7 @@ def search(args, space, network, train_loader, valid_loader, costs, run):
 
 def train_generation(args, space, state, alphas, lr, loader, *, where, log):
     """Train the shared weights for one epoch: batch t belongs to individual t mod P of `alphas` (P, G, E, O)."""
-    settings = dict(compile=args.compile, checkpoint=args.checkpoint)
-    forward = plain_forward if args.plain else functools.partial(space.fast.forward, **settings)
+    forward = forward_of(args, space, args.compile)
     network, optimizer = state.network, state.optimizer
     alphas = alphas.to(next(network.parameters()).device)
 
@@ -180,6 +179,27 @@ def train_generation(args, space, state, alphas, lr, loader, *, where, log):
     optimizer.param_groups[0]["lr"] = lr
     network.train()
     return train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, state.progress, where=where, log=log)
+
+
+def forward_of(args, space, compile: bool):
+    """Return forward(network, x, alphas), the supernet's pass in training, as the arguments say."""
+    if args.plain:
+        return plain_forward
+    return functools.partial(space.fast.forward, compile=compile, checkpoint=args.checkpoint)
+
+
+def check_training_step(args, space, network, loader) -> str:
+    """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
+    generator = torch.Generator().manual_seed(0)
+    alphas = space.encoding.random_alphas(1, generator=generator)[0]  # (G, E, O)
+    alphas = alphas.to(next(network.parameters()).device)
+
+    def loss(network, x, y, compile):
+        return F.cross_entropy(forward_of(args, space, compile)(network, x, alphas), y)
+
+    images = loaders.images_per_process(loader)
+    classes = network.classifier.out_features
+    return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
 
 
 def measure(args, space, network, alphas, loader, *, where):
@@ -314,6 +334,9 @@ def run_search(args, space, network, loaders, device, prog, bound):
     bound = {"kind": "search", "space": space.name, **bound}
     costs = Costs(args, space, network.classifier.out_features, loaders[1].image_shape, device)
     costs.check()
+    checked = None
+    if self_check.is_needed(args, device):  # before there is a run directory
+        checked = check_training_step(args, space, network, loaders[0])
     if args.resume:
         run = runs.Run.resume(args.resume, args, **bound)
     else:
@@ -322,6 +345,8 @@ def run_search(args, space, network, loaders, device, prog, bound):
     with run:
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(data.counts_text(bound["data"]))
+        if checked:
+            run.log(checked)
         state = search(args, space, network, *loaders, costs, run)
         best = space.cell(state.alphas[0])
         run.log(f"best fitness {state.fitness[0]:.2f} %: {best}")

@@ -30,6 +30,8 @@ def add_speed_arguments(group):
     group.add_argument("--cuda_graph", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = "compute each cell again in the backward pass instead of keeping it: less memory, same results, slower"
     group.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=False, help=text)
+    text = "check the kernels of a training step before the first one; not needed for float32 on the CPU"
+    group.add_argument("--self_check", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def choose_device(args):

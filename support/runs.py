@@ -39,6 +39,7 @@ MAGIC = b"EvNAS checkpoint 1 "  # the number changes when a checkpoint's content
 PATH_ARGUMENTS = {"data", "api_path", "split_file"}  # a run is bound to what lies there
 # Arguments that change the result by rounding at most: a resumed run may have other ones.
 FREE_ARGUMENTS = {"device", "gpu", "compile", "cuda_graph", "checkpoint", "image_cache", "workers", "report_freq"}
+FREE_ARGUMENTS |= {"self_check"}
 FREE_ARGUMENTS |= PATH_ARGUMENTS | {"resume"}
 NAME_ARGUMENTS = {"dir", "run_name", "save"}  # where a run was made: it may have been moved since
 

@@ -1,0 +1,260 @@
+"""Compare every primitive of the networks, forward and backward, with float64 in the layout NCHW on the CPU.
+
+    python benchmarks/conformance.py                   # on the CPU: minutes
+    python benchmarks/conformance.py --device cuda     # with compiled and recorded forms
+
+A primitive is one convolution, pool, BatchNorm or product, in the form in which the programs call it: "plain" as in the
+readable networks, "fast" as in the searches' fast paths, "gpu" what a GPU gets instead (computed on whatever device
+there is), "compiled" and "recorded" as with --compile and --cuda_graph. The sizes are the paper's and some small ones.
+
+For each primitive, form and dtype the worst row is printed: the norm of the errors of an output or gradient, by what
+rounding explains (see support/kernel_check.py). Above 1 the kernel is wrong. The exit code is 1 if one is.
+"""
+
+import argparse
+import itertools
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import fast_ops
+import operations
+from support import devices, kernel_check
+
+SIZES = [  # channels and pixels a side
+    *[(16, 32), (32, 16), (64, 8)],  # the supernets
+    *[(36, 32), (72, 16), (144, 8)],  # retraining on CIFAR
+    *[(24, 112), (48, 28), (96, 16)],  # retraining on ImageNet
+    *itertools.product((2, 3, 5), (8, 16, 28, 32, 64)),  # few channels
+]
+BATCHES = (2, 5, 64)
+ELEMENTS = 2**20  # of an input at most: 64 images of the supernet's first cells
+
+
+@dataclass(frozen=True)
+class Primitive:
+    """`function(x, *weights)` in some form, and what it and its gradients should be.
+
+    `weights(C)` lists the shapes of its weights. `expected(x, *weights)` and
+    `expected_gradients(gradient, x, *weights)` list `kernel_check.Expected`.
+    """
+
+    name: str
+    form: str
+    function: Callable
+    weights: Callable
+    expected: Callable
+    expected_gradients: Callable
+
+
+def no_weights(C):
+    return []
+
+
+def convolution(name, form, function, weights, stride, padding, dilation=1, groups=None):
+    """Return the Primitive of a convolution; `groups` is None where each channel has its own kernel."""
+
+    def settings(weight):
+        pads = padding if isinstance(padding, tuple) else (padding, padding)
+        return (stride, stride), pads, (dilation, dilation), False, (0, 0), groups or len(weight)
+
+    def expected(x, weight):
+        return kernel_check.convolution(x, weight, None, *settings(weight))
+
+    def expected_gradients(gradient, x, weight):
+        mask = (True, True, False)
+        return kernel_check.convolution_backward(gradient, x, weight, None, *settings(weight), mask)[:2]
+
+    return Primitive(name, form, function, weights, expected, expected_gradients)
+
+
+def depthwise(k, stride, dilation):
+    """Yield a depthwise convolution as the reference and as the fast path compute it."""
+    name = f"depthwise {k}x{k}, stride {stride}, dilation {dilation}"
+    padding = dilation * (k // 2)
+
+    def plain(x, weight):
+        return operations.depthwise_conv(x, weight, stride, padding, dilation)
+
+    def fast(x, weight):
+        return fast_ops.depthwise(x, weight, dilation, fast_ops.every_second(x, 0) if stride == 2 else None)
+
+    for form, function in (("plain", plain), ("fast", fast)):
+        yield convolution(name, form, function, lambda C: [(C, 1, k, k)], stride, padding, dilation)
+
+
+def dense(name, weights, stride, padding):
+    """Return a convolution that mixes channels."""
+
+    def function(x, weight):
+        return F.conv2d(x, weight, None, stride, padding)
+
+    return convolution(name, "plain", function, weights, stride, padding, groups=1)
+
+
+def average_pool(form, function, size, stride, padding):
+    settings = ((size, size), (stride, stride), (padding, padding), False, False, None)
+
+    def expected(x):
+        return kernel_check.average_pool(x, *settings)
+
+    def expected_gradients(gradient, x):
+        return kernel_check.average_pool_backward(gradient, x, *settings)
+
+    return Primitive(
+        f"average pool {size}x{size}, stride {stride}", form, function, no_weights, expected, expected_gradients
+    )
+
+
+def max_pool(stride):
+    settings = ((3, 3), (stride, stride), (1, 1))
+
+    def expected_gradients(gradient, x):
+        _, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
+        return kernel_check.max_pool_backward(gradient, x, *settings, (1, 1), False, indices)
+
+    return Primitive(
+        f"max pool 3x3, stride {stride}",
+        "plain",
+        lambda x: F.max_pool2d(x, *settings),
+        no_weights,
+        lambda x: kernel_check.max_pool(x, *settings),
+        expected_gradients,
+    )
+
+
+def batch_norm(form, function):
+    eps = 1e-5
+
+    def expected(x, weight):
+        return kernel_check.batch_norm(x, weight, None, None, None, True, 0.0, eps)[:1]
+
+    def expected_gradients(gradient, x, weight):
+        statistics = x.mean((0, 2, 3)), (x.var((0, 2, 3), correction=0) + eps).rsqrt()
+        mask = (True, True, False)
+        rows = kernel_check.batch_norm_backward(gradient, x, weight, None, None, *statistics, True, eps, mask)
+        return rows[:2]
+
+    name = "BatchNorm, batch statistics"
+    return Primitive(name, form, function, lambda C: [(C,)], expected, expected_gradients)
+
+
+def primitives() -> list[Primitive]:
+    rows = []
+    for k, (stride, dilation) in itertools.product((3, 5), itertools.product((1, 2), (1, 2))):
+        rows += depthwise(k, stride, dilation)
+    rows += depthwise(7, 1, 1)
+    rows += [
+        dense("1x1", lambda C: [(C, C, 1, 1)], 1, 0),
+        convolution(
+            "1x1, stride 2", "plain", operations.halving_conv, lambda C: [(C // 2 + 1, C, 1, 1)], 2, 0, groups=1
+        ),
+        dense("3x3", lambda C: [(C, C, 3, 3)], 1, 1),
+        dense("3x3, stride 2", lambda C: [(2 * C, C, 3, 3)], 2, 1),
+        dense("1x7", lambda C: [(C, C, 1, 7)], 1, (0, 3)),
+        dense("7x1", lambda C: [(C, C, 7, 1)], 1, (3, 0)),
+    ]
+    for stride in (1, 2):
+        pools = {
+            "plain": lambda x, stride=stride: operations.average_pool(x, stride),
+            "fast": lambda x, stride=stride: fast_ops.fast_average_pool(x, stride),
+            "gpu": lambda x, stride=stride: operations.SoundAveragePool.apply(x, stride),
+        }
+        rows += [average_pool(form, function, 3, stride, 1) for form, function in pools.items()]
+    rows.append(average_pool("plain", lambda x: F.avg_pool2d(x, 2, 2, count_include_pad=False), 2, 2, 0))
+    rows.append(average_pool("plain", lambda x: F.avg_pool2d(x, 5, 3, count_include_pad=False), 5, 3, 0))
+    rows += [max_pool(1), max_pool(2)]
+    rows.append(batch_norm("plain", lambda x, weight: F.batch_norm(x, None, None, weight, None, True)))
+    rows.append(batch_norm("fast", lambda x, weight: fast_ops.batch_norm_stats(x, weight, None, 1e-5)[0]))
+    return rows
+
+
+def check(primitive: Primitive, images: int, C: int, side: int, dtype: torch.dtype, device: torch.device, form=None):
+    """Return [(output, worst, overall)] of a primitive on random images, see `kernel_check.Row`.
+
+    `form` is "compiled" or "recorded" to compute it so. Values are random, and exact in `dtype`.
+    """
+    generator = torch.Generator().manual_seed(C * side + images)
+
+    def draw(*shape):
+        values = torch.randn(shape, generator=generator).to(dtype).float()
+        if len(shape) != 4:
+            return values.to(device)
+        return values.to(device).contiguous(memory_format=devices.memory_format(device))
+
+    function = torch.compile(primitive.function, dynamic=False) if form == "compiled" else primitive.function
+    x = draw(images, C, side, side).to(dtype).requires_grad_()
+    weights = [draw(*shape).requires_grad_() for shape in primitive.weights(C)]
+
+    def step(gradient=None):
+        with devices.autocast(device, dtype == torch.bfloat16):
+            y = function(x, *weights)
+        if gradient is None:
+            return y
+        return (y, *torch.autograd.grad(y, (x, *weights), gradient))
+
+    y = step()
+    gradient = draw(*y.shape).to(y.dtype)
+    outputs = recorded(lambda: step(gradient)) if form == "recorded" else step(gradient)
+    precise = [kernel_check.to_reference(value) for value in (gradient, x, *weights)]
+    expected = primitive.expected(*precise[1:]) + primitive.expected_gradients(*precise)
+    rows = zip(outputs, expected, strict=True)
+    return [(of.output, *kernel_check.compare(value, of, dtype)) for value, of in rows]
+
+
+def recorded(function):
+    """Return what the function returns, from a CUDA graph of its kernels."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):  # so that libraries are ready
+        for _ in range(2):
+            function()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = function()
+    graph.replay()
+    torch.cuda.synchronize()
+    return outputs
+
+
+def sizes(full: bool):
+    """Yield (images, channels, pixels a side): all of them, or those that hold the errors we know."""
+    if not full:
+        yield from ((5, 2, 32), (5, 3, 8), (2, 16, 32))
+        return
+    for (C, side), images in itertools.product(SIZES, BATCHES):
+        if images * C * side**2 <= ELEMENTS:
+            yield images, C, side
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--few", action="store_true", help="only the sizes that `make test` tries")
+    parser.add_argument("--compile", action="store_true", help="compile each primitive too, at one size (minutes)")
+    args = parser.parse_args()
+    device, start, wrong = torch.device(args.device), time.perf_counter(), 0
+    devices.set_up(device)
+    forms = [None, *["compiled"] * args.compile, *["recorded"] * (device.type == "cuda")]
+    print(f"PyTorch {torch.__version__}, {devices.describe_device(device)}")
+    for primitive, dtype, form in itertools.product(primitives(), (torch.float32, torch.bfloat16), forms):
+        worst = (0.0, "", ())
+        for size in [(5, 16, 32)] if form == "compiled" else sizes(not args.few):
+            for output, _, overall in check(primitive, *size, dtype, device, form):
+                worst = max(worst, (overall, output, size))
+        wrong += worst[0] > 1
+        name = f"{primitive.name}, {form or primitive.form}, {str(dtype).removeprefix('torch.')}"
+        print(f"{name:58} {worst[0]:8.3f}  {worst[1]} at {'x'.join(map(str, worst[2]))}", flush=True)
+    print(f"{wrong} of them are wrong; {time.perf_counter() - start:.0f} s")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
