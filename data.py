@@ -182,7 +182,11 @@ def load_digits(split):
 
 
 def scan_folder(root, split, imagenet=False):
-    """List ROOT/train/CLASS/*, or those of ROOT/test (else ROOT/val; ImageNet: val alone), classes sorted by name."""
+    """List the images in ROOT/train/CLASS, or in ROOT/test (else ROOT/val; ImageNet: only val).
+
+    Classes are in the order of their names. Which files are images: see `image_folder`. Raises
+    UserError.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"data directory {root} does not exist")

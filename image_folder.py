@@ -1,6 +1,10 @@
-"""Which files of a folder are images, and which folders are classes: one rule for training, tests and predictions."""
+"""Which files of a folder are images, and which folders are classes.
+
+Training, tests and predictions all use this one rule.
+"""
 
 import collections
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterator
@@ -11,6 +15,7 @@ from support import distributed
 from support.files import UserError
 from support.images import SUFFIXES
 
+COUNTED = 1000  # folders in which unread images are counted; a link may lead to a whole disk
 # Letters of other alphabets that look like Latin ones.
 CYRILLIC = (
     "\u0430\u0441\u0501\u0435\u04bb\u0456\u0458\u04cf\u043e\u0440\u051b\u0455\u051d\u0445\u0443"
@@ -25,12 +30,12 @@ LOOKS_LIKE = str.maketrans(CYRILLIC[0] + GREEK[0], CYRILLIC[1] + GREEK[1])
 
 
 class Listing(NamedTuple):
-    """What is directly in a folder, each part in the order of names; what is hidden (`.name`) is in none of them."""
+    """What is directly in a folder, without hidden names (`.name`), in the order of names."""
 
     images: list[Path]  # files, and links to files, with the suffix of an image
     folders: list[Path]  # folders, and links to folders
     others: list[Path]  # other files
-    unreadable: dict[Path, str]  # links that lead nowhere, but for those in `images`: path -> error message
+    unreadable: dict[Path, str]  # links that lead nowhere and are not in `images`: error messages
 
 
 class Nested(NamedTuple):
@@ -38,13 +43,14 @@ class Nested(NamedTuple):
 
     folder: Path
     images: int
-    complete: bool  # False if one of these folders could not be read, so that there may be more
+    complete: bool  # False if some of these folders were not read, so that there may be more
 
 
 def list_folder(folder: Path) -> Listing:
-    """Return what is directly in a folder. This is the rule that decides which of its files are images.
+    """Return what is directly in a folder: the rule that decides which of its files are images.
 
-    Nothing is opened: a file is an image if its name says so. Raises UserError if the folder cannot be read.
+    Nothing is opened: a file is an image if its name says so. Raises UserError if the folder cannot
+    be read.
     """
     listing = Listing([], [], [], {})
     try:
@@ -59,7 +65,8 @@ def list_folder(folder: Path) -> Listing:
             listing.folders.append(path)
         elif path.suffix.lower() in SUFFIXES:
             listing.images.append(path)
-        elif entry.is_symlink() and not os.path.exists(path):  # perhaps a folder of images on a disk that is not there
+        elif entry.is_symlink() and not os.path.exists(path):
+            # It may be a folder of images on a disk that is not mounted.
             try:
                 status(path)
             except UserError as error:
@@ -70,10 +77,11 @@ def list_folder(folder: Path) -> Listing:
 
 
 def walk(folder: Path, visited: set | None = None) -> Iterator[Listing]:
-    """Yield the Listing of a folder, and of each folder below it. One that cannot be read has only `unreadable` in it.
+    """Yield the Listing of a folder, and of each folder below it.
 
-    Links to folders are followed. Each folder is listed once, however many links lead to it, so loops end. `visited`
-    holds the (device, inode) of folders that are not to be listed; those that are listed are added.
+    Links to folders are followed. Each folder is listed once, however many links lead to it, so
+    loops end. `visited` holds the (device, inode) of folders that are not to be listed; those that
+    are listed are added. The Listing of a folder that cannot be read has only `unreadable` in it.
     """
     visited = set() if visited is None else visited
     waiting = collections.deque([Path(folder)])
@@ -92,7 +100,7 @@ def walk(folder: Path, visited: set | None = None) -> Iterator[Listing]:
 
 
 def status(path: Path) -> os.stat_result:
-    """Return the status of a file or folder, links followed. Raises UserError, as for a link that leads nowhere."""
+    """Return the status of a file or folder, links followed. Raises UserError if it has none."""
     try:
         return os.stat(path)
     except OSError as error:
@@ -113,10 +121,11 @@ def identity(folder):
 
 
 def read_classes(folder: Path) -> dict[str, list[Path]]:
-    """Return {name: images} of the class folders in `folder`, both in the order of names; print what is not read.
+    """Return {name: images} of the class folders in `folder`, both in the order of names.
 
-    The images of a class are directly in its folder. Images next to the class folders, and in folders inside them, are
-    counted, but not read. Raises UserError for a class without images and for classes that are not different ones.
+    The images of a class are directly in its folder. Images next to the class folders, and in
+    folders inside them, are not read: a line counts each kind. Raises UserError for a class without
+    images, and for two classes that are the same folder or have the same name.
     """
     top = list_folder(folder)
     if top.unreadable:  # a class may be missing
@@ -142,14 +151,15 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def count_below(folder, visited):
-    """Return the Nested of a folder. `visited`: see `walk`."""
-    listings = list(walk(folder, visited))
-    images = sum(len(listing.images) for listing in listings)
-    return Nested(folder, images, complete=not any(listing.unreadable for listing in listings))
+    """Return the Nested of a folder, of at most COUNTED folders in it. `visited`: see `walk`."""
+    listings = list(itertools.islice(walk(folder, visited), COUNTED + 1))
+    images = sum(len(listing.images) for listing in listings[:COUNTED])
+    unreadable = any(listing.unreadable for listing in listings)
+    return Nested(folder, images, complete=len(listings) <= COUNTED and not unreadable)
 
 
 def no_images(class_folder, inside):
-    """Return the error of a class without images, which may be in a folder inside the class folder."""
+    """Return the error of a class without images; they may be in a folder inside its folder."""
     largest = max(inside, key=lambda nested: nested.images, default=None)
     if largest and largest.images:
         hint = f"; {largest.folder} has {counted(largest.images, 'image')}: move them up into the class folder"
@@ -161,7 +171,8 @@ def no_images(class_folder, inside):
 def report_not_read(folder, beside, nested, others):
     """Print a line on each kind of files that a folder of classes has and that are not read.
 
-    These are files that are not images, images beside the class folders, and folders inside class folders (Nested).
+    These are files that are not images, images beside the class folders, and folders inside class
+    folders (Nested).
     """
     start = f"note: not read in {folder}:"
     if others:
@@ -184,9 +195,9 @@ def counted(number, noun):
 
 
 def check_class_folders(folder, class_folders):
-    """Raise UserError if two class folders are the same, or have the same name but for its Unicode form.
+    """Raise UserError if two class folders are the same or differ only in Unicode form.
 
-    Prints a note on names that look alike.
+    Prints a note on other names that look alike.
     """
     by_identity = {}
     by_form = {}
@@ -214,16 +225,16 @@ def check_class_folders(folder, class_folders):
 
 
 def appearance(name: str) -> str:
-    """Return what a name looks like on a screen: the same for two names that a reader would take for one another."""
+    """Return the same text for all names that a reader would take for one another on a screen."""
     visible = [char for char in unicodedata.normalize("NFC", name) if unicodedata.category(char) != "Cf"]
     dashes = ("-" if unicodedata.category(char) == "Pd" else char for char in visible)
     return " ".join("".join(dashes).translate(LOOKS_LIKE).split())
 
 
 def check_same_classes(name: str, classes: list[str], other_name: str, other_classes: list[str]) -> None:
-    """Raise UserError if two data sets, called by their names, have different classes; say which differ.
+    """Raise UserError if two data sets, called `name` and `other_name`, have different classes.
 
-    Names that look alike are shown with all but ASCII characters escaped.
+    The message says which. Names that look alike are in quotes, with all but ASCII escaped.
     """
     if classes == other_classes:
         return
@@ -246,7 +257,7 @@ def check_same_classes(name: str, classes: list[str], other_name: str, other_cla
 
 
 def some_names(names, alike):
-    """Return up to three names as text, first those whose appearance is in `alike`, which are escaped and in quotes."""
+    """Return up to three names as text, first those whose appearance is in `alike`, escaped."""
     confusing = [ascii(name) for name in names if appearance(name) in alike]
     plain = [name for name in names if appearance(name) not in alike]
     shown = [*confusing, *plain]

@@ -20,10 +20,11 @@ from support.images import SUFFIXES
 
 
 def images_in(path: str) -> tuple[list[Path], list[str]]:
-    """Return the images that an argument names, in the order of their paths, and an error message for each lost part.
+    """Return the images that an argument names, in the order of their paths.
 
-    These are the file itself, whatever its suffix, or the images in the folder and in all folders below it: see
-    `image_folder.walk`. Raises UserError for a folder without images.
+    These are the file itself, whatever its suffix, or the images in the folder and in all folders
+    below it: see `image_folder.walk`. The second list has an error message for each folder or link
+    that cannot be read. Raises UserError for a folder without images.
     """
     if not os.path.isdir(path):
         return [Path(path)], []
@@ -40,8 +41,8 @@ def images_in(path: str) -> tuple[list[Path], list[str]]:
 def predict(network, transform, paths, classes, device, skip: Callable[[str], None] | None = None):
     """Yield the path of each image, and its five best (class, probability), best first.
 
-    An image that cannot be read is left out, and `skip` called with the error message. Without `skip` it raises
-    UserError.
+    If an image cannot be read, `skip` is called with the error message, and the next image follows.
+    Without `skip`, UserError is raised.
     """
     for path in paths:
         try:

@@ -1,7 +1,8 @@
-"""Folders of strangers, tried and counted: what is hidden, links and loops, images out of place, confusing names.
+"""Folders of strangers, tried and counted: hidden files, links, loops, confusing names.
 
-Each folder is tested on and classified by the same network, so that both have to find the same images in it. The tests
-try one of each kind; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
+Each folder is tested on and classified by the same network, so that both have to find the same
+images in it. The tests try one of each kind; `make test-faults` tries them all (EVNAS_FAULTS=full)
+and prints what came of them.
 """
 
 import contextlib
@@ -30,9 +31,9 @@ CLASSES = ["ant", "b\u00e9e", "cat"]  # of two images each
 
 class Case(NamedTuple):
     change: object  # function of the folder `test` with its class folders
-    tested: int | str  # how many images test_cifar.py tests on, or what is in the line that refuses the folder
+    tested: int | str  # how many images test_cifar.py tests on, or a part of the error message
     not_read: int = 0  # how many images it says it does not read
-    predicted: int | None = None  # how many images predict.py classifies, if not `tested` and `not_read` together
+    predicted: int | None = None  # how many predict.py classifies (default: tested + not_read)
     skipped: int = 0  # how many things it says it skips
 
 

@@ -16,7 +16,7 @@ NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 
 @pytest.fixture
 def make_files(tmp_path):
-    """`make_files("a/1.jpg", "b -> ../a")` makes these below tmp_path/train and returns it; images have no content."""
+    """`make_files("a/1.jpg", "b -> ../a")` makes empty files and links in tmp_path/train; returns that."""
 
     def make(*names):
         for name in names:
@@ -30,7 +30,7 @@ def make_files(tmp_path):
 
 
 def test_labels_order_and_digest_of_an_ordinary_folder_do_not_change(tmp_path):
-    """A run is bound to them: `source` is the SHA-256 of lines `CLASS/NAME SIZE`, classes and names in order."""
+    """A run is bound to them: `source` is the SHA-256 of lines `CLASS/NAME SIZE`."""
     sizes = {"bee/10.jpg": 3, "bee/9.JPEG": 4, "Ant/x.png": 5, "ant/\u00e9.webp": 6, "ant/a b.gif": 7}
     for name, size in {**sizes, "ant/list.txt": 1, ".hidden/1.jpg": 1, "ant/.1.jpg": 1}.items():
         path = tmp_path / "train" / name
@@ -107,6 +107,14 @@ def test_what_is_not_read_is_counted(make_files, tmp_path, capsys):
     assert beside.startswith(f"{start}1 image beside the class folders, such as beside.jpg.")
     assert nested.startswith(f"{start}3 folders inside class folders, with 12 images, such as dog/puppies.")
     assert len(predict.images_in(folder)[0]) == 4 + 1 + 12
+
+
+def test_the_count_of_what_is_not_read_ends(make_files, tmp_path, capsys, monkeypatch):
+    """Behind a link there may be a whole disk."""
+    monkeypatch.setattr(image_folder, "COUNTED", 3)
+    make_files("ant/1.jpg", "ant/2.jpg", "ant/disk -> ../../disk", *(f"../disk/{i}/1.jpg" for i in range(5)))
+    assert len(data.scan_folder(tmp_path, "train")) == 2
+    assert "1 folder inside class folders, with at least 2 images, such as ant/disk" in capsys.readouterr().out
 
 
 def test_images_that_are_not_where_a_class_has_them(make_files, tmp_path):
