@@ -4,7 +4,6 @@ import argparse
 import collections
 import hashlib
 import os
-import stat
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -12,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import image_folder
 from support import distributed
 from support.files import UserError, no_empty_folders
-from support.images import SUFFIXES, load_cache, open_image, save_cache, to_rgb, to_size
+from support.images import load_cache, open_image, save_cache, to_rgb, to_size
 
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
 CACHED = 5_000  # images of a folder; where so many are read into memory, they are kept in a file and decoded once
@@ -182,7 +182,11 @@ def load_digits(split):
 
 
 def scan_folder(root, split, imagenet=False):
-    """List ROOT/train/CLASS/*, or those of ROOT/test (else ROOT/val; ImageNet: val alone), classes sorted by name."""
+    """List the images in ROOT/train/CLASS, or in ROOT/test (else ROOT/val; ImageNet: only val).
+
+    Classes are in the order of their names. Which files are images: see `image_folder`. Raises
+    UserError.
+    """
     root = Path(root)
     if not root.is_dir():
         raise UserError(f"data directory {root} does not exist")
@@ -190,48 +194,24 @@ def scan_folder(root, split, imagenet=False):
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         raise UserError(f"data directory {root} has no folder {' or '.join(names)}")
-    classes, left_out = visible(folder, lambda path: stat.S_ISDIR(status(path).st_mode))
-    if not classes:
-        raise UserError(f"{folder} has no class folders")
-    paths, labels, digest = [], [], hashlib.sha256()
+    images = image_folder.read_classes(folder)
+    classes = list(images)
+    paths = []
+    labels = []
+    digest = hashlib.sha256()
     for label, name in enumerate(classes):
-        found, others = visible(folder / name, lambda path: path.suffix.lower() in SUFFIXES)
-        if not found:
-            raise UserError(f"class folder {folder / name} has no images ({', '.join(SUFFIXES)})")
-        for path in (folder / name / file for file in found):
-            digest.update(os.fsencode(f"{name}/{path.name} {status(path).st_size}\n"))
-            paths.append(path)
+        found = images[name]
+        for path in found:
+            digest.update(os.fsencode(f"{name}/{path.name} {image_folder.status(path).st_size}\n"))
+        paths += found
         labels += [label] * len(found)
-        left_out += [f"{name}/{file}" for file in others]
     files = Files(paths, torch.tensor(labels), classes, digest.hexdigest())
-    if left_out:
-        suffixes = ", ".join(SUFFIXES)
-        distributed.say(
-            f"note: {len(left_out)} files in {folder} are not {suffixes} and left out, such as {left_out[0]}"
-        )
     if len(classes) == 1:
         distributed.say(f"note: {folder} has one class alone, {classes[0]}: every answer will be right")
     single = [name for name, count in zip(classes, torch.bincount(files.labels), strict=True) if count == 1]
     if single:
         distributed.say(f"note: {len(single)} classes in {folder} have a single image, such as {single[0]}")
     return files
-
-
-def visible(folder, wanted):
-    """Return the names in `folder` of which `wanted(path)` is true, and the others; none that begins with a dot."""
-    chosen, others = [], []
-    for name in sorted(os.listdir(folder)):
-        if not name.startswith("."):  # as ._x.jpg, which macOS adds to x.jpg
-            (chosen if wanted(folder / name) else others).append(name)
-    return chosen, others
-
-
-def status(path):
-    """Return the os.stat_result of a file or folder. Raises UserError, as for a link to nothing."""
-    try:
-        return path.stat()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; mend or remove it") from error
 
 
 def size_text(path):
@@ -306,7 +286,7 @@ def fingerprint(files, read):
     """Return a digest of names, sizes and times of change of a split's files, and of how they are read."""
     digest = hashlib.sha256(f"{read.__name__} {files.image_size}\n".encode())
     for path in files.paths:
-        of_file = status(path)
+        of_file = image_folder.status(path)
         digest.update(os.fsencode(f"{path.parent.name}/{path.name} {of_file.st_size} {of_file.st_mtime_ns}\n"))
     return digest.digest()
 
@@ -405,15 +385,10 @@ def check_sides(image_size, step):
 
 def check_alike(name, one, other_name, other):
     """Raise UserError where two descriptions, see `describe`, differ in their classes or the size of their images."""
-    both = ((name, one, other), (other_name, other, one))
-    if one["classes"] != other["classes"]:
-        found = [(where, [c for c in it["classes"] if c not in its["classes"]]) for where, it, its in both]
-        extra = [
-            f"only in {where}: {', '.join(names[:3])}{', ..' * (len(names) > 3)}" for where, names in found if names
-        ]
-        raise UserError(f"the classes of {name} and {other_name} differ: {'; '.join(extra) or 'in their order'}")
+    image_folder.check_same_classes(name, one["classes"], other_name, other["classes"])
     if one["image_size"] != other["image_size"]:
-        sizes = [(where, "{1}x{0}".format(*it["image_size"])) for where, it, _ in both]
+        both = ((name, one), (other_name, other))
+        sizes = [(where, "{1}x{0}".format(*it["image_size"])) for where, it in both]
         texts = [f"in {where} {size}{' (larger or uneven ones, cut)' * (size == '224x224')}" for where, size in sizes]
         raise UserError(f"the sizes of the images differ: {', '.join(texts)} pixels; --image_size can make them one")
 

@@ -34,11 +34,11 @@ def pictures(make_images):
     return make_images("test", 3, [(40, 30), (33, 60)], suffixes=[".png"])
 
 
-def make_run(folder, family, pictures):
+def make_run(folder, family, pictures, classes=CLASSES):
     """What a retraining leaves of a network with random weights and statistics."""
     side = 32 if family == "imagenet" else 16
     sizes = {"init_channels": 4, "layers": 3 if family != "nas201" else 1, "auxiliary": False}
-    about = {"family": family, "genotype": genotypes.to_json(CELLS[family]), "dataset": "folder", "classes": CLASSES}
+    about = {"family": family, "genotype": genotypes.to_json(CELLS[family]), "dataset": "folder", "classes": classes}
     about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
     torch.manual_seed(0)
     network = testing.make_network(CELLS[family], family, 3, [side, side], Namespace(**sizes))
@@ -96,10 +96,36 @@ def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, 
 
     (tmp_path / "empty").mkdir()
     assert "has no images" in fails(predict.main, [tmp_path / "run", tmp_path / "empty"])
-    assert "cannot read image" in fails(predict.main, [tmp_path / "run", tmp_path / "run/args.json"])
     assert "nothing holds no weights" in fails(predict.main, [tmp_path / "nothing", single])
     (tmp_path / "run/weights/weights.json").unlink()
     assert "weights.json" in fails(predict.main, [tmp_path / "run", single])
+
+
+def test_an_image_that_cannot_be_read_is_skipped(tmp_path, pictures, capsys):
+    """What can be read is classified all the same; the exit code says that something was lost."""
+    make_run(tmp_path / "run", "cifar", pictures)
+    (pictures / "test/bee/1.png").write_bytes(b"no image")
+    (pictures / "test/lost").symlink_to("nowhere")
+    for flags in ([], ["--json"]):
+        argv = [tmp_path / "run", *flags, tmp_path / "run/args.json", pictures, "--device", "cpu"]
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            predict.main([str(word) for word in argv])
+        output, errors = capsys.readouterr()
+        assert stopped.value.code == 1
+        *skipped, last = errors.splitlines()
+        assert all(line.startswith("skipped: cannot read ") for line in skipped) and len(skipped) == 3
+        for name in ("test/lost", "run/args.json", "test/bee/1.png"):
+            assert sum(f"{tmp_path}/" in line and name in line for line in skipped) == 1
+        assert last.startswith("error: 3 ")
+    lines = [json.loads(line) for line in output.splitlines()]
+    assert [line["image"] for line in lines] == [
+        str(path) for path in sorted(pictures.glob("test/*/*")) if path.name != "1.png" or path.parent.name != "bee"
+    ]
+    assert all(line["classes"].keys() == set(CLASSES) for line in lines)
+
+    with pytest.raises(data.UserError, match="cannot read image"):  # from Python, unless asked to skip
+        list(predict.predict(*testing.load(tmp_path / "run"), [pictures / "test/bee/1.png"], CLASSES, "cpu"))
 
 
 def test_at_most_five_classes(capsys):
