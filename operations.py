@@ -136,9 +136,9 @@ class DepthwiseConv(nn.Conv2d):
 def depthwise_conv(x: torch.Tensor, kernel: torch.Tensor, stride: int, padding: int, dilation: int) -> torch.Tensor:
     """Convolve each channel of x (B, C, H, W) with its kernel of (C, 1, k, k).
 
-    In bfloat16 on a CPU, the kernel's gradient of a dilated convolution is garbage from 32x32 pixels on (oneDNN in
-    PyTorch 2.14, on CPUs with AVX-512). So a dilated convolution becomes one that is not dilated there: on every second
-    pixel where the stride is 2, else on each of the image's four phases.
+    In bfloat16 on some CPUs, the kernel's gradient of a dilated convolution is garbage from 32x32 pixels on (oneDNN in
+    PyTorch 2.14). So a dilated convolution becomes one that is not dilated there: on every second pixel where the
+    stride is 2, else on each of the image's four phases.
     """
     if dilation == 2 and torch.is_grad_enabled() and in_low_precision_on_cpu(x):
         if stride == 2:

@@ -62,7 +62,7 @@ def test_primitives_on_a_gpu(name, dtype, form):
 
 
 class BrokenOneDNN(TorchDispatchMode):
-    """oneDNN's bfloat16 gradient of dilated kernels from 32x32 pixels on, as wrong as on a CPU with AVX-512."""
+    """oneDNN's bfloat16 gradient of dilated kernels from 32x32 pixels on, as on some CPUs."""
 
     def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
         found = kernel(*args, **(kwargs or {}))
