@@ -28,9 +28,14 @@ def images_in(path):
 
 @torch.no_grad()
 def predict(network, transform, paths, classes, device):
-    """Yield the path of each image, and its five best (class, probability), best first."""
+    """Yield the path of each image, and its five best (class, probability), best first.
+
+    Raises UserError for an image whose logits are not finite.
+    """
     for path in paths:
         logits, _ = network(transform(path)[None].to(device))
+        if not logits.isfinite().all():
+            raise UserError(f"{path}: the network's logits are not finite, so there is no answer; retrain the network")
         probabilities, labels = logits[0].softmax(0).topk(min(5, len(classes)))
         yield path, [(classes[label], p) for label, p in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 
