@@ -24,7 +24,7 @@ import testing
 import train
 import train_search
 from model import NetworkCIFAR, NetworkImageNet
-from support import runs, weights
+from support import runs, seeds, weights
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
@@ -261,11 +261,12 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     run = retrain(tmp_path, "--auxiliary", auxiliary_weight=0.25, label_smooth=label_smooth, **argv)
 
     images = data.load("folder", root, "train")
-    images = data.subsample(images, 24, torch.Generator().manual_seed(18))
+    seeded = Namespace(seed=18, seed_scheme=2)
+    images = data.subsample(images, 24, seeds.generator(seeded, "split"))
     recipe = data.augmentation("folder", images)
-    generator = torch.Generator().manual_seed(19)
+    generator = seeds.generator(seeded, "training images")
     (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
-    torch.manual_seed(18)
+    torch.manual_seed(seeds.derive(18, "weights", 2))
     network = NetworkCIFAR(4, 3, 3, True, genotypes.EvNASB).to(memory_format=torch.channels_last)
     logits, logits_aux = network(x)
     loss = smoothed_cross_entropy(logits, y, label_smooth) + 0.25 * smoothed_cross_entropy(logits_aux, y, label_smooth)
