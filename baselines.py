@@ -7,10 +7,16 @@ import torch
 from engine import unique
 from evolution import non_dominated
 from genotypes import from_json, to_json
+from support import seeds
 from support.files import UserError, read_json, write_json
 from support.runs import shell_command
 
 SEED = 2021  # of the random architectures and of the images' order and augmentation: the same whatever the run's seed
+
+
+def generator(args, role: str) -> torch.Generator:
+    """Return the generator of one role; unlike a run's own ones it does not depend on --seed."""
+    return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
 
 def conclude(args, space, costs, state, measure, run):
@@ -23,7 +29,7 @@ def conclude(args, space, costs, state, measure, run):
     index = unique(space.encoding.decode(searched))[1].tolist()
     searched = searched[[index.index(i) for i in range(max(index) + 1)]]  # each cell once, the winner first
     last = max(index[: len(state.alphas)]) + 1  # distinct cells of the last population
-    drawn = space.encoding.random_alphas(args.baselines, generator=torch.Generator().manual_seed(SEED))
+    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, "random architectures"))
     alphas = torch.cat([searched, drawn])
     fitness = measure(alphas if args.variant in ("nd", "ndf") else space.encoding.decode(alphas))
 

@@ -13,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from support import devices, distributed, signals
 from support.files import UserError
 
+SMALLER_STEPS = "the last checkpoint is kept (start a new run with a smaller --learning_rate or --grad_clip)"
+UNUSABLE = "these weights are of no use: train with a smaller --learning_rate or --grad_clip"
+
 
 @dataclass
 class Progress:
@@ -120,7 +123,8 @@ def train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, progre
     brought up to date at the end, and before Interrupted is raised.
 
     Returns the mean loss and the top-1 accuracy in percent over the epoch. Raises UserError naming `where` and the step
-    if a loss is not finite, at the latest when the next report is due: losses are read from the device only then.
+    if a loss is not finite, at the latest when the next report is due: losses are read from the device only then. Also
+    raises it, in every process, if weights or running statistics are not finite where the epoch ends or is interrupted.
     """
     parameters = [p for p in network.parameters() if p.requires_grad]
     device, steps, stop = parameters[0].device, progress.steps, False
@@ -152,13 +156,13 @@ def train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, progre
         stop = signals.stop_requested(device, at_meeting_point=due)
         if due or stop:
             rows = torch.stack(unread).tolist()
-            for i, (value, right, images) in enumerate(rows, start=steps - len(rows) + 1):
-                if not math.isfinite(value):
-                    raise UserError(
-                        f"{where}, step {i}: the loss is {value}; the last checkpoint is kept "
-                        "(try a smaller --learning_rate or --grad_clip)"
-                    )
-                sums += torch.tensor([value * images, right, images], dtype=torch.float64)
+            # All processes stop where the loss of one is not finite: the sum over them is then not finite either.
+            losses = torch.tensor([loss for loss, _, _ in rows], dtype=torch.float64)
+            for i, loss in enumerate(distributed.sum_over_ranks(losses).tolist(), start=steps - len(rows) + 1):
+                if not math.isfinite(loss):
+                    raise UserError(f"{where}, step {i}: the loss is {loss}; {SMALLER_STEPS}")
+            for loss, right, images in rows:  # one by one, so that the sums do not depend on --report_freq
+                sums += torch.tensor([loss * images, right, images], dtype=torch.float64)
             unread = []
             loss_so_far, correct, count = sums.tolist()
             report = f"loss {loss_so_far / count:.4f}, top-1 {100 * correct / count:.2f} %"
@@ -168,6 +172,10 @@ def train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, progre
         if stop:
             break
     progress.update(steps, sums, buffers)
+    # The last step's loss was computed before it moved the weights, so it says nothing about them.
+    ruined = torch.tensor(float(not is_finite(network)), device=device)
+    if distributed.sum_over_ranks(ruined).item():
+        raise UserError(f"{where}, step {steps}: the weights are no longer finite; {SMALLER_STEPS}")
     if stop:
         raise signals.Interrupted(f"{where}, step {steps}/{len(loader)}")
     # Each process has normalised its own shares of the batches: go on, and measure, with the mean statistics.
@@ -175,12 +183,19 @@ def train_one_epoch(loss_of, inputs_of, network, loader, optimizer, args, progre
     return progress.means()
 
 
+def is_finite(network: nn.Module) -> bool:
+    """Return whether all parameters and buffers are finite. Waits for the device once."""
+    tensors = [*network.parameters(), *network.buffers()]
+    values = [tensor.detach().flatten() for tensor in tensors if tensor.is_floating_point()]
+    return torch.cat(values).isfinite().all().item()
+
+
 @torch.no_grad()
 def evaluate(network, loader, args, *, log, where="test"):
     """Return the mean loss, and top-1 and top-5 accuracy in percent, of a `model.Network*` on all images of `loader`.
 
     top-5 counts a class among the best min(5, classes). `args` says amp and report_freq, as in training. Raises
-    Interrupted between two batches, after a signal.
+    Interrupted between two batches, after a signal, and UserError, in every process, if the loss is not finite.
     """
     network.eval()
     device = next(network.parameters()).device
@@ -200,6 +215,8 @@ def evaluate(network, loader, args, *, log, where="test"):
         sums.append(torch.stack([loss, ranked[:, 0].sum(), ranked.sum(), torch.full_like(loss, len(y))]))
     total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
     loss, top1, top5, count = distributed.sum_over_ranks(total).tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"{where}: the loss is {loss}, so the accuracy means nothing; {UNUSABLE}")
     return {"loss": loss / count, "top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
@@ -242,13 +259,15 @@ def measure_fitness(network, alphas, loader, bn, make_evaluator=PlainEvaluator, 
 
     A batch is loaded and augmented once and shown to all individuals, so they are compared on the same images; equal
     alphas are measured once. Several processes share the individuals out; every one returns all the figures.
-    Raises Interrupted between two batches, after a signal.
+    Raises Interrupted between two batches, after a signal, and UserError, in every process, if the logits of an
+    individual are not finite.
     """
     device = next(network.parameters()).device
     distinct, index = unique(alphas)
     mine = range(distributed.rank(), len(distinct), distributed.world_size())
     distinct = distinct.to(device)
     correct = torch.zeros(len(distinct), dtype=torch.int64, device=device)
+    broken = torch.zeros(len(distinct), dtype=torch.int64, device=device)  # batches with logits that are not finite
     with batch_norm_mode(network, bn):
         evaluator = make_evaluator(network, bn)
         for x, y in distributed.progress(loader, where):
@@ -257,8 +276,14 @@ def measure_fitness(network, alphas, loader, bn, make_evaluator=PlainEvaluator, 
             with devices.autocast(device, amp):
                 evaluator.set_batch(x)
                 for i in mine:
-                    correct[i] += (evaluator.logits(distinct[i]).argmax(1) == y).sum()
-    return (100 * distributed.sum_over_ranks(correct).cpu().double() / loader.size)[index]
+                    logits = evaluator.logits(distinct[i])
+                    correct[i] += (logits.argmax(1) == y).sum()
+                    broken[i] += ~logits.isfinite().all()
+    correct, broken = distributed.sum_over_ranks(torch.stack([correct, broken])).cpu()
+    if broken.any():
+        number = index.tolist().index(broken.nonzero()[0].item()) + 1
+        raise UserError(f"{where}: individual {number} of {len(index)} has logits that are not finite; {UNUSABLE}")
+    return (100 * correct.double() / loader.size)[index]
 
 
 def unique(alphas):

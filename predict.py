@@ -42,7 +42,7 @@ def predict(network, transform, paths, classes, device, skip: Callable[[str], No
     """Yield the path of each image, and its five best (class, probability), best first.
 
     If an image cannot be read, `skip` is called with the error message, and the next image follows.
-    Without `skip`, UserError is raised.
+    Without `skip`, UserError is raised. So it is for an image whose logits are not finite.
     """
     for path in paths:
         try:
@@ -53,6 +53,8 @@ def predict(network, transform, paths, classes, device, skip: Callable[[str], No
             skip(str(error))
             continue
         logits, _ = network(x)
+        if not logits.isfinite().all():
+            raise UserError(f"{path}: the network's logits are not finite, so there is no answer; retrain the network")
         probabilities, labels = logits[0].softmax(0).topk(min(5, len(classes)))
         yield path, [(classes[label], p) for label, p in zip(labels.tolist(), probabilities.tolist(), strict=True)]
 

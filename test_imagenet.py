@@ -7,7 +7,7 @@ from testing import test
 from utils import IMAGENET
 
 datasets = ["imagenet", "ImageNet16-120", "folder"]
-main = command(partial(test, "test_imagenet.py", datasets, recipe=IMAGENET, batch_size=128, report_freq=100))
+main = command(partial(test, "test_imagenet.py", datasets, recipe=IMAGENET, batch_size=128))
 
 if __name__ == "__main__":
     main()

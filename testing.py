@@ -39,8 +39,21 @@ def choose_genotype(args, dir_first=False):
         return arch if arch.startswith("|") else genotypes.get(arch), f"--arch {args.arch}"
     if args.dir is None:
         raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
-    path = genotypes.file_in(args.dir)
+    path = genotypes.file_in(args.dir if dir_first else folder_of_cell(args.dir))
     return genotypes.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
+
+
+def folder_of_cell(run_dir):
+    """Return the folder that has the cell of a retraining.
+
+    It is the run itself. A published run has none, and was made in its search's folder (or that folder's cifar100/).
+    """
+    run_dir = Path(run_dir)
+    if run_dir.resolve().name.startswith("eval-") and not genotypes.files_in(run_dir):
+        parent = run_dir.resolve().parent
+        search = parent.parent if parent.name == "cifar100" else parent
+        return search if genotypes.files_in(search) else run_dir
+    return run_dir
 
 
 def choose_family(genotype, images):
@@ -126,7 +139,7 @@ def load(run_dir):
     return network.eval(), transform
 
 
-def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50):
+def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     """Evaluate weights on the test split of a data set, print the figures and return them: all of a test script."""
     dataset = datasets[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
@@ -146,7 +159,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
     run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
     run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
-    run.add_argument("--report_freq", type=number(int, 1), default=report_freq, help="batches a report")
+    run.add_argument("--report_freq", type=number(int, 1), default=recipe.report_freq, help="batches a report")
     devices.add_device_arguments(run)
     run.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
     parser.set_defaults(amp=False, compile=False)
@@ -157,9 +170,10 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
     about = weights.read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
-        genotype = genotypes.from_json(about["genotype"], weights.info_path(args.model_path))
+        source = weights.info_path(args.model_path)
+        genotype = genotypes.from_json(about["genotype"], source)
     else:
-        genotype, _ = choose_genotype(args)
+        genotype, source = choose_genotype(args)
     family = saved_family(about, genotype, args.model_path) or recipe.family
     if family not in (recipe.family, "nas201"):
         script = {"imagenet": "test_imagenet.py"}.get(family, "test_cifar.py")
@@ -189,7 +203,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     weights.load_weights(network, args.model_path)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    distributed.say(devices.describe_device(device))
+    distributed.say(f"{devices.describe_device(device)}; the cell of {source}")
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")

@@ -9,6 +9,8 @@ from support.cli import Parser, Published, command, file_name, number  # first: 
 
 import argparse
 import math
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -25,7 +27,7 @@ import nas201.report  # registers arch strings with the drawings and the report
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from reporting import report
-from support import devices, distributed, runs, self_check
+from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 from testing import ARCH, choose_augmentation, choose_family, choose_genotype, make_network
 from utils import CIFAR, IMAGENET, NAS201, RECIPES
@@ -79,12 +81,14 @@ def make_parser():
     group.add_argument("--save", type=file_name, default="EXP", help="the run directory is called eval-SAVE-TIME")
     group.add_argument("--note", action=Published, instead="--save {}")
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
-    group.add_argument("--parallel", action=Published, why="torchrun starts as many processes as there are GPUs")
+    text = "train on all GPUs, in a process for each: start them with torchrun"
+    group.add_argument("--parallel", action="store_true", default=argparse.SUPPRESS, help=text)
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
+    seeds.add_seed_scheme(group)
     devices.add_device_arguments(group)
     devices.add_speed_arguments(group)
-    group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
+    group.add_argument("--report_freq", type=number(int, 1), help=f"steps between reports {default('report_freq')}")
     return parser
 
 
@@ -124,7 +128,7 @@ def load_splits(args, genotype):
         if name != "family" and getattr(args, name) is None:
             setattr(args, name, value)
     augment = choose_augmentation(genotype, args.dataset, train)
-    train = data.subsample(train, args.train_samples, torch.Generator().manual_seed(args.seed))
+    train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
     data.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
@@ -200,11 +204,12 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
     """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
 
     full_batch = loaders.images_per_process(loader)
+    first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
 
     def inputs_of(step):
         # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
-        seed = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
-        torch.manual_seed((args.seed * 1_000_000_007 + seed) % 2**63)
+        number = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
+        torch.manual_seed((first_seed + number) % 2**63)
         return ()
 
     def loss_of(x, y):
@@ -214,6 +219,22 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
     network.train()
     state_of = (state.optimizer, args, state.progress)
     return train_one_epoch(loss_of, inputs_of, network, loader, *state_of, where=where, log=log)
+
+
+def check_parallel(device):
+    """Stop if there are more GPUs than this one process uses; say how to start several. Raises UserError."""
+    if "RANK" in os.environ:  # torchrun started this process
+        return
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count > 1:
+        raise UserError(
+            f"--parallel: one process uses one of the {count} GPUs. Start a process for each with "
+            f"torchrun --nproc_per_node={count} train.py ..., or leave --parallel out"
+        )
+    distributed.say(
+        "note: --parallel changes nothing with one device; for N processes start torchrun --nproc_per_node=N train.py",
+        file=sys.stderr,
+    )
 
 
 @command
@@ -231,14 +252,16 @@ def main(argv=None):
     else:
         genotype, source = choose_genotype(args, dir_first=True)
     device = devices.choose_device(args)
+    if vars(args).pop("parallel", False):
+        check_parallel(device)
     train, test, augmentation = load_splits(args, genotype)
     large = isinstance(train, data.Files)
     warmup = large and args.batch_size > 256
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
     network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
     network = network.to(device, memory_format=devices.memory_format(device))
-    generator = torch.Generator().manual_seed(args.seed + 1)
+    generator = seeds.generator(args, "training images")
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
     test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)

@@ -25,7 +25,7 @@ from evolution import VARIANTS, merit, next_generation, non_dominated
 from model import NetworkCIFAR
 from model_search import Network
 from reporting import report
-from support import devices, distributed, runs, self_check
+from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError, atomic_write
 
 ARCHIVED = 100  # individuals of the generations' fronts of fitness and costs
@@ -100,7 +100,7 @@ class SearchState(TrainingState):
     def __init__(self, args, space, network, train_loader, valid_loader):
         device = next(network.parameters()).device
         optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
-        self.breeding = torch.Generator().manual_seed(args.seed)
+        self.breeding = seeds.generator(args, "population")
         super().__init__(network, optimizer, train_loader, breeding=self.breeding, valid=valid_loader.generator)
         self.alphas = space.encoding.random_alphas(args.pop_size, generator=self.breeding)
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
@@ -295,6 +295,7 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--run_name", type=file_name, help="name of the run directory (default: search-TIME)")
     group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
     group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=18, help="of every random number")
+    seeds.add_seed_scheme(group)
     devices.add_device_arguments(group)
     devices.add_speed_arguments(group)
     group.add_argument("--plain", action="store_true", help="compute with the readable reference network: slower")
@@ -321,10 +322,10 @@ def search_loaders(args, train, valid, augmentation, device):
     if args.bn == "batch":
         data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
-    one, two = (torch.Generator().manual_seed(args.seed + i) for i in (1, 2))
-    first = dict(generator=one, cutout=cutout, augment=True)
+    first = dict(generator=seeds.generator(args, "training images"), cutout=cutout, augment=True)
     # Individuals are shared out for fitness, so each process needs every validation image.
-    second = dict(generator=two, cutout=cutout, augment=args.valid_transform == "train", shared=False)
+    second = dict(generator=seeds.generator(args, "validation images"), cutout=cutout, shared=False)
+    second["augment"] = args.valid_transform == "train"
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **first)
     return train_loader, loaders.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
 
@@ -353,7 +354,7 @@ def run_search(args, space, network, loaders, device, prog, bound):
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: this one misses it by the least")
         save_cell(run, space, state.alphas[0])
-        loaders[1].generator = torch.Generator().manual_seed(baselines.SEED)
+        loaders[1].generator = baselines.generator(args, "final validation images")
         measure_again = functools.partial(measure, args, space, network, loader=loaders[1], where="the final weights")
         with run.saving_when_interrupted(state.state_dict):
             baselines.conclude(args, space, costs, state, measure_again, run)
@@ -378,7 +379,7 @@ def main(argv=None):
     device = devices.choose_device(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
-    torch.manual_seed(args.seed)
+    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))
     run_search(args, S1(), network, loaders, device, parser.prog, {"data": data.describe(train=train, valid=valid)})

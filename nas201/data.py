@@ -13,6 +13,7 @@ import torch
 import data
 from data import Augmentation
 from nas201.imagenet16 import load_imagenet16
+from support import seeds
 from support.files import UserError, read_json
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120", "folder", "digits")
@@ -55,7 +56,7 @@ def search_splits(args):
         raise UserError(f"--split_file and --split fixed are for {', '.join(SPLIT_KEYS)}, not for {args.dataset}")
     if not args.split_file:
         args.split = args.split or ("fixed" if args.dataset in SPLIT_KEYS else "seeded")
-    generator = torch.Generator().manual_seed(args.seed)
+    generator = seeds.generator(args, "split")
     settings = dict(workers=args.workers, image_size=args.image_size, in_memory=True, cache=args.image_cache)
     read = partial(load, args.dataset, args.data, **settings)
     train = read("train")

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 
 from data import describe
+from loaders import inside
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
-from support import devices, distributed, runs
-from support.files import digest
+from support import devices, distributed, runs, seeds
+from support.files import UserError, digest, read_json
 from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
 from utils import NAS201
 
@@ -96,6 +97,55 @@ class S2(SearchSpace):
         return fields, f"; {name or 'true'} accuracy of the best {value}, tau {tau}, rho {rho}"
 
 
+def check_config(path, args):
+    """Compare a configuration file of the published search, JSON of {key: [type, value]}, with what will be used.
+
+    Its schedule, epochs and batch size had no effect and are not compared, nor is what it does not name. Raises
+    UserError for a file that cannot be read and for the first value that differs.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise UserError(f"--config_path {path} holds no JSON object of key: [type, value]")
+    for key, flag in {"LR": "learning_rate", "momentum": "momentum", "decay": "weight_decay"}.items():
+        value = config_value(path, content, key, float)
+        if value is not None and value != getattr(args, flag):
+            remedy = f"give --{flag} {value}, or leave --config_path out"
+            raise UserError(f"--config_path {path}: {key} is {value}, but --{flag} is {getattr(args, flag)}; {remedy}")
+    fixed = {
+        "nesterov": (lambda text: bool(int(text)), [True]),
+        "optim": (str, ["SGD"]),
+        "criterion": (str, ["Softmax", "CrossEntropy", "CrossEntropyLoss"]),  # the first is the published name
+    }
+    for key, (convert, possible) in fixed.items():
+        value = config_value(path, content, key, convert)
+        if value is not None and value not in possible:
+            used = f"a search uses {possible[0]}" if key != "nesterov" else "a search uses Nesterov momentum"
+            raise UserError(f"--config_path {path}: {key} is {value}, but {used}; leave --config_path out")
+
+
+def config_value(path, content, key, convert):
+    """Return the value of `key` in a configuration file, or None if it is not there. Raises UserError."""
+    if key not in content:
+        return None
+    entry = content[key]
+    try:
+        kind, value = entry
+        if kind in ("str", "int", "float", "bool"):
+            return convert(value)
+    except (TypeError, ValueError):
+        pass
+    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}, not ["float", "0.025"] or alike')
+
+
+def cutout_text(loader):
+    """Return a line on what --cutout does here, unlike in the published search."""
+    height, width = (inside(torch.arange(n), loader.cutout, n).float().mean() for n in loader.image_shape[1:])
+    return (
+        f"--cutout removes a square of {loader.cutout} pixels a side, on average {100 * height * width:.0f} % of each "
+        "training image; in the published search it removed nothing: to repeat that search, leave --cutout out"
+    )
+
+
 @command
 def main(argv=None):
     defaults = dict(bn="running", valid_transform="test", baselines=100)
@@ -113,10 +163,12 @@ def main(argv=None):
     group.add_argument("--api_dataset", choices=DATASETS, help="compare with these accuracies (default: DATASET's own)")
     group.add_argument("--workers", type=number(int, 1), default=2, help="threads that read and check image files")
     group.add_argument("--trainval", action=Published)
-    why = "--learning_rate, --momentum, --weight_decay and --epochs say what its file said"
-    group.add_argument("--config_path", action=Published, why=why)
+    text = "a configuration of the published search: stop if its optimizer or loss is not the one used here"
+    group.add_argument("--config_path", metavar="FILE", default=argparse.SUPPRESS, help=text)
     args = runs.parse(parser, argv)
     check_search(args)
+    if config_path := vars(args).pop("config_path", None):
+        check_config(config_path, args)
     if args.resume and finished(args.resume):
         distributed.say(f"{args.resume} is finished")
         return
@@ -131,7 +183,9 @@ def main(argv=None):
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
-    torch.manual_seed(args.seed)
+    if args.cutout:
+        distributed.say(cutout_text(loaders[0]))
+    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
     network = network.to(device, memory_format=devices.memory_format(device))

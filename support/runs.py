@@ -41,6 +41,8 @@ PATH_ARGUMENTS = {"data", "api_path", "split_file"}  # a run is bound to what li
 FREE_ARGUMENTS = {"device", "gpu", "compile", "cuda_graph", "checkpoint", "image_cache", "workers", "report_freq"}
 FREE_ARGUMENTS |= {"self_check"}
 FREE_ARGUMENTS |= PATH_ARGUMENTS | {"resume"}
+CHECKED_ARGUMENTS = {"config_path", "parallel"}  # compared with the others where they are given, and not saved
+OLDER_VALUES = {"seed_scheme": 1}  # of arguments that the runs of older versions lack, if not today's default
 NAME_ARGUMENTS = {"dir", "run_name", "save"}  # where a run was made: it may have been moved since
 
 
@@ -62,15 +64,17 @@ def parse(parser, argv):
     unknown = ", ".join(f"--{name:.40}" for name in saved if name not in args)
     if unknown:
         raise UserError(f"{args.resume} was started by another version of the program, which had {unknown:.200}")
+    older = {name: value for name, value in OLDER_VALUES.items() if name in args and name not in saved}
     try:
-        saved = parser.parse_args(command_line(parser, saved))
+        saved = parser.parse_args(command_line(parser, saved | older))
     except UserError as error:
         raise UserError(f"{path} is damaged or of another version of the program: {str(error):.200}") from error
     args = parser.parse_args(argv, copy.copy(saved))  # what is given replaces what was saved
     for name, value in vars(args).items():
+        if name in FREE_ARGUMENTS | CHECKED_ARGUMENTS or value == getattr(saved, name):
+            continue
         before = getattr(saved, name)
-        if name not in FREE_ARGUMENTS and value != before:
-            raise UserError(f"--{name} {value}: {args.resume} was started with {before}; leave the argument out")
+        raise UserError(f"--{name} {value}: {args.resume} was started with {before}; leave the argument out")
     # Sums are split by threads, so a CPU run is bit-identical only with as many of them.
     threads = content.get("threads", torch.get_num_threads())
     if type(threads) is not int or not 0 < threads < 10_000:

@@ -41,8 +41,8 @@ def load_weights(model, path):
     """Load a published or own weights file into `model`, strictly.
 
     Accepts a state dict, or a dict with one under `state_dict`; names with or without `module.`; an auxiliary head that
-    the model does not have. Anything else missing, unexpected or of another shape raises UserError with the first
-    differing entries.
+    the model does not have; and what the model's own `load_state_dict` leaves out. Anything else missing, unexpected or
+    of another shape raises UserError with the first differing entries.
     """
     read_info(path)
     state = load_torch(path)
@@ -54,10 +54,12 @@ def load_weights(model, path):
     names = [str(name).removeprefix("module.") for name in state]
     differing = [f"{name} is missing" for name in expected if name not in names]
     differing += [f"{name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
+    others = {name: value for name, value in zip(names, state.values(), strict=True) if name not in expected}
+    refused = model.load_state_dict(others, strict=False).unexpected_keys  # this loads nothing
     for name, value in zip(names, state.values(), strict=True):
         if name in expected:
             differing += [f"{name} {problem}" for problem in problems(value, expected[name])]
-        elif not name.startswith("auxiliary_head."):
+        elif name in refused and not name.startswith("auxiliary_head."):
             differing.append(f"{name} is not in the network")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""

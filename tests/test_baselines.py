@@ -25,6 +25,7 @@ from support.files import write_json
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 FILES = ("pareto.json", "baselines.json")
+SEARCH = dict(epochs=2, pop_size=6, seed=20)  # a seed whose front has more than one architecture
 
 
 def contents(run):
@@ -39,7 +40,7 @@ def loaded(run):
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_search.report, "finish", lambda run, cell: None)  # drawing takes longer than the search
-        return test_search.search(tmp_path_factory.mktemp("finished"), epochs=2, pop_size=6, baselines=5)
+        return test_search.search(tmp_path_factory.mktemp("finished"), **SEARCH, baselines=5)
 
 
 # ---- fronts
@@ -116,14 +117,14 @@ def test_bad_picks(finished, tmp_path, fails):
 
 def test_random_architectures_on_the_same_weights_and_images(finished):
     result = loaded(finished)[1]
-    args = train_search.search_parser("", "", ["digits"]).parse_known_args(test_search.command_line())[0]
+    args = train_search.search_parser("", "", ["digits"]).parse_known_args(test_search.command_line(**SEARCH))[0]
     args.train_portion = 0.5
     train_split, valid, augmentation = train_search.data.search_splits(args)
     _, loader = train_search.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
-    loader.generator = torch.Generator().manual_seed(baselines.SEED)
+    loader.generator = baselines.generator(args, "final validation images")
     network = train_search.Network(2, 10, 2)
     network.load_state_dict(torch.load(finished / "weights/weights.pt", weights_only=True))
-    drawn = encoding.random_alphas(5, generator=torch.Generator().manual_seed(baselines.SEED))
+    drawn = encoding.random_alphas(5, generator=baselines.generator(args, "random architectures"))
     fitness = measure_fitness(network, encoding.decode(drawn), loader, "batch", train_search.fast_search.Evaluator)
     assert result["random_fitness"] == fitness.tolist() and result["random_seed"] == baselines.SEED
     assert result["better_than"] == (fitness < result["winner"]["fitness"]).sum()
@@ -132,8 +133,7 @@ def test_random_architectures_on_the_same_weights_and_images(finished):
 
 
 def test_the_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, tmp_path):
-    sizes = dict(epochs=2, pop_size=6, baselines=0)
-    run = test_search.search(tmp_path, **sizes, max_params=1000, max_mult_adds=1e5)
+    run = test_search.search(tmp_path, **SEARCH, baselines=0, max_params=1000, max_mult_adds=1e5)
     lines = test_search.history(run)
     assert [line.pop("feasible") for line in lines] == [6, 6] and lines == test_search.history(finished)
     state, expected = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, finished))

@@ -245,7 +245,7 @@ def fake_cifar(monkeypatch, count=60):
 
 
 def search_args(**changed):
-    args = dict(data=".", seed=18, image_size=None, image_cache=True, train_portion=0.5)
+    args = dict(data=".", seed=18, seed_scheme=2, image_size=None, image_cache=True, train_portion=0.5)
     args |= dict(train_samples=None, valid_samples=None)
     return Namespace(**{**args, **changed})
 

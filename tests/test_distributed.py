@@ -113,6 +113,32 @@ def test_running_statistics_are_the_mean_of_the_processes(tmp_path, wrapped):
         assert torch.equal(buffers, rows.mean(0))
 
 
+def ruined(what):
+    """What either process says where the loss, or the running statistics, of the second are not finite."""
+    network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
+    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=9), Progress()
+    optimizer = torch.optim.SGD(network.parameters(), 0.1)
+
+    def loss_of(x, y):
+        second = distributed.rank() == 1
+        logits = network(x * 1e25 if second and what == "statistics" else x)
+        loss = nn.functional.cross_entropy(logits, y)
+        return loss * float("nan") if second and what == "loss" else loss, logits
+
+    try:
+        reports = dict(where="epoch 1/1", log=lambda text: None)
+        train_one_epoch(loss_of, lambda step: (), network, digits_loader(), optimizer, args, progress, **reports)
+    except UserError as error:
+        return str(error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what, words", [("loss", "step 1: the loss is nan"), ("statistics", "no longer finite")])
+def test_all_processes_stop_where_one_has_values_that_are_not_finite(tmp_path, what, words):
+    for message in of_two(tmp_path, f"ruined({what!r})"):
+        assert words in message
+
+
 @pytest.mark.parametrize("rank, order", [(0, ["block", "barrier"]), (1, ["barrier", "block"])])
 def test_one_after_the_other(monkeypatch, rank, order):
     """Also where the block fails: the others must not wait for ever."""

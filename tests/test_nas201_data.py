@@ -73,7 +73,14 @@ def refused(function, *args):
 
 
 def args(**other):
-    defaults = {"dataset": "digits", "data": "", "seed": 18, "train_samples": None, "valid_samples": None}
+    defaults = {
+        "dataset": "digits",
+        "data": "",
+        "seed": 18,
+        "seed_scheme": 2,
+        "train_samples": None,
+        "valid_samples": None,
+    }
     defaults |= {"image_size": None, "image_cache": True}
     return Namespace(**{**defaults, "split": None, "split_file": None, "workers": 2, **other})
 

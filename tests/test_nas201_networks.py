@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import nn
 
+import model_search
 import utils
 from nas201 import model
 from nas201.encoding import decode
 from nas201.genotypes import from_arch_string
 from nas201.model_search import Cell, Network
 from nas201.sources import ALLOWED, unpacked
-from support.files import restricted_unpickle
+from support import weights
+from support.files import UserError, restricted_unpickle
 
 from golden import fill, images, seeded_alphas
 
@@ -45,6 +47,22 @@ def test_published_weights_hold_alphas_which_loading_leaves_out():
     network.load_state_dict({**small_weights(network), "arch_parameters": torch.zeros(6, 5)})
     with pytest.raises(RuntimeError, match="surprise"):
         network.load_state_dict({**small_weights(network), "surprise": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_a_published_weights_file_is_loaded(tmp_path, prefix):
+    network, path = Network(4, 1, 10), tmp_path / "weights.pt"
+    state = {**small_weights(Network(4, 1, 10)), "arch_parameters": torch.rand(6, 5)}
+    torch.save({prefix + name: value for name, value in state.items()}, path)
+    weights.load_weights(network, path)
+    assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+    torch.save({**state, "surprise": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="network: surprise is not in the network$"):
+        weights.load_weights(network, path)
+    of_s1 = model_search.Network(2, 10, 2)  # only the supernet of NAS-Bench-201 was saved with them
+    torch.save({**of_s1.state_dict(), "arch_parameters": torch.rand(6, 5)}, path)
+    with pytest.raises(UserError, match="arch_parameters is not in the network"):
+        weights.load_weights(of_s1, path)
 
 
 def small_weights(network):

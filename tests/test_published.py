@@ -3,8 +3,10 @@
 Names of scripts that are called otherwise here are replaced as docs/differences.md says.
 """
 
+import argparse
 import importlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ import torch
 import torchvision
 
 import genotypes
+import nas201.train_search
 import train
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import to_arch_string
@@ -27,6 +30,12 @@ pytestmark = pytest.mark.usefixtures("quick_report")
 ROOT = Path(__file__).resolve().parents[1]
 DIFFERENCES = (ROOT / "docs/differences.md").read_text()
 COMMANDS = (
+    "python -i train_search.py --cutout",
+    "python train.py --cutout --auxiliary --epochs 600 --arch EvNASA",
+    "python train.py --cutout --auxiliary --epochs 600 --dir outputs",
+    "python3 test_cifar.py --arch EvNASA --model_path EvNAS_A_cifar_weights.pt",
+    "python3 test_cifar100.py --arch EvNASA --model_path EvNAS_A_cifar100_weights.pt",
+    "python test_imagenet.py --arch EvNASA --model_path EvNAS_A_imagenet_model_best.pth.tar",
     "python train_search.py --data ../data --dir outputs --cutout --seed 18 --gpu 0 --init_channel 16",
     "python train.py --auxiliary --cutout --arch EvNASA --gpu 0 --report_freq 50.0 --init_channel 36",
     "python train.py --dir outputs --arch EvNASB --pop_num 1 --model_path saved_models --ga",
@@ -39,10 +48,22 @@ COMMANDS = (
     "python train_searchNAS201.py --data ../data --dataset cifar10 --dir outputs --trainval --cutout --gpu 0 --seed 18",
 )
 OF_THE_SHELL_SCRIPT = (
-    "python -i train_searchNAS201.py --data ../data --dataset cifar10 --dir outputs "
-    "--api_path ../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth --config_path CIFAR.config --track_running_stats "
-    "--gpu 0 --seed 18"
+    "python train_searchNAS201.py --cutout --gpu 0 --max_nodes 4 --init_channel 16 --num_cells 5 "
+    "--dataset cifar10 --data ../data --dir outputs --seed 18 --epochs 50 --pop_size 50 --tsize 10 "
+    "--api_path ../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth --config_path configs/EvNAS.config --track_running_stats"
 )
+CONFIG = {
+    "scheduler": ["str", "cos"],
+    "LR": ["float", "0.025"],
+    "eta_min": ["float", "0.5"],  # this and the next two had no effect
+    "epochs": ["int", "7"],
+    "batch_size": ["int", "3"],
+    "decay": ["float", "0.0003"],
+    "momentum": ["float", "0.9"],
+    "nesterov": ["bool", "1"],
+    "optim": ["str", "SGD"],
+    "criterion": ["str", "Softmax"],
+}
 SEARCH = "--epochs 1 --pop_size 2 --tsize 1 --init_channels 2 --train_samples 64 --valid_samples 16 --device cpu"
 SEARCH += " --baselines 2"
 CIFAR_TRAIN = "--epochs 1 --init_channels 2 --layers 3 --train_samples 96 --device cpu"
@@ -96,6 +117,8 @@ def folder(tmp_path, monkeypatch, make_images):
     (tmp_path / "images").rename(work / "data/imagenet")
     (work / "outputs").mkdir()
     genotypes.save(genotypes.EvNASC, work / "outputs/genotype.pickle")
+    (work / "configs").mkdir()
+    (work / "configs/EvNAS.config").write_text(json.dumps(CONFIG))
     for name, classes in (("EvNAS_A_cifar_weights.pt", 10), ("EvNAS_A_cifar100_weights.pt", 100)):
         torch.save(NetworkCIFAR(2, classes, 3, True, genotypes.EvNASA).state_dict(), work / name)
     (work / "run/weights").mkdir(parents=True)
@@ -110,7 +133,8 @@ def folder(tmp_path, monkeypatch, make_images):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(folder, capsys, command):
-    script, (name, *more), arguments = split(command)
+    script, here, arguments = split(command)
+    name, *more = here[1:] if here[0] == "-i" else here
     if name == "-m":
         name, *more = more
     main = importlib.import_module(name.removesuffix(".py")).main
@@ -121,6 +145,7 @@ def test_command(folder, capsys, command):
     printed = capsys.readouterr()
     hidden = [word for word in arguments if word.startswith("--") and word not in shown]
     notes = [line for line in printed.err.splitlines() if line.startswith("note: ")]
+    hidden += ["--parallel"] if "--parallel" in arguments else []  # with one device it changes nothing
     assert [note.split()[1] for note in notes] == hidden
     if script.startswith("train"):
         assert "finished; report: " in printed.out
@@ -154,14 +179,99 @@ def run(folder, words):
     return done
 
 
+def test_command_of_the_shell_script(folder, table, capsys):
+    script, _, arguments = split(OF_THE_SHELL_SCRIPT)
+    argv = [*arguments, *SIZES[script].split()]
+    nas201.train_search.main(argv)
+    printed = capsys.readouterr()
+    assert "finished; report: outputs/search-" in printed.out
+    assert "cifar10 valid accuracy of the best 50.00" in printed.out
+    (line,) = (line for line in printed.out.splitlines() if line.startswith("--cutout "))
+    assert "a square of 16 pixels a side, on average 19 % of each training image" in line
+    assert printed.err == "note: --init_channel is read as --init_channels 16\n"
+    (made,) = folder.glob("outputs/search-*")
+    saved = json.loads((made / "args.json").read_text())["args"]
+    assert saved["cutout"] and saved["track_running_stats"] and "config_path" not in saved
+    nas201.train_search.main(["--resume", str(made), "--config_path", "configs/EvNAS.config"])
+
+
 @pytest.mark.slow
-def test_command_of_the_shell_script(folder, table):
-    """`python -i` waits for input after the script: here there is none."""
-    script, here, arguments = split(OF_THE_SHELL_SCRIPT)
+def test_command_that_waits_for_input(folder, table):
+    """`python -i` does so after the script: here there is none."""
+    script, here, arguments = split(OF_THE_SHELL_SCRIPT.replace("python", "python -i", 1))
     done = run(folder, [sys.executable, *here, *arguments, *SIZES[script].split()])
     assert "finished; report: outputs/search-" in done.stdout
-    assert "cifar10 valid accuracy of the best 50.00" in done.stdout
-    assert "note: --config_path is ignored: --learning_rate" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"LR": ["float", "0.1"]}, "LR is 0.1, but --learning_rate is 0.025; give --learning_rate 0.1"),
+        ({"decay": ["float", 0.0005]}, "decay is 0.0005, but --weight_decay is 0.0003"),
+        ({"momentum": ["float", "nan"]}, "momentum is nan, but --momentum is 0.9"),
+        (
+            {"nesterov": ["bool", "0"]},
+            "nesterov is False, but a search uses Nesterov momentum; leave --config_path out",
+        ),
+        ({"optim": ["str", "RMSprop"]}, "optim is RMSprop, but a search uses SGD"),
+        ({"criterion": ["str", "SmoothSoftmax"]}, "criterion is SmoothSoftmax, but a search uses Softmax"),
+        ({"LR": 0.025}, '"LR" is 0.025, not ["float", "0.025"] or alike'),
+        ({"LR": ["float", "fast"]}, """"LR" is ['float', 'fast'], not"""),
+        ({"nesterov": ["bool", ["1"]]}, '"nesterov" is'),
+        ([], "holds no JSON object"),
+        (None, "cannot read"),
+    ],
+)
+def test_a_configuration_that_differs(folder, monkeypatch, capsys, changed, message):
+    path = folder / "configs/other.config"
+    if changed is not None:
+        path.write_text(json.dumps(CONFIG | changed if isinstance(changed, dict) else changed))
+    with pytest.raises(SystemExit) as stopped:
+        nas201.train_search.main(["--dataset", "digits", "--config_path", str(path)])
+    line = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in line and str(path) in line and line.count("\n") == 1
+    assert not list(folder.glob("search-*"))
+
+
+def test_flags_go_before_a_configuration(folder, monkeypatch):
+    monkeypatch.setattr(nas201.train_search, "run_search", lambda *args: None)
+    path = folder / "configs/EvNAS.config"
+    path.write_text(json.dumps(CONFIG | {"LR": ["float", "0.1"], "decay": ["float", "0"]}))
+    flags = ["--learning_rate", "0.1", "--weight_decay", "0"]
+    nas201.train_search.main(["--dataset", "digits", "--device", "cpu", "--config_path", str(path), *flags])
+
+
+@pytest.mark.parametrize("size, share", [(32, 19), (16, 56)])
+def test_cutout_says_what_it_removes(size, share):
+    loader = argparse.Namespace(cutout=16, image_shape=(3, size, size))
+    assert f"on average {share} % of each training image" in nas201.train_search.cutout_text(loader)
+
+
+def test_parallel_with_several_cards(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(UserError, match="--parallel: one process uses one of the 4 GPUs.*torchrun --nproc_per_node=4"):
+        train.check_parallel(torch.device("cuda:0"))
+    monkeypatch.setenv("RANK", "0")
+    train.check_parallel(torch.device("cuda:0"))
+
+
+@pytest.mark.parametrize("run_dir", ["outputs/eval-EXP-20210101-120000", "outputs/cifar100/eval-cifar100-EXP-1"])
+def test_weights_of_a_published_retraining(folder, run_dir, monkeypatch, capsys):
+    """Its cell is in the folder of its search."""
+    made, classes = folder / run_dir, 100 if "cifar100" in run_dir else 10
+    made.mkdir(parents=True)
+    torch.save(NetworkCIFAR(2, classes, 3, True, genotypes.EvNASC).state_dict(), made / "weights.pt")
+    main = importlib.import_module("test_cifar100" if classes == 100 else "test_cifar").main
+    argv = "--init_channels 2 --layers 3 --device cpu --dir".split()
+    main([*argv, run_dir])
+    assert "outputs/genotype.pickle" in capsys.readouterr().out
+    monkeypatch.chdir(made)
+    main([*argv, "."])
+    (folder / "outputs/genotype.pickle").unlink()
+    with pytest.raises(SystemExit):
+        main([*argv, "."])
+    assert "neither genotype.json nor genotype.pickle" in capsys.readouterr().err
 
 
 @pytest.mark.slow

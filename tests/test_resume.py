@@ -1,7 +1,9 @@
 """Runs that are stopped, at any moment and again and again, and resumed end as if they had not been: bit by bit."""
 
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import test_nas201_search
 import test_search
 import test_train
 import torch
-from test_runs import assert_same
+from test_runs import assert_same, checkpoint
 
 import genotypes
 import nas201.train_search
@@ -185,6 +187,28 @@ def test_a_compiled_run_stopped_in_its_last_measurement(name, table, tmp_path, c
     torch._dynamo.reset()
     stop = (f"{script.unit} 3/3, {script.measuring}: batch 0", STOP)
     assert_same_run(stopped_run(script, tmp_path / "stopped", [stop], capsys), expected)
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name == "search" else name for name in SCRIPTS]
+)
+def test_a_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
+    """Its files do not say how its seeds were derived; splits and drop path are drawn again from the seed."""
+    script = SCRIPTS[name]
+    script.module.main([*script.argv, "--seed_scheme", "1", "--dir", str(tmp_path / "whole")])
+    (expected,) = (tmp_path / "whole").iterdir()
+    run = Path(shutil.copytree(expected, tmp_path / "older"))
+    (run / "report.html").unlink()  # with it NAS-Bench-201 takes a search for finished
+    state = runs.load_checkpoint(run / "checkpoint.prev.pt")
+    about = json.loads((run / "args.json").read_text())
+    assert state["bound"]["args"].pop("seed_scheme") == about["args"].pop("seed_scheme") == 1
+    (run / "checkpoint.pt").write_bytes(checkpoint(state | {"bound": json.dumps(state["bound"])}))
+    (run / "args.json").write_text(json.dumps(about))
+    torch.manual_seed(12345)
+    script.module.main(["--resume", str(run)])
+    assert_same_run(run, expected)
+    with pytest.raises(SystemExit):
+        script.module.main(["--resume", str(run), "--seed_scheme", "2"])
 
 
 def test_a_resumed_run_keeps_its_own_cell(tmp_path):

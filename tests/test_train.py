@@ -24,7 +24,7 @@ import testing
 import train
 import train_search
 from model import NetworkCIFAR, NetworkImageNet
-from support import runs, weights
+from support import runs, seeds, weights
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
@@ -204,6 +204,7 @@ def test_recipes_of_cifar_and_imagenet(make_images, monkeypatch):
     assert (large.learning_rate, large.weight_decay, large.momentum, large.grad_clip) == (0.1, 3e-5, 0.9, 5)
     assert (large.drop_path_prob, large.auxiliary_weight, large.label_smooth) == (0, 0.4, 0.1)
     assert (large.lr_scheduler, large.seed) == ("linear", 0)
+    assert (small.report_freq, large.report_freq) == (50, 100)
 
 
 def test_recipe_of_arch_strings(make_images):
@@ -260,11 +261,12 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     run = retrain(tmp_path, "--auxiliary", auxiliary_weight=0.25, label_smooth=label_smooth, **argv)
 
     images = data.load("folder", root, "train")
-    images = data.subsample(images, 24, torch.Generator().manual_seed(18))
+    seeded = Namespace(seed=18, seed_scheme=2)
+    images = data.subsample(images, 24, seeds.generator(seeded, "split"))
     recipe = data.augmentation("folder", images)
-    generator = torch.Generator().manual_seed(19)
+    generator = seeds.generator(seeded, "training images")
     (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
-    torch.manual_seed(18)
+    torch.manual_seed(seeds.derive(18, "weights", 2))
     network = NetworkCIFAR(4, 3, 3, True, genotypes.EvNASB).to(memory_format=torch.channels_last)
     logits, logits_aux = network(x)
     loss = smoothed_cross_entropy(logits, y, label_smooth) + 0.25 * smoothed_cross_entropy(logits_aux, y, label_smooth)
@@ -289,6 +291,23 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails):
     checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["completed"] == 1 and all(value.isfinite().all() for value in checkpoint["network"].values())
     assert len(history(run)) == 1
+
+
+def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
+    """The loss of the only step is still finite."""
+    argv = command_line(dir=tmp_path, batch_size=96, epochs=1, learning_rate=1e38)
+    line = fails(train.main, argv, new_files=True)
+    assert "error: epoch 1/1" in line and "--learning_rate" in line
+    run = next(tmp_path.glob("eval-*"))
+    assert runs.load_checkpoint(run / "checkpoint.pt")["completed"] == 0
+    assert not {"weights", "history.jsonl"} & {path.name for path in run.iterdir()}
+
+
+def test_a_test_whose_loss_is_not_finite_fails(finished, tmp_path, fails):
+    state = torch.load(finished / "weights/weights.pt", weights_only=True)
+    torch.save({**state, "classifier.weight": torch.full_like(state["classifier.weight"], 3e38)}, tmp_path / "w.pt")
+    argv = ["--dataset", "digits", "--model_path", "w.pt", "--arch", "EvNASB", "--init_channels", 4, "--layers", 3]
+    assert "error: test: the loss is nan, so the accuracy means nothing" in fails(test_cifar.main, argv)
 
 
 def test_any_seed_that_is_accepted_works(tmp_path):

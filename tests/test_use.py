@@ -94,6 +94,13 @@ def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, 
     best, percent = next(iter(lines[0]["classes"].items()))
     assert text.splitlines()[:2] == [str(single), f"  {100 * percent:6.2f} %  {best}"]
 
+    (tmp_path / "ruined").mkdir()
+    with torch.no_grad():
+        network.classifier.weight.fill_(3e38)
+    about = json.loads((tmp_path / "run/weights/weights.json").read_text())
+    weights.save_weights(network, tmp_path / "ruined/weights.pt", about)
+    line = fails(predict.main, [tmp_path / "ruined/weights.pt", single])
+    assert f"{single}: the network's logits are not finite" in line
     (tmp_path / "empty").mkdir()
     assert "has no images" in fails(predict.main, [tmp_path / "run", tmp_path / "empty"])
     assert "nothing holds no weights" in fails(predict.main, [tmp_path / "nothing", single])

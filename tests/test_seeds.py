@@ -1,0 +1,82 @@
+"""Seeds: the random streams of a run, and those of runs with other seeds, have nothing in common."""
+
+import itertools
+
+import numpy as np
+import pytest
+import test_search
+import test_train
+import torch
+
+import baselines
+import train
+import train_search
+from support import seeds
+
+SEEDS = (18, 19, 20, 2021)  # those of the paper's searches, and that of the random architectures
+
+
+def test_no_two_roles_and_seeds_share_a_stream():
+    derived = [seeds.derive(seed, role, 2) for seed in (*SEEDS, 0, 2**32 + 18, 2**63 - 1) for role in seeds.ROLES]
+    # torch's CPU generators use the low 32 bits.
+    assert len({seed % 2**32 for seed in derived}) == len(derived) and all(0 <= seed < 2**63 for seed in derived)
+    draws = [torch.rand(1000, generator=torch.Generator().manual_seed(seed)) for seed in derived]
+    correlations = np.corrcoef(torch.stack(draws)) - np.eye(len(draws))
+    assert np.abs(correlations).max() < 0.2
+
+
+def test_the_derivation_stays():
+    """A run is resumed by later versions too."""
+    assert seeds.derive(18, "weights", 2) == 9140099578219913275
+    assert seeds.derive(18, "population", 2) == 1743435427995033961
+    old = {"split": 18, "weights": 18, "population": 18, "training images": 19, "validation images": 20}
+    old |= {"drop path": 18 * 1_000_000_007, "random architectures": 18, "final validation images": 18}
+    assert {role: seeds.derive(18, role, 1) for role in seeds.ROLES} == old
+
+
+@pytest.fixture
+def begin_search(monkeypatch):
+    """`begin_search(seed)`: what a search of the paper's size begins with, as (network, state)."""
+    begun = []
+    monkeypatch.setattr(train_search, "run_search", lambda *args: begun.append(args))
+
+    def begin(seed):
+        train_search.main(["--dataset", "digits", "--device", "cpu", "--seed", str(seed)])
+        args, space, network, loaders, *_ = begun.pop()
+        return network, train_search.SearchState(args, space, network, *loaders)
+
+    return begin
+
+
+def correlation(a, b):
+    return abs(np.corrcoef(a.flatten(), b.flatten())[0, 1])
+
+
+def test_weights_and_genes_are_not_correlated(begin_search):
+    network, state = begin_search(18)
+    first = network.stem[0].weight.detach().flatten()
+    assert len(first) == 1296 and correlation(first, state.alphas.flatten()[:1296]) < 0.15
+
+
+def test_searches_with_the_papers_seeds_have_no_stream_in_common(begin_search):
+    streams = {}
+    for seed in (18, 19, 20):
+        _, state = begin_search(seed)
+        streams[seed, "population"] = state.alphas.flatten()[:500]
+        for name in ("train", "valid"):
+            streams[seed, name] = torch.rand(500, generator=state.generators[name])
+    for one, other in itertools.combinations(streams, 2):
+        assert correlation(streams[one], streams[other]) < 0.25, (one, other)
+
+
+def test_random_architectures_and_the_images_they_see_are_the_same_for_every_seed():
+    args = [train_search.search_parser("", "", []).parse_args(["--seed", seed]) for seed in ("18", "2021")]
+    drawn = [torch.rand(9, generator=baselines.generator(each, "random architectures")) for each in args]
+    born = torch.rand(9, generator=seeds.generator(args[1], "population"))
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], born)
+
+
+@pytest.mark.parametrize("script, module", [(train_search, test_search), (train, test_train)])
+def test_a_new_run_records_how_its_seeds_were_derived(script, module):
+    parser = train.make_parser() if script is train else train_search.search_parser("", "", ["digits"])
+    assert parser.parse_known_args(module.command_line())[0].seed_scheme == 2
