@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
 import data
 import genotypes
 import loaders
@@ -66,6 +68,8 @@ def make_network(genotype, family, classes, image_size, args):
     if args.auxiliary and list(image_size) != [side, side]:
         found = "{1}x{0}".format(*image_size)
         raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
+    if family == "imagenet" and args.init_channels % 2:
+        raise UserError(f"--init_channels {args.init_channels}: ImageNet's networks need an even number of channels")
     data.check_sides(image_size, 32 if family == "imagenet" else 4)
     if family == "nas201":
         return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
@@ -74,6 +78,24 @@ def make_network(genotype, family, classes, image_size, args):
 
 
 # ---- trained networks
+
+
+def load_network(path, genotype, family, classes, image_size, args):
+    """Make the network of the weights at `path`, on the CPU, and load them. Raises UserError.
+
+    What `args` (the command line, or the weights' side file) say of its size is compared with the file's names and
+    shapes first, on a network without storage: a wrong figure neither fills the memory nor builds for ever.
+    """
+    state = weights.read_state(path)
+    cells = len({name.split(".")[1] for name in state if name.startswith("cells.")})
+    needed = 3 * args.layers + 2 if family == "nas201" else args.layers
+    if needed > cells:
+        where = f'--layers, or "layers" in {weights.info_path(path)}'
+        raise UserError(f"{path} holds no weights of this network: {cells} cells, not {needed} ({where}, is wrong)")
+    with torch.device("meta"):
+        network = make_network(genotype, family, classes, image_size, args)
+    weights.load_state(network, state, path)
+    return network
 
 
 def saved_family(about, genotype, path):
@@ -112,8 +134,7 @@ def load(run_dir):
     genotype = genotypes.from_json(about["genotype"], weights.info_path(path))
     family, size = saved_family(about, genotype, path), about["image_size"]
     without_head = argparse.Namespace(**(about | {"auxiliary": False}))
-    network = make_network(genotype, family, len(about["classes"]), size, without_head)
-    weights.load_weights(network, path)
+    network = load_network(path, genotype, family, len(about["classes"]), size, without_head)
     normalisation = data.Augmentation(about["mean"], about["std"])
     if family == "imagenet":
         steps = loaders.imagenet_transform(normalisation, False, size[0])
@@ -185,8 +206,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     loader = loaders.make_loader(
         images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
     )
-    network = make_network(genotype, family, len(images.classes), images.image_size, args)
-    weights.load_weights(network, args.model_path)
+    network = load_network(args.model_path, genotype, family, len(images.classes), images.image_size, args)
     network = network.to(device, memory_format=devices.memory_format(device))
 
     distributed.say(devices.describe_device(device))
