@@ -52,7 +52,8 @@ def main(argv=None):
         if args.json:
             distributed.say(json.dumps({"image": str(path), "classes": dict(best)}))
         else:
-            distributed.say("\n".join([str(path), *(f"  {100 * p:6.2f} %  {name}" for name, p in best)]))
+            for line in (str(path), *(f"  {100 * p:6.2f} %  {name}" for name, p in best)):
+                distributed.say(line)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def command(main):
                 raise
         except KeyboardInterrupt:
             text, code = "interrupted", 130
-        emit(" ".join(text.split()), sys.stderr)
+        emit(text, sys.stderr)
         raise SystemExit(code)
 
     return wrapper

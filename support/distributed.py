@@ -55,7 +55,8 @@ def join_process_group(device):
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"cannot meet the other processes, start with torchrun ({error!s:.200})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot meet the other processes, start with torchrun ({reason:.200})") from error
         atexit.register(leave_process_group)
 
 

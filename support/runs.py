@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from support.files import (
     append_line,
     atomic_write,
     open_regular,
+    quoted,
     read_bytes,
     read_history,
     read_json,
@@ -312,10 +312,10 @@ def shell_command(prog, *words):
     """Return the shell command that starts script or module `prog` with these words, from the current directory."""
     root = os.path.relpath(Path(__file__).resolve().parents[1])
     if not prog.startswith("python"):
-        prog = f"python {shlex.quote(os.path.normpath(os.path.join(root, prog)))}"
+        prog = f"python {quoted(os.path.normpath(os.path.join(root, prog)))}"
     elif root != ".":
-        prog = f"PYTHONPATH={shlex.quote(root)} {prog}"
-    return f"{prog} {shlex.join(map(str, words))}"
+        prog = f"PYTHONPATH={quoted(root)} {prog}"
+    return " ".join([prog, *map(quoted, words)])
 
 
 def lock(path):
@@ -349,7 +349,7 @@ def make_directory(path, new_name=True):
 def load_checkpoint(path):
     """Return what save_checkpoint wrote. Raises UserError naming the file, what is wrong, and the previous one."""
     previous = path.with_name("checkpoint.prev.pt")
-    hint = f"; to continue from the one before: mv {previous} {path}" if previous.exists() else ""
+    hint = f"; to continue from the one before: mv {quoted(previous)} {quoted(path)}" if previous.exists() else ""
     try:
         data = read_bytes(path)
     except UserError as error:
