@@ -4,6 +4,7 @@ import argparse
 import collections
 import hashlib
 import os
+import socket
 import stat
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
@@ -19,6 +20,7 @@ from support.images import SUFFIXES, load_cache, open_image, save_cache, to_rgb,
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
 CACHED = 5_000  # images of a folder; where so many are read into memory, they are kept in a file and decoded once
 CACHE = ".evnas-images.npz"  # that file, beside the class folders
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 SHARE = 0.9  # of a folder's images; where so many have one small size, an image of another is a mistake
 
 
@@ -155,17 +157,43 @@ def check_small(dataset, image_size, in_memory):
 
 
 def load_cifar(dataset, root, split):
-    """Read CIFAR-10 or -100 through torchvision, which checks the files and downloads them where they are missing."""
+    """Read CIFAR-10 or -100 through torchvision, which checks the files; download them where they are missing."""
     import torchvision
 
     kind = getattr(torchvision.datasets, dataset.upper())
-    try:
-        with distributed.one_after_the_other(), no_empty_folders(root):
-            source = kind(root, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{dataset} is not in {root} and cannot be downloaded: {error}") from error
+    with distributed.one_after_the_other():
+        try:
+            source = kind(root, train=split == "train", download=False)
+        except RuntimeError:  # so torchvision says that files are missing or damaged
+            download_cifar(dataset, root, kind)
+            source = kind(root, train=split == "train", download=False)
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(source.targets), list(source.classes), dataset)
+
+
+def download_cifar(dataset, root, kind):
+    """Download what torchvision's class `kind` reads. Raises UserError, also if nothing comes for DOWNLOAD_TIMEOUT."""
+    archive = Path(root, kind.filename)
+    before_us = archive.exists()
+    distributed.say(f"{dataset} is not in {root}: downloading about 170 MB to it")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none, for the connection or for what comes
+    try:
+        with no_empty_folders(root):
+            try:
+                kind(root, download=True)
+            except BaseException:
+                if not before_us:  # what came is a part of it
+                    archive.unlink(missing_ok=True)
+                raise
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{dataset} is not in {root} and cannot be downloaded ({reason}): put the folder {kind.base_folder} there, "
+            "as torchvision keeps it, name another folder with --data, or try --dataset digits"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def load_digits(split):

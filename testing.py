@@ -16,7 +16,7 @@ from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
 from support import devices, distributed, weights
-from support.cli import Parser, Published, number
+from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
 from utils import CIFAR, NAS201, RECIPES
@@ -156,17 +156,19 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96, report_freq=50)
     cell.add_argument("--model_path", help="a weights file")
     cell.add_argument("--arch", help=ARCH)
     cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
-    for name, low in (("init_channels", 2), ("layers", 1)):
+    for name, low, high in (("init_channels", 2, MOST.channels), ("layers", 1, MOST.cells)):
         text = f"(default: {getattr(recipe, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
-        cell.add_argument(f"--{name}", type=number(int, low), help=text)
-    cell.add_argument("--image_size", type=number(int, 4), help="as in training (default: what DIR says)")
+        cell.add_argument(f"--{name}", type=number(int, low, high), help=text)
+    cell.add_argument("--image_size", type=number(int, 4, MOST.pixels), help="as in training (default: what DIR says)")
     cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
     data.add_data_arguments(run, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
     run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
     run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
-    run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
+    run.add_argument(
+        "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read large image files"
+    )
     run.add_argument("--report_freq", type=number(int, 1), default=report_freq, help="batches a report")
     devices.add_device_arguments(run)
     run.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)

@@ -3,7 +3,7 @@
 One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
 """
 
-from support.cli import Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
+from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
 
 # isort: split
 
@@ -50,22 +50,24 @@ def make_parser():
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
     group.add_argument("--dataset", default="cifar10", choices=datasets)
     text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
-    group.add_argument("--image_size", type=number(int, 4), help=text)
+    group.add_argument("--image_size", type=number(int, 4, MOST.pixels), help=text)
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
     group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
-    group.add_argument("--workers", type=number(int, 0), default=4, help="processes that read image files (imagenet)")
+    group.add_argument(
+        "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read image files (imagenet)"
+    )
     group = parser.add_argument_group("network")
     text = f"the family of networks (default: cifar for images of at most {data.SMALL} pixels, nas201 for arch strings)"
     group.add_argument("--recipe", choices=RECIPES, help=text)
-    group.add_argument("--init_channels", type=number(int, 2), help=default("init_channels"))
+    group.add_argument("--init_channels", type=number(int, 2, MOST.channels), help=default("init_channels"))
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
-    group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}, in each stage")
+    group.add_argument("--layers", type=number(int, 1, MOST.cells), help=f"cells {default('layers')}, in each stage")
     group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
     group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
     group.add_argument("--drop_path_prob", type=number(float, 0, 0.99), help=f"at the end {default('drop_path_prob')}")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(int, 1), help=default("epochs"))
+    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), help=default("epochs"))
     group.add_argument("--batch_size", type=number(int, 1), help=f"of all processes together {default('batch_size')}")
     group.add_argument("--learning_rate", type=number(float, 0), help=default("learning_rate"))
     group.add_argument("--lr_scheduler", choices=["cosine", "linear"], help=default("lr_scheduler"))

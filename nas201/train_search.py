@@ -1,6 +1,6 @@
 """Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
 
-from support.cli import Published, command, number  # first: it ends Ctrl-C in one line
+from support.cli import MOST, Published, command, number  # first: it ends Ctrl-C in one line
 
 # isort: split
 
@@ -101,7 +101,9 @@ def main(argv=None):
     defaults = dict(bn="running", valid_transform="test", baselines=100)
     parser = search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
-    group.add_argument("--num_cells", type=number(int, 1), default=5, help="cells in each of the three stages")
+    group.add_argument(
+        "--num_cells", type=number(int, 1, MOST.cells), default=5, help="cells in each of the three stages"
+    )
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help="nodes of a cell, as in the benchmark")
     text = "BatchNorm of the searched cells keeps running statistics; else it always uses the batch's"
     group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=False, help=text)
@@ -111,7 +113,9 @@ def main(argv=None):
     text = f"the benchmark: .csv, .csv.xz, .pth or a NATS-Bench directory (default: {PUBLISHED_TABLE} if there is one)"
     group.add_argument("--api_path", help=text)
     group.add_argument("--api_dataset", choices=DATASETS, help="compare with these accuracies (default: DATASET's own)")
-    group.add_argument("--workers", type=number(int, 1), default=2, help="threads that read and check image files")
+    group.add_argument(
+        "--workers", type=number(int, 1, MOST.workers), default=2, help="threads that read and check image files"
+    )
     group.add_argument("--trainval", action=Published)
     why = "--learning_rate, --momentum, --weight_decay and --epochs say what its file said"
     group.add_argument("--config_path", action=Published, why=why)

@@ -18,7 +18,7 @@ from support.files import UserError
 
 
 def add_device_arguments(group):
-    group.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
+    group.add_argument("--gpu", type=number(int, 0, 1023), help="number of the CUDA device (default: 0)")
     group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
 
 
@@ -38,8 +38,11 @@ def choose_device(args):
     Raises UserError for a device that cannot be used.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Runs of older versions have --gpu 0 in their arguments, given or not.
+    if args.gpu is not None and args.device is None and name == "cpu" and (args.gpu or not getattr(args, "resume", 0)):
+        raise UserError(f"--gpu {args.gpu}: there is no CUDA device here; leave it out or give --device cpu")
     if name == "cuda":
-        name = f"cuda:{distributed.local_rank(args.gpu)}"
+        name = f"cuda:{distributed.local_rank(args.gpu or 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # read, since a tensor on the device meta has no values

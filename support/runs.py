@@ -153,6 +153,7 @@ class Run:
         self.writes = distributed.rank() == 0
         self._board = None
         if self.writes:
+            refuse_links(self.path)
             self._lock = lock(self.path)
         self._signals = signals.catch()
 
@@ -316,6 +317,13 @@ def shell_command(prog, *words):
     elif root != ".":
         prog = f"PYTHONPATH={quoted(root)} {prog}"
     return " ".join([prog, *map(quoted, words)])
+
+
+def refuse_links(path):
+    """Raise UserError where a folder of a run is a symbolic link: what is written would land elsewhere."""
+    for name in ("weights", "population", "runs"):
+        if (path / name).is_symlink():
+            raise UserError(f"{path / name} is a symbolic link, through which nothing is written: remove it")
 
 
 def lock(path):

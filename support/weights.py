@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from support.cli import MOST
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json, write_json
 
-MAX_SIDE = 4096  # pixels of a side to which images are resized
 WRAPPERS = ("module", "_orig_mod")  # in names: what DataParallel and torch.compile call the network that they hold
 
 
@@ -144,7 +144,7 @@ def is_count(value):
 
 
 def is_side(value):
-    return type(value) is int and 0 < value <= MAX_SIDE
+    return type(value) is int and 0 < value <= MOST.pixels
 
 
 def are_channels(values):
