@@ -3,6 +3,7 @@
 import argparse
 import collections
 import hashlib
+import math
 import os
 import socket
 import stat
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import memory
 from support import distributed
 from support.files import UserError, no_empty_folders
 from support.images import SUFFIXES, load_cache, open_image, save_cache, to_rgb, to_size
@@ -277,8 +279,11 @@ def read_small(files, workers=None):
 
     # Of photographs a few headers are read, not a million.
     sample = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:100].tolist()
-    if sum(open_image(files.paths[i], is_small) for i in sample) < len(sample) / 2:
+    sizes = [open_image(files.paths[i], lambda image: image.size) for i in sample]
+    if sum(max(size) <= SMALL for size in sizes) < len(sample) / 2:
         return files
+    width, height = min(sizes, key=math.prod)
+    check_fits(len(files), height, width)
 
     def read(image):
         return np.asarray(to_rgb(image)) if is_small(image) else np.empty(0)
@@ -299,8 +304,15 @@ def read_small(files, workers=None):
 def read_resized(files, workers=None):
     """Return the Files in memory, as Images, resized and cropped to their image_size."""
     height, width = files.image_size
+    check_fits(len(files), height, width)
     read = lambda image: np.asarray(to_size(to_rgb(image), width, height))  # noqa: E731
     return to_images(files, read_all(files.paths, read, workers))
+
+
+def check_fits(count, height, width):
+    """Raise UserError where so many images do not fit into memory."""
+    images = {f"{count:,} images of {width}x{height} pixels": 3 * count * height * width}
+    memory.check(images, torch.device("cpu"), "take fewer images, or smaller ones (--image_size)")
 
 
 def read_all(paths, use, workers):

@@ -20,10 +20,12 @@ import baselines
 import data
 import genotypes
 import loaders
+import memory
 import nas201.data
 import nas201.report  # registers arch strings with the drawings and the report
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
+from nas201.genotypes import PRIMITIVES, from_arch_string
 from reporting import report
 from support import devices, distributed, runs
 from support.files import UserError
@@ -135,6 +137,17 @@ def load_splits(args, genotype):
     return train, test, augment
 
 
+def estimate_memory(genotype, image_size, args):
+    """Return the memory.Estimate of the network that `make_network` makes, without making it."""
+    pixels = math.prod(image_size)
+    if args.recipe == "nas201":
+        operations = tuple(PRIMITIVES[index] for index in from_arch_string(genotype))
+        return memory.estimate("s2", memory.s2_cells(args.init_channels, args.layers, pixels, operations), args)
+    pixels //= 64 if args.recipe == "imagenet" else 1  # behind the stem
+    normal, reduce = (tuple(name for name, _ in pairs) for pairs in (genotype.normal, genotype.reduce))
+    return memory.estimate("s1", memory.s1_cells(args.init_channels, args.layers, pixels, normal, reduce), args)
+
+
 class RetrainingState(TrainingState):
     saved = ("best_top1",)
     best_top1 = 0.0  # percent, on the test images
@@ -222,13 +235,15 @@ def main(argv=None):
     large = isinstance(train, data.Files)
     warmup = large and args.batch_size > 256
 
-    torch.manual_seed(args.seed)
-    network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
-    network = network.to(device, memory_format=devices.memory_format(device))
     generator = torch.Generator().manual_seed(args.seed + 1)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
     test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
+    needs = estimate_memory(genotype, train.image_size, args)
+    memory.check_training(needs, args, (train_loader, test_loader), device)
+    torch.manual_seed(args.seed)
+    network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
+    network = network.to(device, memory_format=devices.memory_format(device))
 
     about = {  # what a test must know of the weights, saved beside them
         "family": args.recipe,

@@ -18,6 +18,7 @@ import encoding
 import fast_search
 import genotypes
 import loaders
+import memory
 import utils
 from costs import REPETITIONS, Costs, s1_table
 from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
@@ -360,6 +361,9 @@ def main(argv=None):
     device = devices.choose_device(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
+    everything = tuple(genotypes.PRIMITIVES) * 14
+    cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), everything, everything)
+    memory.check_search(memory.supernet("s1", cells, args), args, loaders, device, 2 * len(everything))
     torch.manual_seed(args.seed)
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))

@@ -5,13 +5,16 @@ from support.cli import MOST, Published, command, number  # first: it ends Ctrl-
 # isort: split
 
 import argparse
+import math
 import os
 
 import numpy as np
 import torch
 
+import memory
 from data import describe
 from nas201 import benchmark, data, encoding, fast_search, model
+from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
@@ -135,6 +138,9 @@ def main(argv=None):
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
+    everything = PRIMITIVES * len(EDGES)
+    cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), everything)
+    memory.check_search(memory.supernet("s2", cells, args), args, loaders, device, len(everything))
     torch.manual_seed(args.seed)
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)

@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
@@ -185,6 +186,17 @@ def describe_device(device):
     if device.type == "cuda":
         return f"running on {torch.cuda.get_device_name(device)} ({device})"
     return f"running on the {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def total_memory(device) -> int:
+    """Return the bytes of memory that a device has: a GPU's own, else the machine's, or the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not Linux, the other version of cgroups, or "max"
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)
 
 
 def peak_memory_mb(device):

@@ -32,6 +32,11 @@ def local_rank(default=0):
     return from_torchrun("LOCAL_RANK", default)
 
 
+def local_world_size():
+    """Return the number of processes on this machine."""
+    return from_torchrun("LOCAL_WORLD_SIZE", world_size())
+
+
 def say(text, file=None):
     """Print a line on rank 0, above any progress bar."""
     if rank() == 0:

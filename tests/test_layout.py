@@ -20,6 +20,7 @@ METHOD = {
     "fast_search",
     "fast_ops",
     "costs",
+    "memory",
 }
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
