@@ -54,7 +54,7 @@ def assert_near(network, forward, side, estimate, factor):
 
 
 @pytest.mark.parametrize("plain", [False, True])
-@pytest.mark.parametrize("C, layers, side", [(8, 3, 16), (16, 1, 16), (4, 8, 32)])
+@pytest.mark.parametrize("C, layers, side", [(8, 3, 16), (16, 1, 16)])
 def test_the_estimate_of_a_supernet_of_s1(C, layers, side, plain):
     args = Namespace(momentum=0.9, plain=plain)
     cells = memory.s1_cells(C, layers, side**2, S1_EVERYTHING, S1_EVERYTHING)
@@ -66,10 +66,10 @@ def test_the_estimate_of_a_supernet_of_s1(C, layers, side, plain):
 @pytest.mark.parametrize("plain", [False, True])
 def test_the_estimate_of_a_supernet_of_s2(plain):
     args = Namespace(momentum=0.9, plain=plain)
-    cells = memory.s2_cells(8, 2, 32**2, S2_EVERYTHING)
+    cells = memory.s2_cells(8, 2, 16**2, S2_EVERYTHING)
     forward = torch.nn.Module.__call__ if plain else nas201.fast_search.forward
     network, alphas = nas201.model_search.Network(8, 2, 10), torch.zeros(6, 5)
-    assert_near(network, lambda net, x: forward(net, x, alphas), 32, memory.supernet("s2", cells, args), 1.5)
+    assert_near(network, lambda net, x: forward(net, x, alphas), 16, memory.supernet("s2", cells, args), 1.5)
 
 
 @pytest.mark.parametrize("name", genotypes.NAMED)
