@@ -11,6 +11,7 @@ import time
 import torch
 from torch import nn
 
+import memory
 from genotypes import PRIMITIVES, Genotype
 from model import NetworkCIFAR
 from operations import OPS
@@ -63,7 +64,10 @@ class Costs:
         self.names = list(NAMES) if args.max_latency else list(NAMES)[:2]
 
     def check(self):
-        """Raise UserError for a budget that no architecture meets."""
+        """Raise UserError for a budget that no architecture meets, or for networks too large to be measured."""
+        if self.args.max_latency:
+            advice = "make the network smaller, or leave --max_latency out"
+            memory.check({"the network that is timed": 4 * self.fixed[0].item()}, self.device, advice)
         for name, flag, smallest in zip(self.names, FLAGS, (self.fixed.double() / 1e6).tolist(), strict=False):
             if self.limits[name] is not None and self.limits[name] < smallest:
                 least = f"the smallest network has {smallest} {NAMES[name]}"

@@ -3,7 +3,9 @@
 import argparse
 import collections
 import hashlib
+import math
 import os
+import socket
 from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 
 import image_folder
+import memory
 from support import distributed, seeds
 from support.files import UserError, no_empty_folders
 from support.images import load_cache, open_image, save_cache, to_rgb, to_size
@@ -19,6 +22,7 @@ from support.images import load_cache, open_image, save_cache, to_rgb, to_size
 SMALL = 64  # pixels; up to here a folder's images are kept in memory and get the CIFAR recipe
 CACHED = 5_000  # images of a folder; where so many are read into memory, they are kept in a file and decoded once
 CACHE = ".evnas-images.npz"  # that file, beside the class folders
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer
 SHARE = 0.9  # of a folder's images; where so many have one small size, an image of another is a mistake
 
 
@@ -155,17 +159,43 @@ def check_small(dataset, image_size, in_memory):
 
 
 def load_cifar(dataset, root, split):
-    """Read CIFAR-10 or -100 through torchvision, which checks the files and downloads them where they are missing."""
+    """Read CIFAR-10 or -100 through torchvision, which checks the files; download them where they are missing."""
     import torchvision
 
     kind = getattr(torchvision.datasets, dataset.upper())
-    try:
-        with distributed.one_after_the_other(), no_empty_folders(root):
-            source = kind(root, train=split == "train", download=True)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"{dataset} is not in {root} and cannot be downloaded: {error}") from error
+    with distributed.one_after_the_other():
+        try:
+            source = kind(root, train=split == "train", download=False)
+        except RuntimeError:  # so torchvision says that files are missing or damaged
+            download_cifar(dataset, root, kind)
+            source = kind(root, train=split == "train", download=False)
     images = torch.from_numpy(source.data).permute(0, 3, 1, 2).contiguous()
     return Images(images, torch.tensor(source.targets), list(source.classes), dataset)
+
+
+def download_cifar(dataset, root, kind):
+    """Download what torchvision's class `kind` reads. Raises UserError, also if nothing comes for DOWNLOAD_TIMEOUT."""
+    archive = Path(root, kind.filename)
+    before_us = archive.exists()
+    distributed.say(f"{dataset} is not in {root}: downloading about 170 MB to it")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none, for the connection or for what comes
+    try:
+        with no_empty_folders(root):
+            try:
+                kind(root, download=True)
+            except BaseException:
+                if not before_us:  # what came is a part of it
+                    archive.unlink(missing_ok=True)
+                raise
+    except (OSError, RuntimeError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{dataset} is not in {root} and cannot be downloaded ({reason}): put the folder {kind.base_folder} there, "
+            "as torchvision keeps it, name another folder with --data, or try --dataset digits"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 def load_digits(split):
@@ -229,8 +259,11 @@ def read_small(files, workers=None):
 
     # Of photographs a few headers are read, not a million.
     sample = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))[:100].tolist()
-    if sum(open_image(files.paths[i], is_small) for i in sample) < len(sample) / 2:
+    sizes = [open_image(files.paths[i], lambda image: image.size) for i in sample]
+    if sum(max(size) <= SMALL for size in sizes) < len(sample) / 2:
         return files
+    width, height = min(sizes, key=math.prod)
+    check_fits(len(files), height, width)
 
     def read(image):
         return np.asarray(to_rgb(image)) if is_small(image) else np.empty(0)
@@ -251,8 +284,15 @@ def read_small(files, workers=None):
 def read_resized(files, workers=None):
     """Return the Files in memory, as Images, resized and cropped to their image_size."""
     height, width = files.image_size
+    check_fits(len(files), height, width)
     read = lambda image: np.asarray(to_size(to_rgb(image), width, height))  # noqa: E731
     return to_images(files, read_all(files.paths, read, workers))
+
+
+def check_fits(count, height, width):
+    """Raise UserError where so many images do not fit into memory."""
+    images = {f"{count:,} images of {width}x{height} pixels": 3 * count * height * width}
+    memory.check(images, torch.device("cpu"), "take fewer images, or smaller ones (--image_size)")
 
 
 def read_all(paths, use, workers):

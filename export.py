@@ -22,7 +22,7 @@ import loaders
 import nas201.data
 import testing
 from support import distributed, runs
-from support.files import UserError, atomic_write, read_json
+from support.files import UserError, atomic_write, read_bytes, read_json
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # older versions of torch need an end
 TOLERANCE = 1e-5  # of the largest logit, in float32
@@ -79,7 +79,8 @@ def to_onnx(module, x, metadata):
 def run_onnx(path, x):
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    # As bytes: it takes no path that is not UTF-8.
+    session = onnxruntime.InferenceSession(read_bytes(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
 

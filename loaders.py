@@ -7,6 +7,7 @@ are read and augmented by worker processes, each sample under a seed of its own.
 
 import os
 import re
+import resource
 import signal
 import threading
 from functools import partial
@@ -110,6 +111,23 @@ def inside(center, length, size):
     return (distance >= -(length // 2)) & (distance < length // 2)
 
 
+def check_descriptors(workers: int) -> None:
+    """Raise UserError where a process may open too few files for so many `workers`: loading would wait for ever.
+
+    A training and a test loader together have been seen to need 12 and 10 a worker. The limit is raised where that is
+    allowed.
+    """
+    needed = len(os.listdir("/dev/fd")) + 24 + 10 * workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard != resource.RLIM_INFINITY and hard < needed:
+            raise UserError(
+                f"--workers {workers} needs {needed} open files, but the limit is {hard}: "
+                "raise it (ulimit -n), or give fewer (--workers 0: none)"
+            )
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 class FileLoader:
     """Batches (x, y) of image files with the ImageNet transforms, read by `workers` processes.
 
@@ -122,6 +140,8 @@ class FileLoader:
     def __init__(
         self, split, batch_size, augmentation, device, *, generator=None, augment=False, workers=0, shared=True
     ):
+        if workers:
+            check_descriptors(workers)
         self.device, self.generator, self.shared, self.augment = device, generator, shared, augment
         self.batch_size, self.size = batch_size, len(split)
         self.image_shape = (3, *split.image_size)

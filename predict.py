@@ -87,7 +87,8 @@ def main(argv=None):
         if args.json:
             distributed.say(json.dumps({"image": str(path), "classes": dict(best)}))
         else:
-            distributed.say("\n".join([str(path), *(f"  {100 * p:6.2f} %  {name}" for name, p in best)]))
+            for line in (str(path), *(f"  {100 * p:6.2f} %  {name}" for name, p in best)):
+                distributed.say(line)
     if skipped:
         where = "the lines that begin with `skipped` name them"
         distributed.say(f"error: {len(skipped)} images or folders could not be read; {where}", file=sys.stderr)

@@ -4,6 +4,8 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
+
 import data
 import genotypes
 import loaders
@@ -14,7 +16,7 @@ from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
 from support import devices, distributed, weights
-from support.cli import Parser, Published, number
+from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
 from utils import CIFAR, NAS201, RECIPES
@@ -79,6 +81,8 @@ def make_network(genotype, family, classes, image_size, args):
     if args.auxiliary and list(image_size) != [side, side]:
         found = "{1}x{0}".format(*image_size)
         raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
+    if family == "imagenet" and args.init_channels % 2:
+        raise UserError(f"--init_channels {args.init_channels}: ImageNet's networks need an even number of channels")
     data.check_sides(image_size, 32 if family == "imagenet" else 4)
     if family == "nas201":
         return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
@@ -87,6 +91,24 @@ def make_network(genotype, family, classes, image_size, args):
 
 
 # ---- trained networks
+
+
+def load_network(path, genotype, family, classes, image_size, args):
+    """Make the network of the weights at `path`, on the CPU, and load them. Raises UserError.
+
+    What `args` (the command line, or the weights' side file) say of its size is compared with the file's names and
+    shapes first, on a network without storage: a wrong figure neither fills the memory nor builds for ever.
+    """
+    state = weights.read_state(path)
+    cells = len({name.split(".")[1] for name in state if name.startswith("cells.")})
+    needed = 3 * args.layers + 2 if family == "nas201" else args.layers
+    if needed > cells:
+        where = f'--layers, or "layers" in {weights.info_path(path)}'
+        raise UserError(f"{path} holds no weights of this network: {cells} cells, not {needed} ({where}, is wrong)")
+    with torch.device("meta"):
+        network = make_network(genotype, family, classes, image_size, args)
+    weights.load_state(network, state, path)
+    return network
 
 
 def saved_family(about, genotype, path):
@@ -125,8 +147,7 @@ def load(run_dir):
     genotype = genotypes.from_json(about["genotype"], weights.info_path(path))
     family, size = saved_family(about, genotype, path), about["image_size"]
     without_head = argparse.Namespace(**(about | {"auxiliary": False}))
-    network = make_network(genotype, family, len(about["classes"]), size, without_head)
-    weights.load_weights(network, path)
+    network = load_network(path, genotype, family, len(about["classes"]), size, without_head)
     normalisation = data.Augmentation(about["mean"], about["std"])
     if family == "imagenet":
         steps = loaders.imagenet_transform(normalisation, False, size[0])
@@ -148,17 +169,19 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     cell.add_argument("--model_path", help="a weights file")
     cell.add_argument("--arch", help=ARCH)
     cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
-    for name, low in (("init_channels", 2), ("layers", 1)):
+    for name, low, high in (("init_channels", 2, MOST.channels), ("layers", 1, MOST.cells)):
         text = f"(default: {getattr(recipe, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
-        cell.add_argument(f"--{name}", type=number(int, low), help=text)
-    cell.add_argument("--image_size", type=number(int, 4), help="as in training (default: what DIR says)")
+        cell.add_argument(f"--{name}", type=number(int, low, high), help=text)
+    cell.add_argument("--image_size", type=number(int, 4, MOST.pixels), help="as in training (default: what DIR says)")
     cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
     data.add_data_arguments(run, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
     run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
     run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
-    run.add_argument("--workers", type=number(int, 0), default=4, help="processes that read large image files")
+    run.add_argument(
+        "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read large image files"
+    )
     run.add_argument("--report_freq", type=number(int, 1), default=recipe.report_freq, help="batches a report")
     devices.add_device_arguments(run)
     run.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
@@ -199,8 +222,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     loader = loaders.make_loader(
         images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
     )
-    network = make_network(genotype, family, len(images.classes), images.image_size, args)
-    weights.load_weights(network, args.model_path)
+    network = load_network(args.model_path, genotype, family, len(images.classes), images.image_size, args)
     network = network.to(device, memory_format=devices.memory_format(device))
 
     distributed.say(f"{devices.describe_device(device)}; the cell of {source}")

@@ -3,7 +3,7 @@
 One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
 """
 
-from support.cli import Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
+from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
 
 # isort: split
 
@@ -22,10 +22,12 @@ import baselines
 import data
 import genotypes
 import loaders
+import memory
 import nas201.data
 import nas201.report  # registers arch strings with the drawings and the report
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
+from nas201.genotypes import PRIMITIVES, from_arch_string
 from reporting import report
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
@@ -52,22 +54,24 @@ def make_parser():
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
     group.add_argument("--dataset", default="cifar10", choices=datasets)
     text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
-    group.add_argument("--image_size", type=number(int, 4), help=text)
+    group.add_argument("--image_size", type=number(int, 4, MOST.pixels), help=text)
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
     group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
-    group.add_argument("--workers", type=number(int, 0), default=4, help="processes that read image files (imagenet)")
+    group.add_argument(
+        "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read image files (imagenet)"
+    )
     group = parser.add_argument_group("network")
     text = f"the family of networks (default: cifar for images of at most {data.SMALL} pixels, nas201 for arch strings)"
     group.add_argument("--recipe", choices=RECIPES, help=text)
-    group.add_argument("--init_channels", type=number(int, 2), help=default("init_channels"))
+    group.add_argument("--init_channels", type=number(int, 2, MOST.channels), help=default("init_channels"))
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
-    group.add_argument("--layers", type=number(int, 1), help=f"cells {default('layers')}, in each stage")
+    group.add_argument("--layers", type=number(int, 1, MOST.cells), help=f"cells {default('layers')}, in each stage")
     group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
     group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
     group.add_argument("--drop_path_prob", type=number(float, 0, 0.99), help=f"at the end {default('drop_path_prob')}")
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(int, 1), help=default("epochs"))
+    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), help=default("epochs"))
     group.add_argument("--batch_size", type=number(int, 1), help=f"of all processes together {default('batch_size')}")
     group.add_argument("--learning_rate", type=number(float, 0), help=default("learning_rate"))
     group.add_argument("--lr_scheduler", choices=["cosine", "linear"], help=default("lr_scheduler"))
@@ -135,6 +139,17 @@ def load_splits(args, genotype):
     if args.drop_path_prob and args.recipe == "nas201":
         raise UserError("--drop_path_prob is not for arch strings: the benchmark's networks have no drop path")
     return train, test, augment
+
+
+def estimate_memory(genotype, image_size, args):
+    """Return the memory.Estimate of the network that `make_network` makes, without making it."""
+    pixels = math.prod(image_size)
+    if args.recipe == "nas201":
+        operations = tuple(PRIMITIVES[index] for index in from_arch_string(genotype))
+        return memory.estimate("s2", memory.s2_cells(args.init_channels, args.layers, pixels, operations), args)
+    pixels //= 64 if args.recipe == "imagenet" else 1  # behind the stem
+    normal, reduce = (tuple(name for name, _ in pairs) for pairs in (genotype.normal, genotype.reduce))
+    return memory.estimate("s1", memory.s1_cells(args.init_channels, args.layers, pixels, normal, reduce), args)
 
 
 class RetrainingState(TrainingState):
@@ -258,13 +273,15 @@ def main(argv=None):
     large = isinstance(train, data.Files)
     warmup = large and args.batch_size > 256
 
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
-    network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
-    network = network.to(device, memory_format=devices.memory_format(device))
     generator = seeds.generator(args, "training images")
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
     test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
+    needs = estimate_memory(genotype, train.image_size, args)
+    memory.check_training(needs, args, (train_loader, test_loader), device)
+    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
+    network = network.to(device, memory_format=devices.memory_format(device))
 
     about = {  # what a test must know of the weights, saved beside them
         "family": args.recipe,

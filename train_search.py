@@ -1,6 +1,6 @@
 """Search for a cell in the DARTS space with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
-from support.cli import Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
+from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
 
 # isort: split
 
@@ -18,6 +18,7 @@ import encoding
 import fast_search
 import genotypes
 import loaders
+import memory
 import utils
 from costs import REPETITIONS, Costs, s1_table
 from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
@@ -28,6 +29,7 @@ from reporting import report
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError, atomic_write
 
+SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; a denormal number would make an infinite excess
 ARCHIVED = 100  # individuals of the generations' fronts of fitness and costs
 
 
@@ -260,25 +262,27 @@ def search_parser(prog, description, datasets, **defaults):
     data.add_data_arguments(group, "../data", "where the data set lies or is downloaded to")
     group.add_argument("--dataset", default="cifar10", choices=datasets, help="folder: own images in DATA/train/CLASS/")
     text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
-    group.add_argument("--image_size", type=number(int, 4), help=text)
+    group.add_argument("--image_size", type=number(int, 4, MOST.pixels), help=text)
     group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
     group.add_argument("--valid_samples", type=number(int, 1), help="measure on this many images only, drawn per class")
     group.add_argument("--cutout", action="store_true", help="cut a square out of each augmented image")
     group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
     group.add_argument("--valid_transform", choices=["train", "test"], default="train", help="of validation images")
     group = parser.add_argument_group("genetic algorithm")
-    group.add_argument("--epochs", type=number(int, 1), default=50, help="generations")
-    group.add_argument("--pop_size", type=number(int, 1), default=50, help="individuals")
+    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, help="generations")
+    group.add_argument("--pop_size", type=number(int, 1, MOST.individuals), default=50, help="individuals")
     group.add_argument("--tsize", type=number(int, 1), default=10, help="individuals in a tournament")
     group.add_argument("--num_elites", type=number(int, 0), default=1, help="best individuals kept unchanged")
     group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, help="probability for each edge")
     group.add_argument("--variant", choices=VARIANTS, default="evnas", help="the paper's ablations")
-    group.add_argument("--max_params", type=number(float, above=0), help="of the network to be retrained, millions")
-    group.add_argument("--max_mult_adds", type=number(float, above=0), help="of it, millions an image")
+    group.add_argument(
+        "--max_params", type=number(float, SMALLEST_BUDGET), help="of the network to be retrained, millions"
+    )
+    group.add_argument("--max_mult_adds", type=number(float, SMALLEST_BUDGET), help="of it, millions an image")
     text = f"of it, ms: median of {REPETITIONS} forward passes of one image on this device, with these threads"
-    group.add_argument("--max_latency", type=number(float, above=0), help=text)
+    group.add_argument("--max_latency", type=number(float, SMALLEST_BUDGET), help=text)
     text = "random architectures that the winner is compared with on the final weights; 0: none"
-    group.add_argument("--baselines", type=number(int, 0), default=50, help=text)
+    group.add_argument("--baselines", type=number(int, 0, MOST.individuals), default=50, help=text)
     group.add_argument("--bn", choices=["batch", "running"], default="batch", help="BatchNorm statistics for fitness")
     group = parser.add_argument_group("training of the shared weights")
     group.add_argument("--batch_size", type=number(int, 1), default=64, help="training batch")
@@ -288,7 +292,9 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     group.add_argument("--weight_decay", type=number(float, 0), default=3e-4, help="of SGD, on every parameter")
     group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, help="largest gradient norm")
-    group.add_argument("--init_channels", type=number(int, 1), default=16, help="channels of the first cells")
+    group.add_argument(
+        "--init_channels", type=number(int, 1, MOST.channels), default=16, help="channels of the first cells"
+    )
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     group = parser.add_argument_group("run")
     group.add_argument("--dir", default=".", help="the run directory is made in here")
@@ -364,14 +370,16 @@ def run_search(args, space, network, loaders, device, prog, bound):
 @command
 def main(argv=None):
     parser = search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
-    parser.add_argument("--layers", type=number(int, 1), default=8, help="cells of the supernet")
+    parser.add_argument("--layers", type=number(int, 1, MOST.cells), default=8, help="cells of the supernet")
     parser.add_argument(
         "--target_channels",
-        type=number(int, 2),
+        type=number(int, 2, MOST.channels),
         default=utils.CIFAR.init_channels,
         help="of the network to be retrained",
     )
-    parser.add_argument("--target_layers", type=number(int, 1), default=utils.CIFAR.layers, help="its cells")
+    parser.add_argument(
+        "--target_layers", type=number(int, 1, MOST.cells), default=utils.CIFAR.layers, help="its cells"
+    )
     share = number(float, above=0, high=1)
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)
@@ -379,6 +387,9 @@ def main(argv=None):
     device = devices.choose_device(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
+    everything = tuple(genotypes.PRIMITIVES) * 14
+    cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), everything, everything)
+    memory.check_search(memory.supernet("s1", cells, args), args, loaders, device, 2 * len(everything))
     torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))

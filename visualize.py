@@ -6,11 +6,12 @@ from support.cli import command  # first: it ends Ctrl-C in one line
 
 import argparse
 import os
+import sys
 
 import genotypes
 import nas201.report  # noqa: F401  registers its space
 from reporting import cells, report
-from support.files import UserError
+from support.files import UserError, emit
 
 
 def resolve(target):
@@ -40,7 +41,8 @@ def main(argv=None):
     else:
         architecture, name, folder = resolve(args.target)
         paths = cells.write_cells(args.output or folder, architecture, args.format, name)
-    print("\n".join(paths))
+    for path in paths:
+        emit(path, sys.stdout)
 
 
 if __name__ == "__main__":

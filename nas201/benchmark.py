@@ -39,7 +39,7 @@ from nas201.sources import (
     read_pth,
     unpacked,
 )
-from support.files import UserError, atomic_write, restricted_unpickle
+from support.files import UserError, atomic_write, emit, restricted_unpickle
 
 MOST_PARAMETERS = to_arch_string([PRIMITIVES.index("nor_conv_3x3")] * len(EDGES))
 
@@ -269,7 +269,7 @@ def main(argv=None):
             return
         case ["export", path, destination]:
             save(source := load(path), destination)
-            print(f"{destination}: {len(source)} architectures")
+            emit(f"{destination}: {len(source)} architectures", sys.stdout)
         case ["query", path, arch]:
             query(source := load(path), arch)
         case ["best", path]:
@@ -279,9 +279,9 @@ def main(argv=None):
         case _:
             raise UserError("give export SRC DST, query SRC ARCH, best SRC or baselines SRC [ARCH] (see --help)")
     if source.absent:
-        print(f"note: {source.path} has no {', '.join(source.absent)}", file=sys.stderr)
+        emit(f"note: {source.path} has no {', '.join(source.absent)}", sys.stderr)
     if source.missing:
-        print(f"note: {source.path} has no record of {len(source.missing)} architectures", file=sys.stderr)
+        emit(f"note: {source.path} has no record of {len(source.missing)} architectures", sys.stderr)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from support.cli import Parser, command  # first: it ends Ctrl-C in one line
 # isort: split
 
 import statistics
+import sys
 from pathlib import Path
 
 from nas201.benchmark import baselines, load
@@ -15,7 +16,7 @@ from nas201.genotypes import NUM_ARCHS
 from nas201.report import PUBLISHED, SPREAD
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from reporting.charts import column, finite_values
-from support.files import UserError, read_history, read_json, write_json
+from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
 PUBLISHED_SECONDS = 20249.7
@@ -99,9 +100,10 @@ def show(figures, digits=2):
 def print_table(summary):
     args, seeds = summary["arguments"], ", ".join(map(str, SEEDS))
     size = f"C {args['init_channels']}, N {args['num_cells']}, {args['pop_size']} individuals"
-    print(f"\n{summary['dataset']}: seeds {seeds}; {size}, {args['epochs']} generations")
+    print()
+    emit(f"{summary['dataset']}: seeds {seeds}; {size}, {args['epochs']} generations", sys.stdout)
     for run in summary["runs"]:
-        print(f"  {run['best_genotype']}")
+        emit(f"  {run['best_genotype']}", sys.stdout)
     heads = {"searched": "these searches", "published": "published", "optimum": "optimum"}
     heads |= {"space_mean": "mean", "space_median": "median", "space_std": "std", "space_best_of_10": "of 10"}
     heads |= {"space_best_of_50": "of 50", "space_most_parameters": "largest"}
@@ -118,11 +120,12 @@ def print_table(summary):
     truth = summary["runs"][0]["truth"]
     if truth:
         tau, rho = show(summary["kendall_tau"], 3), show(summary["spearman_rho"], 3)
-        print(f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}")
+        text = f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}"
+        emit(text, sys.stdout)
         tau, other = (show(summary[f"kendall_tau_random_{of}"], 3) for of in ("fitness", "parameters"))
         print(f"Kendall's tau on random architectures: of fitness on the final weights {tau}, of parameters {other}")
     for run in summary["runs"]:
-        print(f"{run['run']}: {run['worth'].get('sentence')}")
+        emit(f"{run['run']}: {run['worth'].get('sentence')}", sys.stdout)
     absent = "not in the benchmark's table, or not read" if args["api_path"] else "no benchmark was given (--api_path)"
     print("mean ± standard deviation over the seeds (n - 1); published: by searches on the same data set")
     print("mean, median, std: a random architecture; of 10, of 50: the expected best of so many of them")

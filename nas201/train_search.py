@@ -1,18 +1,21 @@
 """Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
 
-from support.cli import Published, command, number  # first: it ends Ctrl-C in one line
+from support.cli import MOST, Published, command, number  # first: it ends Ctrl-C in one line
 
 # isort: split
 
 import argparse
+import math
 import os
 
 import numpy as np
 import torch
 
+import memory
 from data import describe
 from loaders import inside
 from nas201 import benchmark, data, encoding, fast_search, model
+from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from nas201.summary import finished
@@ -151,7 +154,9 @@ def main(argv=None):
     defaults = dict(bn="running", valid_transform="test", baselines=100)
     parser = search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
-    group.add_argument("--num_cells", type=number(int, 1), default=5, help="cells in each of the three stages")
+    group.add_argument(
+        "--num_cells", type=number(int, 1, MOST.cells), default=5, help="cells in each of the three stages"
+    )
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help="nodes of a cell, as in the benchmark")
     text = "BatchNorm of the searched cells keeps running statistics; else it always uses the batch's"
     group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=False, help=text)
@@ -161,7 +166,9 @@ def main(argv=None):
     text = f"the benchmark: .csv, .csv.xz, .pth or a NATS-Bench directory (default: {PUBLISHED_TABLE} if there is one)"
     group.add_argument("--api_path", help=text)
     group.add_argument("--api_dataset", choices=DATASETS, help="compare with these accuracies (default: DATASET's own)")
-    group.add_argument("--workers", type=number(int, 1), default=2, help="threads that read and check image files")
+    group.add_argument(
+        "--workers", type=number(int, 1, MOST.workers), default=2, help="threads that read and check image files"
+    )
     group.add_argument("--trainval", action=Published)
     text = "a configuration of the published search: stop if its optimizer or loss is not the one used here"
     group.add_argument("--config_path", metavar="FILE", default=argparse.SUPPRESS, help=text)
@@ -185,6 +192,9 @@ def main(argv=None):
     loaders = search_loaders(args, train, valid, augmentation, device)
     if args.cutout:
         distributed.say(cutout_text(loaders[0]))
+    everything = PRIMITIVES * len(EDGES)
+    cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), everything)
+    memory.check_search(memory.supernet("s2", cells, args), args, loaders, device, len(everything))
     torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)

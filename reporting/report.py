@@ -12,7 +12,16 @@ import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
 from reporting.charts import chart, column, finite_values, pairs, scatter, show, step_of, wide
-from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_history, read_json
+from support.files import (
+    UserError,
+    atomic_write,
+    check_unpacked_size,
+    escaped,
+    open_regular,
+    quoted,
+    read_history,
+    read_json,
+)
 
 CSS = """
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b1f27;--soft:#5a6270;--rule:#dde1e7}
@@ -280,9 +289,10 @@ def write_report(run_dir):
     about = [flags.get("dataset"), args.get("started"), os.path.basename(os.path.abspath(run_dir))]
     about = escape(" · ".join(str(part) for part in about if part))
     page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))
+    page = "\n".join(map(escaped, page.split("\n")))
     path = os.path.join(run_dir, "report.html")
     with atomic_write(path) as file:
-        file.write(page.encode("utf-8", "replace"))  # names of files need not be Unicode
+        file.write(page.encode())
     return path
 
 
@@ -298,4 +308,5 @@ def finish(run, architecture):
         run.log(f"finished; report: {write_report(run.path)}")
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        run.log(f"finished, without a report ({reason}); for another try: python visualize.py --report {run.path}")
+        again = f"python visualize.py --report {quoted(run.path)}"
+        run.log(f"finished, without a report ({reason}); for another try: {again}")

@@ -58,7 +58,7 @@ def command(main):
                 raise
         except KeyboardInterrupt:
             text, code = "interrupted", 130
-        emit(" ".join(text.split()), sys.stderr)
+        emit(text, sys.stderr)
         raise SystemExit(code)
 
     return wrapper
@@ -135,6 +135,8 @@ def file_name(text):
 
 
 LARGEST = 3.4028235e38  # of float32
+# The largest sizes that flags take: many times what anybody has used, and yet of networks that are counted in seconds.
+MOST = argparse.Namespace(channels=4096, cells=200, individuals=10_000, epochs=10**6 - 1, workers=1024, pixels=4096)
 
 
 def number(kind, low=None, high=None, above=None):

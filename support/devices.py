@@ -8,6 +8,7 @@ import os
 import resource
 import shutil
 import sys
+from pathlib import Path
 
 import torch
 import torch.utils.checkpoint
@@ -18,7 +19,7 @@ from support.files import UserError
 
 
 def add_device_arguments(group):
-    group.add_argument("--gpu", type=number(int, 0), default=0, help="CUDA device")
+    group.add_argument("--gpu", type=number(int, 0, 1023), help="number of the CUDA device (default: 0)")
     group.add_argument("--device", help="any PyTorch device, such as cpu (default: CUDA where there is one, else CPU)")
 
 
@@ -40,8 +41,11 @@ def choose_device(args):
     Raises UserError for a device that cannot be used.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    # Runs of older versions have --gpu 0 in their arguments, given or not.
+    if args.gpu is not None and args.device is None and name == "cpu" and (args.gpu or not getattr(args, "resume", 0)):
+        raise UserError(f"--gpu {args.gpu}: there is no CUDA device here; leave it out or give --device cpu")
     if name == "cuda":
-        name = f"cuda:{distributed.local_rank(args.gpu)}"
+        name = f"cuda:{distributed.local_rank(args.gpu or 0)}"
     try:
         device = torch.device(name)
         torch.zeros(1, device=device).item()  # read, since a tensor on the device meta has no values
@@ -184,6 +188,17 @@ def describe_device(device):
     if device.type == "cuda":
         return f"running on {torch.cuda.get_device_name(device)} ({device})"
     return f"running on the {device.type.upper()}, {torch.get_num_threads()} threads"
+
+
+def total_memory(device) -> int:
+    """Return the bytes of memory that a device has: a GPU's own, else the machine's, or the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # not Linux, the other version of cgroups, or "max"
+            sizes.append(int(Path(path).read_text()))
+    return min(sizes)
 
 
 def peak_memory_mb(device):

@@ -32,6 +32,11 @@ def local_rank(default=0):
     return from_torchrun("LOCAL_RANK", default)
 
 
+def local_world_size():
+    """Return the number of processes on this machine."""
+    return from_torchrun("LOCAL_WORLD_SIZE", world_size())
+
+
 def say(text, file=None):
     """Print a line on rank 0, above any progress bar."""
     if rank() == 0:
@@ -55,7 +60,8 @@ def join_process_group(device):
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"cannot meet the other processes, start with torchrun ({error!s:.200})") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot meet the other processes, start with torchrun ({reason:.200})") from error
         atexit.register(leave_process_group)
 
 

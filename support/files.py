@@ -9,6 +9,8 @@ import json
 import os
 import pickle
 import pickletools
+import re
+import shlex
 import stat
 from pathlib import Path
 
@@ -80,18 +82,43 @@ def write_json(path, value):
 
 
 def append_line(path, line):
-    """Add a line to a text file. Raises UserError when that fails; the file may then end in a part of the line."""
+    """Add a line to a text file, control characters escaped.
+
+    Raises UserError when that fails; the file may then end in a part of the line.
+    """
     try:
         with open_regular(path, "a") as file:
-            file.write(f"{line}\n")
+            file.write(f"{escaped(line)}\n")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
+# What a terminal would obey or a reader misread: C0 and C1 controls, line separators, marks that turn the direction,
+# and the surrogates that stand for bytes of file names that are not UTF-8.
+CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    r"""Return `text` with its control characters as \n, \x1b, \u202e: names of files and classes can hold any."""
+    return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def quoted(word: object) -> str:
+    """Return a word as a shell takes it, on one line: with control characters in the form $'..' of bash and zsh."""
+    text = str(word)
+    if not CONTROLS.search(text):
+        return shlex.quote(text)
+    text = text.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + CONTROLS.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in os.fsencode(found[0])), text) + "'"
+
+
 def emit(text, stream, write=print):
-    """Print a line at once. A stream that is lost (a closed pipe, a full disk) is given up: nothing ends for it."""
+    """Print a line at once, control characters escaped.
+
+    A stream that is lost (a closed pipe, a full disk) is given up: nothing ends for it.
+    """
     try:
-        write(text, file=stream)
+        write(escaped(text), file=stream)
         stream.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in its buffer goes there too
@@ -161,11 +188,15 @@ def check_unpacked_size(archive, limit):
         raise ValueError(f"it unpacks to more than {limit} bytes")
 
 
+MOST_STEPS = 700_000  # opcodes of a pickle; a batch of ImageNet16 has fewer than 300,000
+
+
 def restricted_unpickle(data, allowed, path, refused=(), **kwargs):
     """Unpickle bytes `data` of file `path`, knowing only the callables in `allowed`: {(module, name): object}.
 
-    Raises UserError for any other callable (which is not executed), for the opcodes named in `refused` and for damaged
-    data. Memo indices are checked before anything is built, since a pickle of 20 bytes can otherwise ask for gigabytes.
+    Raises UserError for any other callable (which is not executed), for the opcodes named in `refused`, for more than
+    MOST_STEPS opcodes and for damaged data. Memo indices and the number of opcodes are checked before anything is
+    built, since a pickle of 20 bytes can otherwise ask for gigabytes, and one byte can make an object of 216.
     """
 
     class Restricted(pickle.Unpickler):
@@ -176,7 +207,9 @@ def restricted_unpickle(data, allowed, path, refused=(), **kwargs):
             return allowed[module, name]
 
     try:
-        for opcode, argument, _ in pickletools.genops(data):
+        for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+            if step == MOST_STEPS:
+                raise UserError(f"{path} has more than {MOST_STEPS:,} pickled parts, far more than a file of its kind")
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
                 raise UserError(f"{path} is not a valid pickle: memo index {argument}")
             if opcode.name in refused:

@@ -1,6 +1,7 @@
 """Opening image files of strangers: known formats alone, upright, in RGB of 8 bits; keeping what was decoded."""
 
 import contextlib
+import warnings
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -41,15 +42,25 @@ def to_size(image, width, height):
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
+def refuse_bombs():
+    """Make an error of Pillow's warning of more than 89 million pixels; it raises one itself beyond twice as many."""
+    bomb = Image.DecompressionBombWarning
+    if not any(action == "error" and kind is bomb for action, _, kind, *_ in warnings.filters):
+        warnings.simplefilter("error", bomb)
+
+
 def open_image(path, use=to_rgb):
     """Open an image file and return `use` of it, by default its upright RGB form. Raises UserError."""
+    refuse_bombs()
     try:
         # Of a file that Pillow opens itself it maps a plain TIFF into memory, and then ignores its orientation.
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return use(image)
     except UnidentifiedImageError as error:
         raise UserError(f"cannot read image {path}: it is not {', '.join(FORMATS)}") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(f"image {path} is too large: {error}; make it smaller or remove it") from error
+    except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"cannot read image {path}: {error}") from error
 
 

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import platform
-import shlex
 import shutil
 import signal
 import subprocess
@@ -29,6 +28,7 @@ from support.files import (
     append_line,
     atomic_write,
     open_regular,
+    quoted,
     read_bytes,
     read_history,
     read_json,
@@ -158,6 +158,7 @@ class Run:
         self.writes = distributed.rank() == 0
         self._board = None
         if self.writes:
+            refuse_links(self.path)
             self._lock = lock(self.path)
         self._signals = signals.catch()
 
@@ -317,10 +318,17 @@ def shell_command(prog, *words):
     """Return the shell command that starts script or module `prog` with these words, from the current directory."""
     root = os.path.relpath(Path(__file__).resolve().parents[1])
     if not prog.startswith("python"):
-        prog = f"python {shlex.quote(os.path.normpath(os.path.join(root, prog)))}"
+        prog = f"python {quoted(os.path.normpath(os.path.join(root, prog)))}"
     elif root != ".":
-        prog = f"PYTHONPATH={shlex.quote(root)} {prog}"
-    return f"{prog} {shlex.join(map(str, words))}"
+        prog = f"PYTHONPATH={quoted(root)} {prog}"
+    return " ".join([prog, *map(quoted, words)])
+
+
+def refuse_links(path):
+    """Raise UserError where a folder of a run is a symbolic link: what is written would land elsewhere."""
+    for name in ("weights", "population", "runs"):
+        if (path / name).is_symlink():
+            raise UserError(f"{path / name} is a symbolic link, through which nothing is written: remove it")
 
 
 def lock(path):
@@ -354,7 +362,7 @@ def make_directory(path, new_name=True):
 def load_checkpoint(path):
     """Return what save_checkpoint wrote. Raises UserError naming the file, what is wrong, and the previous one."""
     previous = path.with_name("checkpoint.prev.pt")
-    hint = f"; to continue from the one before: mv {previous} {path}" if previous.exists() else ""
+    hint = f"; to continue from the one before: mv {quoted(previous)} {quoted(path)}" if previous.exists() else ""
     try:
         data = read_bytes(path)
     except UserError as error:

@@ -1,5 +1,6 @@
 """Weights files: plain state dicts, read without executing anything, each with a JSON file about it."""
 
+import collections
 import hashlib
 import io
 import os
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import torch
 
+from support.cli import MOST
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json, write_json
+
+WRAPPERS = ("module", "_orig_mod")  # in names: what DataParallel and torch.compile call the network that they hold
 
 
 def load_torch(path, what="weights file"):
@@ -37,12 +41,11 @@ def unpickle_tensors(file):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def load_weights(model, path):
-    """Load a published or own weights file into `model`, strictly.
+def read_state(path) -> dict:
+    """Return the state dict {name: tensor} of a published or own weights file, whatever network it is of.
 
-    Accepts a state dict, or a dict with one under `state_dict`; names with or without `module.`; an auxiliary head that
-    the model does not have; and what the model's own `load_state_dict` leaves out. Anything else missing, unexpected or
-    of another shape raises UserError with the first differing entries.
+    It is the file's content, or what is under `state_dict` in it; the names are without what DataParallel and
+    torch.compile put into them. Raises UserError.
     """
     read_info(path)
     state = load_torch(path)
@@ -50,22 +53,43 @@ def load_weights(model, path):
         state = state["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{path} holds no state dict (names and tensors)")
+    names = [".".join(part for part in str(name).split(".") if part not in WRAPPERS) for name in state]
+    twice = [name for name, count in collections.Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path} holds no state dict: {twice[0]} is there twice")
+    return dict(zip(names, state.values(), strict=True))
+
+
+def load_weights(model, path):
+    """Load a published or own weights file into `model`, strictly; see `read_state` and `load_state`."""
+    load_state(model, read_state(path), path)
+
+
+def load_state(model, state: dict, path) -> None:
+    """Load what `read_state` made of the file `path` into `model`, which may be on the meta device; then it is filled.
+
+    The file may hold an auxiliary head that the model does not have, and what the model's own `load_state_dict` leaves
+    out. It may lack BatchNorm's counters, which PyTorch before 0.4.1 did not have and a test does not use. Anything
+    else missing, unexpected or of another shape raises UserError with the first differing entry of each kind, and some
+    more.
+    """
     expected = model.state_dict()
-    names = [str(name).removeprefix("module.") for name in state]
-    differing = [f"{name} is missing" for name in expected if name not in names]
-    differing += [f"{name} is there twice" for name in sorted({name for name in names if names.count(name) > 1})]
-    others = {name: value for name, value in zip(names, state.values(), strict=True) if name not in expected}
+    missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
+    others = {name: value for name, value in state.items() if name not in expected}
     refused = model.load_state_dict(others, strict=False).unexpected_keys  # this loads nothing
-    for name, value in zip(names, state.values(), strict=True):
-        if name in expected:
-            differing += [f"{name} {problem}" for problem in problems(value, expected[name])]
-        elif name in refused and not name.startswith("auxiliary_head."):
-            differing.append(f"{name} is not in the network")
+    unknown = [name for name in refused if not name.startswith("auxiliary_head.")]
+    differing = [[f"{name} is missing" for name in missing], [f"{name} is not in the network" for name in unknown]]
+    of_known = [(name, state[name]) for name in expected if name in state]
+    differing.append([f"{name} {text}" for name, value in of_known for text in problems(value, expected[name])])
+    first = [texts.pop(0) for texts in differing if texts]
+    differing = first + [text for texts in differing for text in texts]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise UserError(f"{path} holds no weights of this network: {'; '.join(differing[:3])}{more}")
-    state = dict(zip(names, state.values(), strict=True))
-    model.load_state_dict({name: state[name] for name in expected})
+    if any(value.is_meta for value in expected.values()):
+        model.to_empty(device="cpu")
+    counters = {name: torch.zeros((), dtype=value.dtype) for name, value in expected.items() if name not in state}
+    model.load_state_dict({name: state[name] for name in expected if name in state} | counters)
 
 
 def problems(value, expected):
@@ -122,6 +146,10 @@ def is_count(value):
     return type(value) is int and 0 < value < 10**6
 
 
+def is_side(value):
+    return type(value) is int and 0 < value <= MOST.pixels
+
+
 def are_channels(values):
     """Return whether `values` can be a mean or a standard deviation of three channels."""
     return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
@@ -134,7 +162,7 @@ POSSIBLE = {  # what is saved about weights
     "family": lambda value: value in ("cifar", "imagenet", "nas201"),
     "resized": lambda value: isinstance(value, bool),
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    "image_size": lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_count, value)),
+    "image_size": lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_side, value)),
     "mean": are_channels,
     "std": lambda value: are_channels(value) and min(value) > 0,
 }

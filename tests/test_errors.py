@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import pickle
+import resource
 import shutil
+import socket
 import subprocess
 import sys
 import urllib.error
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from test_visualize import make_run
 
 import data
 import genotypes
@@ -24,7 +27,8 @@ import test_imagenet
 import train
 import train_search
 from model import NetworkCIFAR
-from support import cli, devices
+from reporting import report
+from support import cli, devices, files, weights
 
 SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
 TRAIN = "--dataset digits --init_channels 2 --layers 3 --epochs 1 --train_samples 96".split()
@@ -502,3 +506,178 @@ def test_a_process_whose_streams_are_lost(tmp_path):
 def test_what_torch_cannot_do_has_a_remedy(message, advice):
     assert advice in cli.remedy(RuntimeError(message))
     assert cli.remedy(RuntimeError("a fault in the program")) is None
+
+
+# ---- files and arguments that lie
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (f"--{name} {10**20}", f"--{name}: {10**20} must be at least")
+        for name in ("pop_size", "init_channels", "layers", "baselines", "target_channels", "target_layers")
+    ]
+    + [
+        ("--epochs 1000000", "at most 999999"),
+        ("--image_size 5000", "at most 4096"),
+        ("--max_latency 1e-320", "--max_latency: 1e-320 must be at least 1e-06"),
+        ("--max_params 1e-320", "--max_params: 1e-320 must be at least 1e-06"),
+        ("--max_mult_adds 1e-7", "--max_mult_adds: 1e-7 must be at least 1e-06"),
+    ],
+)
+def test_sizes_that_no_run_can_have(fails, flags, message):
+    assert message in fails(train_search.main, [*SEARCH, *flags.split()])
+
+
+def test_sizes_that_no_run_of_the_other_scripts_can_have(fails):
+    assert "--num_cells" in fails(nas201.train_search.main, ["--dataset", "digits", "--num_cells", 10**20])
+    assert "--workers" in fails(nas201.train_search.main, ["--dataset", "digits", "--workers", 10**9])
+    for flag in ("--init_channels", "--layers", "--workers", "--image_size"):
+        assert f"{flag}: {10**20} must be" in fails(train.main, [*TRAIN, *EVNASA, flag, 10**20])
+        assert f"{flag}: {10**20} must be" in fails(test_cifar.main, [*TEST, *EVNASA, flag, 10**20])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(fails):
+    for number in (0, 5):
+        line = fails(train_search.main, [*SEARCH, "--gpu", number])
+        assert f"--gpu {number}: there is no CUDA device here; leave it out or give --device cpu" in line
+    parser = train_search.search_parser("", "", [])
+    assert devices.choose_device(parser.parse_args([])).type == "cpu"
+    assert devices.choose_device(parser.parse_args(["--gpu", "1", "--device", "cpu"])).type == "cpu"
+    resumed = parser.parse_args(["--gpu", "0", "--resume", "run"])  # older versions saved it, given or not
+    assert devices.choose_device(resumed).type == "cpu"
+
+
+def test_an_odd_number_of_channels_in_a_network_for_imagenet(fails, make_images):
+    root = make_images("val", 1, [(80, 70)])
+    make_images("train", 2, [(80, 70)])
+    argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", 6, "--workers", 0]
+    for layers in (1, 3):
+        line = fails(train.main, [*argv, "--init_channels", 5, "--layers", layers])
+        assert "--init_channels 5: ImageNet's networks need an even number of channels" in line
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--layers 200", "3 cells, not 200"),
+        ("--init_channels 4000", "stem.0.weight is (6, 3, 3, 3), not (12000, 3, 3, 3)"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have(fails, tmp_path, flags, message):
+    save_weights(tmp_path / "w.pt")
+    line = fails(test_cifar.main, ["--dataset", "digits", *EVNASA, "--model_path", "w.pt", *TEST[2:], *flags.split()])
+    assert message in line
+
+
+def renamed(state, *changes):
+    """The state dict with its names changed, and those left out that become empty."""
+    for change in changes:
+        state = {change(name): value for name, value in state.items() if change(name)}
+    return state
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda name: None if name.endswith("num_batches_tracked") else name,  # PyTorch before 0.4.1
+        lambda name: f"module.module.{name}",
+        lambda name: f"module._orig_mod.{name}",
+        lambda name: f"_orig_mod.module._orig_mod.{name}",
+        lambda name: name.replace("cells.1.", "cells.1._orig_mod."),
+    ],
+    ids=["old", "module twice", "both", "three", "compiled cells"],
+)
+def test_names_of_other_versions_and_wrappers(tmp_path, change):
+    network = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA)
+    torch.save(renamed(network.state_dict(), change), tmp_path / "w.pt")
+    copy = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA)
+    weights.load_weights(copy, tmp_path / "w.pt")
+    for name, value in network.state_dict().items():
+        assert torch.equal(copy.state_dict()[name], value)
+
+
+def test_names_that_do_not_fit_are_shown_from_both_sides(fails, tmp_path):
+    state = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA).state_dict()
+    torch.save(renamed(state, lambda name: f"net.{name}"), tmp_path / "w.pt")
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    assert "0 cells, not 3" in line
+    torch.save(renamed(state, lambda name: name.replace("stem.", "root.")), tmp_path / "w.pt")
+    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    assert "stem.0.weight is missing; root.0.weight is not in the network" in line
+
+
+def test_an_image_of_169_megapixels(fails, make_images, recwarn):
+    root = make_images("train", 3, [(8, 8)])
+    Image.new("1", (13_000, 13_000)).save(root / "train/bee/2.png")
+    line = fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", root, "--image_size", 8])
+    assert f"image {root}/train/bee/2.png is too large" in line and "make it smaller or remove it" in line
+    assert not recwarn.list
+
+
+CONTROL = "\x1b[31m\u202ered\n"
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
+    (tmp_path / CONTROL).mkdir()
+    line = fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", CONTROL])
+    assert r"data directory \x1b[31m\u202ered\n has no folder train" in line
+    files.append_line(tmp_path / "log.txt", CONTROL)
+    assert (tmp_path / "log.txt").read_text() == "\\x1b[31m\\u202ered\\n\n"
+    run = make_run(tmp_path / "run")
+    about = json.loads((run / "args.json").read_text())
+    about["args"]["dataset"] = CONTROL
+    files.write_json(run / "args.json", about)
+    page = Path(report.write_report(run)).read_text()
+    assert r"\x1b[31m\u202ered" in page and "\x1b" not in page and "\u202e" not in page
+
+
+NAMES = ["plain", "a b", "it's", f"{CONTROL}'\\ $(touch x)", os.fsdecode(b"\xff\x80 \xe9"), "\x85é"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hints_are_quoted_for_the_shell(tmp_path, name):
+    word = files.quoted(name)
+    assert word.isprintable()
+    done = subprocess.run(["bash", "-c", f"printf %s {word}"], cwd=tmp_path, capture_output=True, check=True)
+    assert done.stdout == os.fsencode(name) and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["weights", "population", "runs"])
+def test_a_folder_of_a_run_that_is_a_link(fails, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "found").mkdir()
+    (tmp_path / "found" / name).symlink_to(tmp_path / "elsewhere")
+    line = fails(train_search.main, [*SEARCH, "--valid_samples", "32", "--run_name", "found"])
+    assert f"found/{name} is a symbolic link, through which nothing is written: remove it" in line
+
+
+@pytest.fixture
+def silent_server():
+    """The address of a server that takes connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
+
+
+def test_a_download_that_never_comes(fails, monkeypatch, capsys, silent_server):
+    import torchvision
+
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", silent_server)
+    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    said = []
+    monkeypatch.setattr(data.distributed, "say", said.append)
+    line = fails(train_search.main, ["--data", "no/where"])
+    assert "cifar10 is not in no/where: downloading about 170 MB to it" in said
+    assert "timed out" in line and "put the folder cifar-10-batches-py there" in line and "--dataset digits" in line
+    assert socket.getdefaulttimeout() is None
+
+
+def test_too_few_open_files_for_the_workers(fails, monkeypatch, make_images):
+    root = make_images("val", 1, [(80, 70)])
+    make_images("train", 2, [(80, 70)])
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (24, 24))
+    argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", 6, "--init_channels", 4, "--layers", 1]
+    line = fails(train.main, [*argv, "--workers", 2])
+    assert "open files, but the limit is 24" in line and "--workers 0" in line

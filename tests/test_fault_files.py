@@ -9,6 +9,7 @@ import hashlib
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
 import random
@@ -33,6 +34,7 @@ import data
 import genotypes
 import nas201.data
 import test_cifar
+import testing
 import train
 import train_search
 import visualize
@@ -181,8 +183,10 @@ HUGE = 300 << 20  # bytes that the bombs unpack to
 READERS = {
     "genotype.pickle": genotypes.load,
     "weights.pt": lambda path: weights.load_weights(torch.nn.Linear(3, 2), path),
+    "weights.json": lambda path: testing.load(path.with_name("weights.pt")),
     "checkpoint.pt": runs.load_checkpoint,
     "table.pth": benchmark.load,
+    "table.csv.xz": benchmark.load,
     "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),
     "000001.pickle.pbz2": lambda path: benchmark.load(path.parent).accuracy(1, "cifar10", "test"),
     "001.npz": lambda path: report.operation_shares(path, report.SPACES["s1"]),
@@ -260,6 +264,12 @@ def hostile_files(canary):
         "000001.pickle.pbz2",
         (meta, bz2.compress(b"\x80\x04\x8e" + struct.pack("<Q", 2**40) + b".")),
     )
+    for opcode in few([b"]", b"\x8f"], []):  # lists and sets, a byte each; they take seconds to count
+        content = bz2.compress(b"\x80\x04" + opcode * (15 << 20) + b".")
+        yield f"15 million objects {opcode}", "meta.pickle.pbz2", content
+    yield "64 MB of empty lines", "table.csv.xz", lzma.compress(b"\n" * (64 << 20))
+    yield "15 MB of empty lines", "table.csv.xz", lzma.compress(b"index,arch,cifar10_test_200\n" + b"\n" * (15 << 20))
+    yield "one line of 15 MB", "table.csv.xz", lzma.compress("\U0001f600".encode() + b"a" * (15 << 20))
     yield "pickles inside", "001.npz", npz(alphas=np.array([system], object))
     yield "a zip bomb", "001.npz", npz(alphas=zeros)
     yield "claims terabytes", "001.npz", claims
@@ -281,6 +291,63 @@ def main(argv):
         (folder / "outcomes.json").write_text(json.dumps(outcomes))
 
 
+def read_them_all(process, folder, count):
+    """Has a process read `count` files below a folder: each is refused, and they take less than 250 MiB in all."""
+    reading = process("test_fault_files", [folder], folder / "output", memory=8 << 30)
+    reading.join(120)
+    assert reading.exitcode == 0, (reading.exitcode, (folder / "output").read_text())
+    outcomes = json.loads((folder / "outcomes.json").read_text())
+    bad = [line for line in outcomes if not line[1].startswith("UserError: ") or "\n" in line[1] or line[2] > 250]
+    assert not bad and len(outcomes) == count, bad
+
+
+def side_files():
+    """(description, what differs from the right side file of EvNAS-B, C 4, 3 cells, 3 classes, 16x16 pixels)"""
+    arch, far = to_arch_string([3] * 6), {"init_channels": 4, "layers": 999_999}
+    yield "a million cells", {"layers": 999_999}
+    yield "a million cells of NAS-Bench-201", far | {"family": "nas201", "genotype": arch}
+    yield "a million cells for ImageNet", far | {"family": "imagenet", "image_size": [32, 32]}
+    yield "one cell more", {"layers": 4}
+    yield "one cell fewer", {"layers": 2}
+    yield "4,000 channels", {"init_channels": 4000}
+    yield "a million channels", {"init_channels": 999_999}
+    wide = {"init_channels": 999_999, "family": "nas201", "genotype": arch, "layers": 1}
+    yield "a million channels of NAS-Bench-201", wide
+    yield "an odd number of channels", {"init_channels": 5, "family": "imagenet", "image_size": [32, 32]}
+    yield "half a channel", {"init_channels": 0.5}
+    yield "images of a million pixels a side", {"image_size": [999_996, 999_996]}
+    yield "images without pixels", {"image_size": [0, 0]}
+    yield "a hundred thousand classes", {"classes": [str(i) for i in range(100_000)]}
+    yield "classes that are no names", {"classes": {"a": 1}}
+    yield "another cell", {"genotype": genotypes.to_dict(genotypes.AmoebaNet)}
+    calls = genotypes.to_dict(genotypes.EvNASA) | {"normal": [["__import__", 0]] * 8}
+    yield "an operation that calls", {"genotype": calls}
+    yield "an arch string that is none", {"genotype": "|" * 100_000, "family": "nas201"}
+    yield "a mean that is no number", {"mean": [float("nan")] * 3}
+    yield "lists 100,000 deep", "[" * 100_000
+    yield "the checksum of other weights", {"sha256": "0" * 64}
+
+
+def write_side_files(folder, first):
+    """Writes them, each with the weights that it is about, in folders numbered from `first`; returns how many."""
+    sizes = {"init_channels": 4, "layers": 3, "auxiliary": False}
+    about = {"family": "cifar", "genotype": genotypes.to_json(genotypes.EvNASB), "classes": ["a", "b", "c"]}
+    about |= {"image_size": [16, 16], "resized": True, "mean": [0.5] * 3, "std": [0.2] * 3, **sizes}
+    network = testing.make_network(genotypes.EvNASB, "cifar", 3, [16, 16], argparse.Namespace(**sizes))
+    weights.save_weights(network, folder / "weights.pt", about)
+    testing.load(folder / "weights.pt")
+    about, cases = json.loads((folder / "weights.json").read_text()), list(side_files())
+    assert len(cases) == 20
+    cases = few(cases, cases[::3])
+    for number, (what, changed) in enumerate(cases, first):
+        place = folder / f"{number:02d} {what}, weights.json"
+        place.mkdir()
+        (place / "weights.pt").symlink_to(folder / "weights.pt")
+        content = json.dumps(about | changed) if isinstance(changed, dict) else changed
+        (place / "weights.json").write_text(content)
+    return len(cases)
+
+
 def test_hostile_files(process, tmp_path):
     count = 0
     for count, (what, name, content) in enumerate(hostile_files(tmp_path / "executed"), 1):
@@ -291,14 +358,11 @@ def test_hostile_files(process, tmp_path):
             content = content[1]
         (place / name).write_bytes(content)
     assert count >= 20
-    reading = process("test_fault_files", [tmp_path], tmp_path / "output", memory=8 << 30)
-    reading.join(120)
-    assert reading.exitcode == 0, (reading.exitcode, (tmp_path / "output").read_text())
-    outcomes = json.loads((tmp_path / "outcomes.json").read_text())
-    bad = [line for line in outcomes if not line[1].startswith("UserError: ") or "\n" in line[1] or line[2] > 250]
-    assert not bad and len(outcomes) == count, bad
+    about_weights = write_side_files(tmp_path, count + 1)
+    read_them_all(process, tmp_path, count + about_weights)
     assert not list(tmp_path.rglob("executed")) and not list(tmp_path.parent.glob("archive"))
     COUNTS["hostile file"]["refused, nothing executed, less than 250 MiB"] += count
+    COUNTS["hostile side file of weights"]["refused in one line, less than 250 MiB"] += about_weights
 
 
 # ---- images

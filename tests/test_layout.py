@@ -21,6 +21,7 @@ METHOD = {
     "fast_ops",
     "costs",
     "image_folder",
+    "memory",
 }
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]

@@ -76,6 +76,18 @@ def test_an_auxiliary_head_is_not_loaded(tmp_path, pictures):
     assert network.auxiliary_head is None and torch.equal(network(x)[0], original.eval()(x)[0])
 
 
+def test_onnx_is_read_from_any_path(tmp_path):
+    onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    shape = onnx.helper.make_tensor_value_info("images", onnx.TensorProto.FLOAT, [2])
+    logits = onnx.helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [2])
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Neg", ["images"], ["logits"])], "g", [shape], [logits])
+    opset = [onnx.helper.make_opsetid("", 17)]
+    model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
+    path = tmp_path / os.fsdecode(b"\xff.onnx")
+    path.write_bytes(model.SerializeToString())
+    assert export.run_onnx(path, torch.ones(2)).tolist() == [-1, -1]
+
+
 def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, fails):
     network = make_run(tmp_path / "run", "cifar", pictures)
     _, transform = testing.load(tmp_path / "run")
