@@ -78,8 +78,8 @@ def estimate(space: str, cells: list[Cell], args, maps_share: float = 1.0, extra
         weights += sum(need[1] * cell.C**2 + need[2] * cell.C for need in needs)
         kept.append(4 * maps * maps_share * cell.C * cell.pixels)
         inputs += 4 * (4 if space == "s1" else 1) * cell.C * cell.pixels
-    # With --checkpoint the cells' inputs are kept, and one cell at a time is computed again.
-    return Estimate(4 * (3 if args.momentum else 2) * weights, sum(kept), inputs + max(kept))
+    # With --checkpoint the cells' inputs are kept; one cell at a time is computed again, and has its gradients beside.
+    return Estimate(4 * (3 if args.momentum else 2) * weights, sum(kept), inputs + 2 * max(kept))
 
 
 def supernet(space: str, cells: list[Cell], args) -> Estimate:

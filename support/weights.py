@@ -142,12 +142,12 @@ def read_info(path):
     return about
 
 
-def is_count(value):
-    return type(value) is int and 0 < value < 10**6
+def is_whole(value, most):
+    return type(value) is int and 0 < value <= most
 
 
-def is_side(value):
-    return type(value) is int and 0 < value <= MOST.pixels
+def are_sides(values):
+    return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
 
 
 def are_channels(values):
@@ -156,13 +156,13 @@ def are_channels(values):
 
 
 POSSIBLE = {  # what is saved about weights
-    "init_channels": is_count,
-    "layers": is_count,
+    "init_channels": lambda value: is_whole(value, MOST.channels),
+    "layers": lambda value: is_whole(value, MOST.cells),
     "auxiliary": lambda value: isinstance(value, bool),
     "family": lambda value: value in ("cifar", "imagenet", "nas201"),
     "resized": lambda value: isinstance(value, bool),
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    "image_size": lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_side, value)),
+    "image_size": are_sides,
     "mean": are_channels,
     "std": lambda value: are_channels(value) and min(value) > 0,
 }

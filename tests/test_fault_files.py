@@ -303,16 +303,16 @@ def read_them_all(process, folder, count):
 
 def side_files():
     """(description, what differs from the right side file of EvNAS-B, C 4, 3 cells, 3 classes, 16x16 pixels)"""
-    arch, far = to_arch_string([3] * 6), {"init_channels": 4, "layers": 999_999}
+    arch, far = to_arch_string([3] * 6), {"init_channels": 4, "layers": 200}
     yield "a million cells", {"layers": 999_999}
-    yield "a million cells of NAS-Bench-201", far | {"family": "nas201", "genotype": arch}
-    yield "a million cells for ImageNet", far | {"family": "imagenet", "image_size": [32, 32]}
+    yield "200 cells of NAS-Bench-201 in each stage", far | {"family": "nas201", "genotype": arch}
+    yield "200 cells for ImageNet", far | {"family": "imagenet", "image_size": [32, 32]}
     yield "one cell more", {"layers": 4}
     yield "one cell fewer", {"layers": 2}
     yield "4,000 channels", {"init_channels": 4000}
     yield "a million channels", {"init_channels": 999_999}
-    wide = {"init_channels": 999_999, "family": "nas201", "genotype": arch, "layers": 1}
-    yield "a million channels of NAS-Bench-201", wide
+    wide = {"init_channels": 4096, "family": "nas201", "genotype": arch, "layers": 1}
+    yield "4,096 channels of NAS-Bench-201", wide
     yield "an odd number of channels", {"init_channels": 5, "family": "imagenet", "image_size": [32, 32]}
     yield "half a channel", {"init_channels": 0.5}
     yield "images of a million pixels a side", {"image_size": [999_996, 999_996]}
