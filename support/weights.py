@@ -1,5 +1,6 @@
 """Weights files: plain state dicts, read without executing anything, each with a JSON file about it."""
 
+import contextlib
 import hashlib
 import io
 import os
@@ -89,12 +90,19 @@ def info_path(path):
 
 
 def save_weights(model, path, about):
-    """Write the plain state dict to `path`, and beside it a JSON file: `about` (network, normalisation), a checksum."""
+    """Write the plain state dict to `path`, and next to it a JSON file: `about` (network, normalisation), a checksum.
+
+    These are two files, so a reader can come in between. The JSON file is written first, and under "before" it also
+    describes the weights that it finds: whichever of the two a reader, or a crash, leaves next to it is described.
+    """
     content = io.BytesIO()  # torch.save does not say that a disk is full
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
+    about = {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()}
+    with contextlib.suppress(UserError):  # there are no weights yet, or they are damaged
+        about["before"] = read_info(path) or {"sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
+    write_json(info_path(path), about)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
-    write_json(info_path(path), {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
 
 
 def read_info(path):
@@ -104,8 +112,8 @@ def read_info(path):
     """
     if not info_path(path).is_file():
         return {}
-    about = read_json(info_path(path))
-    if not isinstance(about, dict) or about.get("sha256") != hashlib.sha256(read_bytes(path)).hexdigest():
+    about = matching_info(path)
+    if about is None:
         raise UserError(
             f"{path} is damaged or was replaced: its checksum is not the one in {info_path(path)} "
             "(delete that file to use the weights all the same)"
@@ -114,6 +122,30 @@ def read_info(path):
         if name in POSSIBLE and not POSSIBLE[name](value):
             raise UserError(f'{info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
     return about
+
+
+def matching_info(path):
+    """Return what the JSON file next to the weights at `path` says about these weights, None where it does not.
+
+    A run may be writing both: the files are read again for as long as they change meanwhile. Raises UserError.
+    """
+    read_at = None
+    while (now := [version(file) for file in (info_path(path), path)]) != read_at:
+        read_at = now
+        about, sha256 = read_json(info_path(path)), hashlib.sha256(read_bytes(path)).hexdigest()
+        before = about.pop("before", None) if isinstance(about, dict) else None
+        for described in (about, before):
+            if isinstance(described, dict) and described.get("sha256") == sha256:
+                return described
+    return None
+
+
+def version(path):
+    """Return what is different once `path` has been replaced by another file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
 
 
 def is_count(value):
