@@ -147,6 +147,9 @@ def bound_to(args, bound):
     return {"args": bound_arguments(args), "threads": torch.get_num_threads(), **bound}
 
 
+NEW = "new run"  # what messages call it: its directory may have another name in each process
+
+
 def check_alike(where: str | os.PathLike, value: dict) -> None:
     """Check that `value`, which JSON can hold, is the same in all processes of a run.
 
@@ -159,7 +162,7 @@ def check_alike(where: str | os.PathLike, value: dict) -> None:
     first, other = json.loads(texts[0]), json.loads(texts[rank])
     name, *values = first_difference(first, other, plain) or ("what they were given", "one thing", "another")
     raise UserError(
-        f"{where}: the processes of this run do not agree: {name} is {values[0]!r:.100} in process 0, but "
+        f"{where}: the processes do not agree: {name} is {values[0]!r:.100} in process 0, but "
         f"{values[1]!r:.100} in process {rank}; start all of them with the same arguments, data and code"
     )
 
@@ -170,7 +173,7 @@ def check_arguments_alike(args: argparse.Namespace) -> None:
     Where they wait for each other depends on the arguments. Raises UserError in all of them.
     """
     also = {"report_freq": args.report_freq}  # it says when processes ask each other whether to stop
-    check_alike(args.resume or "arguments", {"resumes": bool(args.resume), "args": bound_arguments(args) | also})
+    check_alike(args.resume or NEW, {"resumes": bool(args.resume), "args": bound_arguments(args) | also})
 
 
 def check_bound(path, differing):
@@ -218,8 +221,8 @@ class Run:
         Where it exists, with `new_name` -2, -3 .. is put behind the name; else only a run without a checkpoint may be
         there, which begins anew: what it has left is moved into PARENT/NAME/old-1 (-2, -3 ..).
         """
+        check_alike(NEW, bound_to(args, bound))
         path = Path(parent) / name
-        check_alike(path, bound_to(args, bound))
         if distributed.rank() == 0:
             path = make_directory(path, new_name)
         run = cls(path)
@@ -340,7 +343,7 @@ class Run:
                     f" restore the files, or start a new run ({' '.join(str(error).split()):.200})"
                 ) from error
         beginning = {"weights": tensors_digest(state.state_dict()["network"]), "completed": self.completed}
-        check_alike(self.path, beginning)
+        check_alike(self.path if self.state else NEW, beginning)
         if not self.state:
             self.save_checkpoint(0, state.state_dict())
         elif self.writes:
