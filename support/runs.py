@@ -354,7 +354,7 @@ class Run:
         with atomic_write(self.path / "history.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         unit = "generation" if any("generation" in row for row in self.rows) else "epoch"
-        self.log(f"continues after {f'{unit} {self.completed}' if self.completed else 'the beginning'}")
+        self.log(f"continues after {unit} {self.completed}" if self.completed else "continues from the beginning")
         if not self.state["bound"]:
             self.log("note: this run is of an older version: whether its data have changed since is not known")
         events = list((self.path / "runs").glob("events.out.tfevents.*"))
