@@ -102,11 +102,11 @@ def same_everywhere(text: str) -> list[str] | None:
     if world_size() == 1:
         return None
     content = text.encode("utf-8", "surrogatepass")
-    digest = torch.tensor(list(hashlib.sha256(content).digest() + len(content).to_bytes(8)))
+    digest = torch.tensor(list(hashlib.sha256(content).digest() + len(content).to_bytes(8, "big")))
     rows = stack_over_ranks([digest])  # (processes, 32 + 8)
     if (rows == rows[0]).all():
         return None
-    lengths = [int.from_bytes(bytes(row[32:])) for row in rows.tolist()]
+    lengths = [int.from_bytes(bytes(row[32:]), "big") for row in rows.tolist()]
     padded = torch.tensor(list(content.ljust(max(lengths))))
     rows = stack_over_ranks([padded]).tolist()  # (processes, length of the longest)
     texts = [bytes(row[:length]) for row, length in zip(rows, lengths, strict=True)]
