@@ -213,9 +213,6 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
 @command
 def main(argv=None):
     args = runs.parse(make_parser(), argv)
-    files = ["genotype.json", "weights/weights.pt", "weights/weights.json", "weights/best_weights.pt"]
-    if runs.is_finished(args, [*files, "weights/best_weights.json"]):
-        return distributed.say(f"{args.resume} is finished")
     # A run has its own copy of the cell: the search that it came from may have gone on since.
     if args.resume:
         with runs.required_file():

@@ -456,14 +456,16 @@ def set_aside(run: "Run") -> None:
 def is_finished(args: argparse.Namespace, files: list) -> bool:
     """Tell whether the run that `args.resume` names, if it names one, has come to its end.
 
-    Then it has finished args.epochs generations or epochs, has the history of its checkpoint and the other `files`, and
-    a report that was drawn after the last checkpoint. Raises UserError.
+    Then it has finished args.epochs generations with these arguments, has the history of its checkpoint and the other
+    `files`, and a report that was drawn after the last checkpoint. Raises UserError.
     """
     if not args.resume:
         return False
     path = Path(args.resume)
     state = load_checkpoint(path / "checkpoint.pt")
-    if state["completed"] != args.epochs or "partial" in state or not all((path / name).is_file() for name in files):
+    if state["completed"] != args.epochs or difference({"args": bound_arguments(args)}, state["bound"], plain):
+        return False
+    if "partial" in state or not all((path / name).is_file() for name in files):
         return False
     try:
         rows = read_history(path)

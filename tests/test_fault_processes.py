@@ -169,6 +169,7 @@ def test_read_only_directory(whole, process, tmp_path):
     script, expected, _, _ = whole
     with disk(tmp_path / "disk", 100_000) as remount:
         run = Path(shutil.copytree(expected, tmp_path / "disk/run"))
+        (run / "checkpoint.prev.pt").replace(run / "checkpoint.pt")  # it is not finished
         remount("ro")
         for i, argv in enumerate(([*ARGUMENTS[script], "--dir", tmp_path / "disk"], ["--resume", run])):
             line = refused_write(process, script, argv, tmp_path / f"output{i}")

@@ -39,7 +39,7 @@ def quick(monkeypatch, quick_report):
     """One thread, and no TensorBoard: writing its files takes longer than these searches."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(runs, "open_board", lambda run, step: False)
+    monkeypatch.setattr(runs, "open_board", lambda run: False)
     yield
     torch.set_num_threads(threads)
 
