@@ -1,5 +1,6 @@
 """What a search's result is worth: the front of fitness and costs, and random architectures, on the final weights."""
 
+import contextlib
 import statistics
 
 import torch
@@ -7,10 +8,11 @@ import torch
 from engine import unique
 from evolution import non_dominated
 from genotypes import from_json, to_json
-from support import seeds
+from support import distributed, seeds
 from support.files import UserError, read_json, write_json
 from support.runs import shell_command
 
+FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
 SEED = 2021  # of the random architectures and of the images' order and augmentation: the same whatever the run's seed
 
 
@@ -55,6 +57,15 @@ def conclude(args, space, costs, state, measure, run):
         write_json(run.path / "baselines.json", result)
     run.log(result["sentence"])
     run.log(f"to retrain the winner: {command}")
+
+
+def are_there(run) -> bool:
+    """Tell, in every process, whether `conclude` has already been done for this run; if so, it is not done again."""
+    there = False
+    if run.writes:
+        with contextlib.suppress(UserError):
+            there = all(isinstance(read_json(run.path / name), dict) for name in FILES)
+    return bool(distributed.sum_over_ranks(torch.tensor(float(there))).item())
 
 
 def front_of(space, costs, alphas, fitness, latency):

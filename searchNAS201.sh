@@ -51,7 +51,7 @@ for seed in 18 19 20; do
   run=$output/search-$dataset-seed$seed
   if [ -e "$run/checkpoint.pt" ]; then
     place=(--resume "$run")
-  else # a new run, or one that ended before its first checkpoint
+  else # a new run, or one without a checkpoint, whose files are moved aside
     place=(--dir "$output" --run_name "${run##*/}")
   fi
   run_module nas201.train_search "${place[@]}" --dataset "$dataset" --data "${DATA:-$data}" "${device[@]}" \

@@ -163,6 +163,8 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
     optimizer = utils.make_sgd(network.parameters(), args, device, args.nesterov)
     state = RetrainingState(network, optimizer, train_loader)
     run.restore(state)
+    if run.completed and state.partial is None:  # within an epoch the weights have gone on from those that were saved
+        save_weights(run, network, about)
     trained = network
     if distributed.world_size() > 1:
         # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
@@ -179,20 +181,27 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
         with run.saving_when_interrupted(state.unfinished_state_dict):
             entry |= train_epoch(args, trained, epoch, train_loader, state, where=where, log=run.log)
             tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
-        is_best = tested["top1"] > state.best_top1 or epoch == 0
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
         entry |= utils.cost(train_loader.size + test_loader.size, state.progress.start, device)
-        about |= {"epoch": epoch + 1, "test_top1": tested["top1"]}
-        for name in ("weights.pt", *(["best_weights.pt"] if is_best else [])):
-            run.save_weights(network, name, about)
         run.record(epoch + 1, entry)
         run.save_checkpoint(epoch + 1, state.state_dict())
+        save_weights(run, network, about)
         run.log(
             f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
             f"test top-1 {tested['top1']:.2f} % (best {state.best_top1:.2f} %), {entry['seconds']:.1f} s"
         )
+
+
+def save_weights(run, network, about):
+    """Save the weights of the last epoch, and as the best ones where it was the first with this test accuracy."""
+    if run.writes:
+        tested = [row.get("test_top1") or 0.0 for row in run.rows]  # in percent
+        about = about | {"epoch": len(tested), "test_top1": tested[-1]}
+        is_best = tested.index(max(tested)) == len(tested) - 1
+        for name in (*(["best_weights.pt"] if is_best else []), "weights.pt"):
+            run.save_weights(network, name, about)
 
 
 def training_loss(args, network, x, y, compile: bool):
@@ -269,6 +278,7 @@ def main(argv=None):
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
         check_parallel(device)
+    runs.check_arguments_alike(args)
     train, test, augmentation = load_splits(args, genotype)
     large = isinstance(train, data.Files)
     warmup = large and args.batch_size > 256

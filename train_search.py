@@ -6,6 +6,7 @@ from support.cli import MOST, Parser, Published, command, file_name, number  # f
 
 import functools
 import math
+import re
 import time
 
 import numpy as np
@@ -27,7 +28,7 @@ from model import NetworkCIFAR
 from model_search import Network
 from reporting import report
 from support import devices, distributed, runs, seeds, self_check
-from support.files import UserError, atomic_write
+from support.files import UserError, atomic_write, make_folder
 
 SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; a denormal number would make an infinite excess
 ARCHIVED = 100  # individuals of the generations' fronts of fitness and costs
@@ -138,6 +139,8 @@ def search(args, space, network, train_loader, valid_loader, costs, run):
     """Run the search loop of EvNAS (section 3); return the last state, whose first individual is the best."""
     state = SearchState(args, space, network, train_loader, valid_loader)
     run.restore(state)
+    if run.state:
+        restore_results(args, run, space, state)
     breeding = {name: getattr(args, name) for name in ("num_elites", "tsize", "mutate_rate", "variant")}
     for generation in range(run.completed + 1, args.epochs + 1):
         if generation > 1 and state.partial is None:
@@ -224,21 +227,44 @@ def describe_population(space, state, costs):
 
 
 def save_generation(run, space, state, entry, where, remarks):
-    """Save population, best cell, weights and a line of the history, and at last the checkpoint."""
+    """Save the checkpoint with the history, then what follows from it."""
     generation = entry["generation"]
-    if run.writes:
-        (run.path / "population").mkdir(exist_ok=True)
-        with atomic_write(run.path / "population" / f"{generation:03d}.npz") as file:
-            np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
-        if "best_genotype" in entry:
-            save_cell(run, space, state.alphas[0])
-    run.save_weights(state.network, "weights.pt", {"space": space.name})
     run.record(generation, entry)
     run.save_checkpoint(generation, state.state_dict())
+    save_results(run, space, state)
     text = f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %"
     if "fitness_best" in entry:
         text += f", fitness best {entry['fitness_best']:.2f} mean {entry['fitness_mean']:.2f}"
     run.log(f"{text}, {entry['distinct']} distinct, {entry['seconds']:.1f} s{remarks}")
+
+
+def save_results(run, space, state):
+    """Save what follows from the state after a generation: its population, its best cell, the weights."""
+    if run.writes:
+        make_folder(run.path / "population")
+        with atomic_write(run.path / "population" / f"{run.completed:03d}.npz") as file:
+            np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
+        if "best_genotype" in run.rows[-1]:
+            save_cell(run, space, state.alphas[0])
+    run.save_weights(state.network, "weights.pt", {"space": space.name})
+
+
+def restore_results(args, run, space, state):
+    """Make the files of a resumed run those of its checkpoint.
+
+    Within a generation the state has gone on from the last whole one, whose files were saved before it. Populations of
+    earlier generations are in their files alone.
+    """
+    if not run.writes:
+        return
+    for path in (run.path / "population").glob("*.npz"):
+        if re.fullmatch(r"\d+", path.stem) and int(path.stem) > run.completed:
+            path.unlink()
+    if run.completed < args.epochs:
+        for name in baselines.FILES:
+            (run.path / name).unlink(missing_ok=True)
+    if run.completed and state.partial is None:
+        save_results(run, space, state)
 
 
 def save_cell(run, space, alphas):
@@ -336,6 +362,15 @@ def search_loaders(args, train, valid, augmentation, device):
     return train_loader, loaders.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
 
 
+def is_finished(args, space):
+    """Tell whether the search that is to be resumed has come to its end, and say so."""
+    files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
+    finished = runs.is_finished(args, [*files, *space.genotype_files, *baselines.FILES])
+    if finished:
+        distributed.say(f"{args.resume} is finished")
+    return finished
+
+
 def run_search(args, space, network, loaders, device, prog, bound):
     """Open the run directory, search, and write what a run ends with; `bound` is what must be the same on resume."""
     bound = {"kind": "search", "space": space.name, **bound}
@@ -362,8 +397,9 @@ def run_search(args, space, network, loaders, device, prog, bound):
         save_cell(run, space, state.alphas[0])
         loaders[1].generator = baselines.generator(args, "final validation images")
         measure_again = functools.partial(measure, args, space, network, loader=loaders[1], where="the final weights")
-        with run.saving_when_interrupted(state.state_dict):
-            baselines.conclude(args, space, costs, state, measure_again, run)
+        if not baselines.are_there(run):
+            with run.saving_when_interrupted(state.state_dict):
+                baselines.conclude(args, space, costs, state, measure_again, run)
         report.finish(run, best)
 
 
@@ -384,7 +420,10 @@ def main(argv=None):
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)
     check_search(args)
+    if is_finished(args, S1):
+        return
     device = devices.choose_device(args)
+    runs.check_arguments_alike(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     everything = tuple(genotypes.PRIMITIVES) * 14

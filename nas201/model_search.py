@@ -90,13 +90,14 @@ class Network(Stages):
     normalise by the batch in eval mode too. Stem, blocks and `lastact` always keep theirs.
     """
 
+    not_loaded = ("arch_parameters",)  # alphas (6, 5), which published weights hold
+
     def __init__(self, C, N, num_classes, max_nodes=4, *, track_running_stats=True):
         super().__init__(C, N, num_classes, lambda channels: Cell(channels, max_nodes, track_running_stats))
 
     def load_state_dict(self, state_dict, *args, **kwargs):
-        """Load as torch does; of published weights the entry `arch_parameters`, alphas (6, 5), is left out."""
-        if "arch_parameters" in state_dict:
-            state_dict = {name: value for name, value in state_dict.items() if name != "arch_parameters"}
+        """Load as torch does, but leave out the entries named in `not_loaded`."""
+        state_dict = {name: value for name, value in state_dict.items() if name not in self.not_loaded}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     def forward(self, x, alphas):

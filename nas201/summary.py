@@ -38,7 +38,8 @@ def finished(run):
     """Return the history of a run that has all its generations, baselines and report, else None. Raises UserError."""
     run = Path(run)
     history = read_history(run) if all((run / name).exists() for name in ("report.html", "baselines.json")) else []
-    return history if history and history[-1].get("generation") == arguments(run)["epochs"] else None
+    generations = [row.get("generation") for row in history]
+    return history if history and generations == list(range(1, arguments(run)["epochs"] + 1)) else None
 
 
 def read_run(run):

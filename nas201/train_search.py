@@ -18,10 +18,9 @@ from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
-from nas201.summary import finished
 from support import devices, distributed, runs, seeds
 from support.files import UserError, digest, read_json
-from train_search import SearchSpace, check_search, run_search, search_loaders, search_parser
+from train_search import SearchSpace, check_search, is_finished, run_search, search_loaders, search_parser
 from utils import NAS201
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
@@ -176,8 +175,7 @@ def main(argv=None):
     check_search(args)
     if config_path := vars(args).pop("config_path", None):
         check_config(config_path, args)
-    if args.resume and finished(args.resume):
-        distributed.say(f"{args.resume} is finished")
+    if is_finished(args, S2):
         return
     if args.api_path is None and not args.resume:
         if os.path.exists(PUBLISHED_TABLE):
@@ -187,6 +185,7 @@ def main(argv=None):
     if args.resume and not args.split_file:
         args.split = args.split or "seeded"  # before there was --split
     device = devices.choose_device(args)
+    runs.check_arguments_alike(args)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)

@@ -43,23 +43,83 @@ def open_regular(path, mode="rb"):
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; it takes `path`'s place, flushed to disk, only if the block succeeds.
+    """Open a temporary file next to `path` that replaces it only if the block succeeds.
 
-    Raises UserError when the folder cannot be written or the disk is full; an existing `path` is then untouched.
+    When the block is over, `path` has its new content even after a power cut: the file is synced, renamed, and its
+    folder is synced. Raises UserError when the folder cannot be written or the disk is full; an existing `path` is then
+    untouched.
     """
-    temporary = f"{path}.tmp{os.getpid()}"
+    temporary = f"{path}.tmp{os.getpid()}"  # see remove_temporary_files
     try:
         with open_regular(temporary, mode) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(os.path.dirname(path) or ".")
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def sync_folder(folder: str | os.PathLike) -> None:
+    """Make the names in `folder` (new, renamed or removed ones) survive a power cut. Raises OSError.
+
+    A file system that cannot sync folders is left alone, and so is a folder that may be written but not read.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder `path`, and those above it, where they are missing; they survive a power cut. Raises OSError."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+
+
+def keep_as(path: Path, name: Path) -> None:
+    """Give the file `path` the second name `name`, in the same folder; it is copied where links are not possible.
+
+    Both names exist at every moment, also after a power cut. Raises UserError.
+    """
+    link = f"{name}.tmp{os.getpid()}"
+    try:
+        with contextlib.suppress(FileNotFoundError):  # left by a process that was killed and had the same number
+            os.unlink(link)
+        os.link(path, link)
+    except OSError:  # a file system without links
+        with atomic_write(name) as file:
+            file.write(read_bytes(path))
+        return
+    try:
+        os.replace(link, name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(link)  # still there if `name` already was the same file: then nothing is renamed
+        sync_folder(name.parent)
+    except OSError as error:
+        raise UserError(f"cannot write {name}: {error.strerror or error}") from error
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Remove what `atomic_write`, `keep_as` and earlier versions of them left in `folder` when they were killed."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if re.search(r"\.(tmp|link)\d+$", path.name) and not path.is_dir():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 @contextlib.contextmanager
@@ -81,14 +141,18 @@ def write_json(path, value):
         file.write("\n")
 
 
-def append_line(path, line):
+def append_line(path, line, sync=False):
     """Add a line to a text file, control characters escaped.
 
-    Raises UserError when that fails; the file may then end in a part of the line.
+    Raises UserError when that fails; the file may then end in a part of the line. With `sync` the line survives a power
+    cut, provided that the file's name does: see `sync_folder`.
     """
     try:
         with open_regular(path, "a") as file:
             file.write(f"{escaped(line)}\n")
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
@@ -110,6 +174,12 @@ def quoted(word: object) -> str:
         return shlex.quote(text)
     text = text.replace("\\", "\\\\").replace("'", "\\'")
     return "$'" + CONTROLS.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in os.fsencode(found[0])), text) + "'"
+
+
+def end_last_line(path: Path) -> None:
+    """Complete the last line of a text file if a crash cut it off. Raises UserError."""
+    if path.is_file() and read_bytes(path)[-1:] not in (b"", b"\n"):
+        append_line(path, "")
 
 
 def emit(text, stream, write=print):
@@ -145,28 +215,40 @@ def read_json(path):
 def read_history(run_dir, count=None):
     """Return the first `count` lines of RUN_DIR/history.jsonl, or all, as dicts. Raises UserError naming a bad line.
 
-    Behind the lines that a checkpoint counts, a crash may have left others, the last of them cut off.
+    The run may be writing the file: an unfinished last line is left out. After the lines that a checkpoint counts, a
+    crash may have left others.
     """
     path, rows = os.path.join(run_dir, "history.jsonl"), []
-    hint = "" if count else "; remove the line, or resume the run"
-    lines = enumerate(read_bytes(path).splitlines() if os.path.exists(path) else [], start=1)
-    for number, line in itertools.islice((line for line in lines if line[1].strip()), count):
+    lines = read_bytes(path).splitlines(keepends=True) if os.path.exists(path) else []
+    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
+    for number, line in itertools.islice(numbered, count):
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
+            if number == len(lines) and not line.endswith(b"\n"):
+                break
+            hint = "" if count else "; --resume makes the file again from the run's checkpoint"
             raise UserError(f"{where} is not valid JSON: {error}{hint}") from error
-        first = rows[0] if rows else row
-        step = row.get("generation" if "generation" in first else "epoch") if isinstance(row, dict) else None
-        if type(step) is not int or not 0 < step < 10**6 or (count and step != len(rows) + 1):
-            raise UserError(f"{where} does not have a generation, or an epoch, that is a positive whole number")
-        for key in row.keys() - {"best_genotype", "true_accuracy", "truth"}:
-            if row[key] is not None and type(row[key]) not in (int, float):
-                raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
+        check_history_row(row, rows, where, in_order=bool(count))
         rows.append(row)
     if count and len(rows) < count:
         raise UserError(f"{path} has {len(rows)} lines, but the checkpoint is of line {count}")
     return rows
+
+
+def check_history_row(row: object, before: list, where: str, in_order: bool) -> None:
+    """Check a row of a history against its form, and with `in_order` that it follows the rows `before` it.
+
+    Raises UserError that begins with `where`.
+    """
+    first = before[0] if before else row
+    step = row.get("generation" if "generation" in first else "epoch") if isinstance(row, dict) else None
+    if type(step) is not int or not 0 < step < 10**6 or (in_order and step != len(before) + 1):
+        raise UserError(f"{where} does not have a generation, or an epoch, that is a positive whole number")
+    for key in row.keys() - {"best_genotype", "true_accuracy", "truth"}:
+        if row[key] is not None and type(row[key]) not in (int, float):
+            raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
 
 
 def digest(path):

@@ -1,6 +1,7 @@
 """Weights files: plain state dicts, read without executing anything, each with a JSON file about it."""
 
 import collections
+import contextlib
 import hashlib
 import io
 import os
@@ -68,16 +69,15 @@ def load_weights(model, path):
 def load_state(model, state: dict, path) -> None:
     """Load what `read_state` made of the file `path` into `model`, which may be on the meta device; then it is filled.
 
-    The file may hold an auxiliary head that the model does not have, and what the model's own `load_state_dict` leaves
-    out. It may lack BatchNorm's counters, which PyTorch before 0.4.1 did not have and a test does not use. Anything
-    else missing, unexpected or of another shape raises UserError with the first differing entry of each kind, and some
-    more.
+    The file may hold an auxiliary head that the model does not have, and the entries that the model names in
+    `not_loaded`. It may lack BatchNorm's counters, which PyTorch before 0.4.1 did not have and a test does not use.
+    Anything else missing, unexpected or of another shape raises UserError with the first differing entry of each kind,
+    and some more.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
-    others = {name: value for name, value in state.items() if name not in expected}
-    refused = model.load_state_dict(others, strict=False).unexpected_keys  # this loads nothing
-    unknown = [name for name in refused if not name.startswith("auxiliary_head.")]
+    known = {*expected, *getattr(model, "not_loaded", ())}
+    unknown = [name for name in state if name not in known and not name.startswith("auxiliary_head.")]
     differing = [[f"{name} is missing" for name in missing], [f"{name} is not in the network" for name in unknown]]
     of_known = [(name, state[name]) for name in expected if name in state]
     differing.append([f"{name} {text}" for name, value in of_known for text in problems(value, expected[name])])
@@ -115,12 +115,19 @@ def info_path(path):
 
 
 def save_weights(model, path, about):
-    """Write the plain state dict to `path`, and beside it a JSON file: `about` (network, normalisation), a checksum."""
+    """Write the plain state dict to `path`, and next to it a JSON file: `about` (network, normalisation), a checksum.
+
+    These are two files, so a reader can come in between. The JSON file is written first, and under "before" it also
+    describes the weights that it finds: whichever of the two a reader, or a crash, leaves next to it is described.
+    """
     content = io.BytesIO()  # torch.save does not say that a disk is full
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
+    about = {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()}
+    with contextlib.suppress(UserError):  # there are no weights yet, or they are damaged
+        about["before"] = read_info(path) or {"sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
+    write_json(info_path(path), about)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
-    write_json(info_path(path), {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()})
 
 
 def read_info(path):
@@ -130,8 +137,8 @@ def read_info(path):
     """
     if not info_path(path).is_file():
         return {}
-    about = read_json(info_path(path))
-    if not isinstance(about, dict) or about.get("sha256") != hashlib.sha256(read_bytes(path)).hexdigest():
+    about = matching_info(path)
+    if about is None:
         raise UserError(
             f"{path} is damaged or was replaced: its checksum is not the one in {info_path(path)} "
             "(delete that file to use the weights all the same)"
@@ -148,6 +155,30 @@ def is_whole(value, most):
 
 def are_sides(values):
     return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
+
+
+def matching_info(path):
+    """Return what the JSON file next to the weights at `path` says about these weights, None where it does not.
+
+    A run may be writing both: the files are read again for as long as they change meanwhile. Raises UserError.
+    """
+    read_at = None
+    while (now := [version(file) for file in (info_path(path), path)]) != read_at:
+        read_at = now
+        about, sha256 = read_json(info_path(path)), hashlib.sha256(read_bytes(path)).hexdigest()
+        before = about.pop("before", None) if isinstance(about, dict) else None
+        for described in (about, before):
+            if isinstance(described, dict) and described.get("sha256") == sha256:
+                return described
+    return None
+
+
+def version(path):
+    """Return what is different once `path` has been replaced by another file."""
+    with contextlib.suppress(OSError):
+        status = os.stat(path)
+        return status.st_ino, status.st_mtime_ns, status.st_size
+    return None
 
 
 def are_channels(values):

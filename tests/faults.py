@@ -128,6 +128,8 @@ def work(script, argv, output, conditions):
         signal.signal(number, signal.SIG_IGN)
     if "signal_at" in conditions:
         signal_at(*conditions["signal_at"])
+    if "other_weights" in conditions:
+        torch.manual_seed = lambda seed: torch.default_generator.manual_seed(seed + 1)
     for name, how in conditions.get("lost", {}).items():
         lose(name, how)
     if "shared_memory" in conditions:  # KiB

@@ -180,7 +180,8 @@ def finish(main, run, epochs):
     args, state = json.loads((run / "args.json").read_text()), runs.load_checkpoint(run / "checkpoint.pt")
     args["args"]["epochs"] = state["bound"]["args"]["epochs"] = epochs
     (run / "args.json").write_text(json.dumps(args))
-    (run / "checkpoint.pt").write_bytes(checkpoint({**state, "bound": json.dumps(state["bound"])}))
+    state |= {name: json.dumps(state[name]) for name in ("bound", "history")}
+    (run / "checkpoint.pt").write_bytes(checkpoint(state))
     main(["--resume", str(run)])
     assert len((run / "history.jsonl").read_text().splitlines()) == epochs
 

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_search
+import test_train
 from PIL import Image
 from test_resume import assert_same_run
 
@@ -27,15 +29,16 @@ from faults import ARGUMENTS, COUNTS, FULL, ROOT, few
 counted, process, whole = faults.counted, faults.process, faults.whole
 
 
-def in_two(process, script, argv, output, last=None):
-    """Exit codes of two processes, as torchrun starts them; `last` are conditions of the second."""
+def in_two(process, script, argv, output, last=None, second=None):
+    """Exit codes of two processes, as torchrun starts them; `last` are conditions of the second, `second` its argv."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
     conditions = [{"environment": ranks[0]}, {"environment": ranks[1], **(last or {})}]
-    both = [process(script, argv, output, **each) for each in conditions]
+    words = [argv, second or argv]
+    both = [process(script, own, output, **each) for own, each in zip(words, conditions, strict=True)]
     for running in both:
         running.join(120)
         if running.exitcode is None:
@@ -166,6 +169,7 @@ def test_read_only_directory(whole, process, tmp_path):
     script, expected, _, _ = whole
     with disk(tmp_path / "disk", 100_000) as remount:
         run = Path(shutil.copytree(expected, tmp_path / "disk/run"))
+        (run / "checkpoint.prev.pt").replace(run / "checkpoint.pt")  # it is not finished
         remount("ro")
         for i, argv in enumerate(([*ARGUMENTS[script], "--dir", tmp_path / "disk"], ["--resume", run])):
             line = refused_write(process, script, argv, tmp_path / f"output{i}")
@@ -247,6 +251,72 @@ def test_two_processes_interrupted_and_continued(whole, process, tmp_path):
     assert (run / "log.txt").read_text().count("interrupted in ") == len(calls)
     assert_same_run(run, expected)
     COUNTS["two processes interrupted"]["continued, bit-identical"] += len(calls)
+
+
+def disagreements(tmp_path, make_images):
+    """(what, script, argv, what the second process has in addition, what the message names, its conditions)."""
+    for split, per_class in (("train", 8), ("test", 2)):
+        images = make_images(split, per_class, [(8, 8)], (".png",))
+    order, renamed, larger, more = (Path(shutil.copytree(images, tmp_path / f"images{i}")) for i in range(4))
+    for split in ("train", "test"):
+        (order / split / "ant").rename(order / split / "zebra")
+        (more / split / "dog").mkdir()
+        shutil.copy(more / "train/cat/0.png", more / split / "dog/0.png")
+        shutil.copy(more / "train/cat/1.png", more / split / "dog/1.png")
+    (renamed / "train/bee/0.png").rename(renamed / "train/bee/x.png")
+    for path in larger.glob("*/*/*.png"):
+        Image.open(path).resize((12, 12)).save(path)
+    sizes = dict(dataset="folder", data=images, epochs=1, batch_size=6)
+    search = test_search.command_line(**sizes, train_samples=9, valid_samples=6, valid_batch_size=6)
+    retrain = test_train.command_line(**sizes, train_samples=12)
+    of_class = "data/classes/0 is 'ant' in process 0, but"
+    yield "class order", "train_search", search, ["--data", order], f"{of_class} 'bee'", {}
+    yield "cell", "train", retrain, ["--arch", "EvNASA"], "args/arch is 'EvNASB' in process 0, but 'EvNASA'", {}
+    yield "class order", "train", retrain, ["--data", order], f"{of_class} 'bee'", {}
+    for script, argv in (("train_search", search), ("train", retrain)):
+        yield "seed", script, argv, ["--seed", 19], "args/seed is ", {}
+        yield "images", script, argv, ["--data", renamed], "data/source/train is ", {}
+    yield "classes", "train", retrain, ["--data", more], "data/classes/3 is None in process 0, but 'dog'", {}
+    yield "image size", "train", retrain, ["--data", larger], "data/image_size/0 is 8 in process 0, but 12", {}
+    yield "individuals", "train_search", search, ["--pop_size", 6], "args/pop_size is 4 in process 0, but 6", {}
+    yield "reports", "train_search", search, ["--report_freq", 1], "args/report_freq is 50 in process 0, but 1", {}
+    yield "initial weights", "train_search", search, [], "weights is '", {"other_weights": True}
+
+
+def test_processes_that_disagree(process, tmp_path, make_images):
+    """A new run that would train nonsense, or end in a crash of torch, does not begin: one line says why."""
+    cases = list(disagreements(tmp_path, make_images))
+    for i, (what, script, argv, also, says, last) in enumerate(few(cases, [cases[0], cases[-1]])):
+        output, folder = tmp_path / f"output{i}", tmp_path / f"{i}"
+        argv = [*argv, "--dir", folder]
+        codes = in_two(process, script, argv, output, last=last, second=[*argv, *also])
+        lines = [line.strip(" \0") for line in output.read_text().splitlines()]
+        errors = [line for line in lines if line.startswith("error: ")]
+        assert codes == [2, 2] and len(errors) == 2 and errors[0] == errors[1], (what, output.read_text())
+        assert says in errors[0] and " in process 1; " in errors[0] and "Traceback" not in output.read_text(), errors
+        assert not list(folder.glob("*/checkpoint.pt")) and (what == "initial weights" or not folder.exists())
+        COUNTS["processes that disagree"]["refused in one line, exit 2"] += 1
+
+
+@pytest.mark.slow
+def test_killed_with_workers(photographs, process, tmp_path):
+    """After kill -9 the two processes that read its images live on for some seconds; it can be resumed at once."""
+    argv, expected = photographs
+    for i in range(few(4, 1)):
+        output = tmp_path / f"output{i}"
+        running = process("train", [*argv, "--dir", tmp_path / f"{i}"], output)
+        while not output.exists() or "step" not in output.read_text():
+            time.sleep(0.01)
+        children = Path(f"/proc/{running.pid}/task/{running.pid}/children").read_text().split()
+        os.kill(running.pid, signal.SIGKILL)
+        running.join(120)
+        assert any(Path(f"/proc/{child}").exists() for child in children)
+        (run,) = (tmp_path / f"{i}").iterdir()
+        running = process("train", ["--resume", run], output)
+        running.join(120)
+        assert running.exitcode == 0, output.read_text()
+        assert_same_run(run, expected)
+        COUNTS["kill -9 while others read images"]["continued at once, bit-identical"] += 1
 
 
 # ---- lost streams and terminals

@@ -39,7 +39,7 @@ def quick(monkeypatch, quick_report):
     """One thread, and no TensorBoard: writing its files takes longer than these searches."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(runs, "open_board", lambda run, step: False)
+    monkeypatch.setattr(runs, "open_board", lambda run: False)
     yield
     torch.set_num_threads(threads)
 
@@ -121,7 +121,7 @@ def test_tensorboard_has_the_true_accuracies(tmp_path, table, monkeypatch):
 
         flush = close = lambda self: None
 
-    monkeypatch.setattr(runs, "open_board", lambda run, step: Board())
+    monkeypatch.setattr(runs, "open_board", lambda run: Board())
     search(tmp_path, "--api_path", table(), "--epochs", 1)
     assert {"kendall_tau", "spearman_rho", "fitness_best", "true_accuracy/ImageNet16-120/test"} <= set(written)
 

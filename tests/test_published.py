@@ -126,7 +126,7 @@ def folder(tmp_path, monkeypatch, make_images):
     state = NetworkImageNet(4, 3, 3, True, genotypes.EvNASA).state_dict()
     state = {f"module.{name}": value for name, value in state.items()}
     torch.save({"epoch": 250, "state_dict": state}, work / "EvNAS_A_imagenet_model_best.pth.tar")
-    monkeypatch.setattr(runs, "open_board", lambda run, step: False)  # whose import takes seconds
+    monkeypatch.setattr(runs, "open_board", lambda run: False)  # whose import takes seconds
     monkeypatch.chdir(work)
     return work
 

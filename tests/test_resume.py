@@ -51,7 +51,7 @@ def moments(unit, measuring, steps, batches):
         ("after checkpoint 0", AT_ONCE),
         (f"{one}: batch 0", STOP),
         (f"{one}: batch 1", [signal.SIGINT]),
-        ("before checkpoint 1", AT_ONCE),  # the other files of the epoch are there already
+        ("before checkpoint 1", AT_ONCE),  # the line of the history is there already
         ("after checkpoint 1", AT_ONCE),
         (f"{two}: batch 1", [signal.SIGINT] * 2),
         (f"{two}: batch 1", STOP),
@@ -107,7 +107,10 @@ def stop_at(event, numbers, main, argv):
 
 def assert_same_run(run, expected):
     """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
-    assert_same(*(runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)))
+    states = [runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)]
+    for state, folder in zip(states, (run, expected), strict=True):
+        assert state.pop("history") == runs.read_history(folder)
+    assert_same(*states)
     assert test_search.history(run) == test_search.history(expected)
     for path in [p for name in ("weights/*.pt", "genotype.*", "*.svg", "pareto.json") for p in expected.glob(name)]:
         same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()

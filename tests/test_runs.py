@@ -6,9 +6,12 @@ import copy
 import errno
 import hashlib
 import io
+import itertools
 import json
 import os
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,7 @@ import torch
 from torch import nn
 
 from nas201 import sources
-from support import cli, files, runs, weights
+from support import cli, distributed, files, runs, weights
 from support.cli import Parser, number
 from support.files import UserError, atomic_write, write_json
 
@@ -29,6 +32,26 @@ def make_run(folder, name="search-1", **args):
 
 def resume(path, found=DATA, **args):
     return runs.Run.resume(path, argparse.Namespace(**args), kind="search", data=found)
+
+
+class Trained:
+    """What `Run.restore` restores."""
+
+    def __init__(self, content):
+        self.content = content
+
+    def state_dict(self):
+        return dict(self.content)
+
+    def load_state_dict(self, content):
+        self.content = content
+
+
+def resume_whole(path, **args):
+    """A resumed run whose files are those of its checkpoint."""
+    run = resume(path, **args)
+    run.restore(Trained(state(0)))
+    return run
 
 
 def state(seed):
@@ -101,24 +124,25 @@ def test_the_command_that_continues_a_run(tmp_path, monkeypatch):
 def test_checkpoint_round_trip_keeps_the_one_before(run):
     states = [state(seed) for seed in range(3)]
     for completed, content in enumerate(states):
+        if completed:
+            run.record(completed, {"generation": completed})
         run.save_checkpoint(completed, content)
     for name, completed in (("checkpoint.pt", 2), ("checkpoint.prev.pt", 1)):
         loaded = runs.load_checkpoint(run.path / name)
         assert loaded.pop("bound") == {"args": {}, "threads": torch.get_num_threads(), "kind": "search", "data": DATA}
+        assert loaded.pop("history") == [{"generation": i + 1} for i in range(completed)]
         assert_same(loaded, {**states[completed], "completed": completed})
-    assert sorted(path.name for path in run.path.iterdir()) == [
-        ".lock",
-        "args.json",
-        "checkpoint.prev.pt",
-        "checkpoint.pt",
-    ]
+    names = [".lock", "args.json", "checkpoint.prev.pt", "checkpoint.pt", "history.jsonl", "runs"]
+    assert sorted(path.name for path in run.path.iterdir()) == names
 
 
 def test_checkpoints_on_a_file_system_without_links(run, monkeypatch):
     monkeypatch.setattr(os, "link", no_space)
-    for completed in range(3):
-        run.save_checkpoint(completed, state(completed))
-    assert runs.load_checkpoint(run.path / "checkpoint.prev.pt")["completed"] == 1
+    for seed in range(3):
+        before = (run.path / "checkpoint.pt").read_bytes() if seed else None
+        run.save_checkpoint(0, state(seed))
+    assert (run.path / "checkpoint.prev.pt").read_bytes() == before
+    assert runs.load_checkpoint(run.path / "checkpoint.prev.pt")["completed"] == 0
 
 
 def test_missing_checkpoint(run):
@@ -203,35 +227,200 @@ def test_a_failed_resume_leaves_no_lock(run):
     assert "first checkpoint" in str(failure.value)
 
 
-def test_history_is_cut_back_to_the_checkpoint(run):
-    lines = [{"generation": g, "loss": 1 / g} for g in range(1, 5)]
-    for line in lines[:2]:
-        run.record(line["generation"], line)
+@pytest.mark.parametrize("left", ["two rows too many", "fewer", "empty", "none", "of another run"])
+def test_the_history_of_a_resumed_run_is_that_of_its_checkpoint(run, left):
+    """Also TensorBoard's; the log goes on in a line of its own."""
+    rows = [{"generation": g, "loss": 1 / g} for g in range(1, 5)]
+    for row in rows[:2]:
+        run.record(row["generation"], row)
+    run.log("a line")
     run.save_checkpoint(2, state(0))
-    run.record(3, lines[2])
-    with open(run.path / "history.jsonl", "a") as file:
-        file.write('{"generation": 4, "lo')  # a crash
+    run.record(3, rows[2])
     run.close()
-    resumed = resume(run.path)
-    assert resumed.completed == 2 and runs.read_history(run.path) == lines[:2]
-    resumed.record(3, lines[3])
-    assert runs.read_history(run.path) == [*lines[:2], lines[3]]
+    history, log = run.path / "history.jsonl", run.path / "log.txt"
+    lines = history.read_text()
+    if left == "none":
+        history.unlink()
+    else:
+        cut_off = '{"generation": 4, "lo'  # a crash
+        lefts = {"two rows too many": lines + cut_off, "fewer": lines[:10], "empty": ""}
+        history.write_text(lefts.get(left, '{"generation": 1, "loss": 7}\n' * 2))
+    log.write_text(log.read_text() + "2026-11-28 12:00:00 a line that a crash cut o")
+    events = {path.name for path in (run.path / "runs").iterdir()}
+    resumed = resume_whole(run.path)
+    assert resumed.completed == 2 and resumed.rows == runs.read_history(run.path) == rows[:2]
+    assert [line[20:] for line in log.read_text().splitlines()][-3:] == [
+        "a line",
+        "a line that a crash cut o",
+        "continues after generation 2",
+    ]
+    resumed.record(3, rows[3])
+    resumed.save_checkpoint(3, state(0))
     resumed.close()
-    (run.path / "history.jsonl").write_text(json.dumps(lines[0]) + "\n")
+    assert runs.read_history(run.path) == [*rows[:2], rows[3]]
+    assert not events & {path.name for path in (run.path / "runs").iterdir()}
+    assert curve(run.path, "loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
+
+
+def curve(run_dir, name):
+    """The (step, value) that TensorBoard shows."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(run_dir / "runs"))
+    board.Reload()
+    return [(event.step, pytest.approx(event.value)) for event in board.Scalars(name)]
+
+
+def earlier_version(run, completed):
+    """Make the checkpoint of `run` one without the history, as earlier versions wrote it."""
+    bound = json.dumps(runs.bound_to(argparse.Namespace(), {"kind": "search", "data": DATA}))
+    (run.path / "checkpoint.pt").write_bytes(checkpoint({**state(0), "completed": completed, "bound": bound}))
+    run.close()
+
+
+def test_a_checkpoint_of_an_earlier_version_takes_the_rows_of_the_file(run):
+    rows = [{"generation": g} for g in range(1, 4)]
+    (run.path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    earlier_version(run, 2)
+    resumed = resume_whole(run.path)
+    assert runs.read_history(run.path) == rows[:2]
+    resumed.save_checkpoint(2, state(0))
+    resumed.close()
+    assert runs.load_checkpoint(run.path / "checkpoint.pt")["history"] == rows[:2]
+    (run.path / "history.jsonl").write_text('{"generation": 1}\n')
+    earlier_version(run, 2)
     with pytest.raises(UserError, match="history.jsonl has 1 lines, but the checkpoint is of line 2"):
         resume(run.path)
 
 
 @pytest.mark.parametrize("bad", ["", "[]", "{", '{"generation": 3}', '{"generation": 2, "loss": "x"}', '{"epoch": 2}'])
 def test_a_bad_line_of_the_history_is_found_at_resume(run, bad):
-    run.save_checkpoint(3, state(0))
-    run.close()
+    earlier_version(run, 3)
     path = run.path / "history.jsonl"
     path.write_text(f'{{"generation": 1}}\n{bad}\n{{"generation": 3}}\n')
     before = path.read_bytes()
     with pytest.raises(UserError, match=rf"{path} (line 2|has 2 lines|line 3).*restore it, or start a new run"):
         resume(run.path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("rows", [[], [{"generation": 2}], [{"generation": 1, "loss": "x"}], {}, 3, [[]], "x"])
+def test_a_forged_history_in_a_checkpoint_is_refused(run, rows):
+    content = {**state(0), "completed": 1, "bound": "{}", "history": json.dumps(rows)}
+    (run.path / "checkpoint.pt").write_bytes(checkpoint(content))
+    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
+        runs.load_checkpoint(run.path / "checkpoint.pt")
+
+
+def test_a_history_that_is_being_written_is_read(run):
+    """Readers of a running run get the finished rows, and are not told to edit its file."""
+    path, line = run.path / "history.jsonl", json.dumps({"generation": 2, "best_genotype": "é"}).encode()
+    for length in range(len(line)):
+        path.write_bytes(b'{"generation": 1}\n' + line[:length])
+        assert files.read_history(run.path) == [{"generation": 1}]
+    path.write_bytes(b'{"generation": 1}\n{"gen\n{"generation": 3}\n')
+    with pytest.raises(UserError, match=r"line 2 is not valid JSON.*--resume makes the file again"):
+        files.read_history(run.path)
+
+
+# ---- what crashes leave
+
+
+def test_temporary_files_of_killed_processes_go_when_a_run_is_opened(run):
+    """Also the link that earlier versions made; a process with the same number is not in their way."""
+    run.save_checkpoint(0, state(0))
+    mine = run.path / "notes.tmp"
+    mine.write_text("mine")
+    for folder in (run.path, run.path / "weights", run.path / "population"):
+        folder.mkdir(exist_ok=True)
+        (folder / "weights.pt.tmp123").write_text("half")
+    os.link(run.path / "checkpoint.pt", run.path / f"checkpoint.link{os.getpid()}")
+    run.close()
+    resumed = resume_whole(run.path)
+    assert [path for path in run.path.rglob("*") if ".tmp" in path.name or ".link" in path.name] == [mine]
+    os.link(run.path / "checkpoint.pt", run.path / f"checkpoint.prev.pt.tmp{os.getpid()}")
+    for seed in range(3):
+        resumed.save_checkpoint(0, state(seed))
+        assert [path for path in run.path.rglob("*") if ".tmp" in path.name] == [mine]
+    resumed.close()
+
+
+def test_a_checkpoint_that_is_its_own_predecessor(run):
+    """So it is after a kill between the two names: then a rename does nothing, and the link stays."""
+    run.save_checkpoint(0, state(0))
+    os.link(run.path / "checkpoint.pt", run.path / "checkpoint.prev.pt")
+    before = (run.path / "checkpoint.pt").read_bytes()
+    for seed in (1, 2):
+        run.save_checkpoint(0, state(seed))
+        assert not list(run.path.glob("*.tmp*"))
+    assert (run.path / "checkpoint.prev.pt").read_bytes() != before
+
+
+def forked(call):
+    """The number of a process that makes a call, and has to be killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            call()
+        finally:
+            os._exit(1)
+    return child
+
+
+def test_forked_processes_do_not_hold_the_lock(run):
+    """Such as those that read images, which live on for seconds after kill -9."""
+    run.save_checkpoint(0, state(0))
+    child = forked(signal.pause)
+    run._lock.close()  # what the kernel does to a process that is killed
+    try:
+        resume(run.path).close()
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+# ---- runs do not mix
+
+
+def begun_anew(folder):
+    args = argparse.Namespace()
+    return runs.Run.create(folder, "search-1", args, "prog.py", new_name=False, kind="search", data=DATA)
+
+
+def test_a_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tmp_path):
+    for g in (1, 2):
+        run.record(g, {"generation": g})
+        run.save_weights(nn.Linear(1, 1), "weights.pt", {})
+        run.save_checkpoint(g, state(g))
+    (run.path / "population").mkdir()
+    (run.path / "population/002.npz").write_text("old")
+    (run.path / "eval-1").mkdir()
+    run.log("old")
+    run.close()
+    (run.path / "checkpoint.pt").rename(tmp_path / "lost")
+    with pytest.raises(UserError, match=r"holds a run; continue it with --resume after mv \S*prev\.pt \S*t\.pt, or"):
+        begun_anew(tmp_path)
+    (run.path / "checkpoint.prev.pt").unlink()
+    new = begun_anew(tmp_path)
+    assert {path.name for path in new.path.iterdir()} == {".lock", "args.json", "eval-1", "log.txt", "old-1"}
+    moved = {path.name for path in (new.path / "old-1").iterdir()}
+    assert moved == {"args.json", "history.jsonl", "log.txt", "population", "runs", "weights"}
+    assert "an earlier run" in (new.path / "log.txt").read_text() and files.read_history(new.path) == []
+    new.record(1, {"generation": 1})
+    new.close()
+    begun_anew(tmp_path).close()  # which ended before its first checkpoint too
+    assert [row["generation"] for row in files.read_history(run.path / "old-2")] == [1]
+
+
+def test_a_run_that_only_began_begins_again_in_place(run, tmp_path):
+    run.log("first")
+    run.close()
+    begun_anew(tmp_path).close()
+    assert {path.name for path in run.path.iterdir()} == {".lock", "args.json", "log.txt"}
+    (run.path / "args.json").unlink()
+    (run.path / "log.txt").unlink()
+    (run.path / "old-1").mkdir()  # killed while it moved what there was
+    begun_anew(tmp_path).close()
 
 
 # ---- what a run is bound to
@@ -247,7 +436,7 @@ def test_a_bad_line_of_the_history_is_found_at_resume(run, bad):
     ],
 )
 def test_other_data_are_refused_with_the_first_difference(run, change, says):
-    run.save_checkpoint(1, state(0))
+    run.save_checkpoint(0, state(0))
     run.close()
     other = copy.deepcopy(DATA)
     change(other)
@@ -272,7 +461,7 @@ def test_arguments_are_bound_but_for_free_ones(tmp_path):
 def test_a_run_of_an_older_version_is_bound_from_its_next_checkpoint_on(run, capsys):
     (run.path / "checkpoint.pt").write_bytes(checkpoint({**state(0), "completed": 0}))
     run.close()
-    resumed = resume(run.path, found={"classes": ["cat"]})
+    resumed = resume_whole(run.path, found={"classes": ["cat"]})
     assert "of an older version" in capsys.readouterr().out
     resumed.save_checkpoint(0, state(0))
     resumed.close()
@@ -304,6 +493,7 @@ def test_log_and_args(run, capsys):
 def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(distributed, "same_everywhere", lambda text: None)
     run = make_run(tmp_path)
     run.log("text")
     run.record(1, {"a": 1})
@@ -454,6 +644,54 @@ def test_weights_carry_a_checksum(run):
     weights.load_weights(copy, path)  # published files have no side file
 
 
+def test_weights_are_described_at_every_moment(tmp_path, monkeypatch):
+    """Between the two renames, after a kill there and after the next attempt, what is said belongs to the weights."""
+    path, replace = tmp_path / "weights.pt", os.replace
+    networks = [nn.Linear(2, 2) for _ in range(4)]
+    weights.save_weights(networks[0], path, {"epoch": 0})
+
+    def described():
+        epoch = weights.read_info(path)["epoch"]
+        weights.load_weights(copy := nn.Linear(2, 2), path)
+        assert torch.equal(copy.weight, networks[epoch].weight)
+        return epoch
+
+    def killed(source, target):
+        if target == path:
+            raise KeyboardInterrupt
+        replace(source, target)
+        assert described() == 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        for epoch in (1, 2):
+            with pytest.raises(KeyboardInterrupt):
+                weights.save_weights(networks[epoch], path, {"epoch": epoch})
+            assert described() == 0
+    weights.save_weights(networks[3], path, {"epoch": 3})
+    assert described() == 3
+
+
+def test_weights_can_be_read_while_they_are_written(tmp_path):
+    path, reads = tmp_path / "weights.pt", 0
+    weights.save_weights(nn.Linear(2, 2), path, {"epoch": 0})
+
+    def write():
+        for epoch in itertools.count(1):
+            weights.save_weights(nn.Linear(2, 2), path, {"epoch": epoch})
+
+    child = forked(write)
+    try:
+        end, epochs = time.monotonic() + 1, set()
+        while time.monotonic() < end or len(epochs) < 3:
+            epochs.add(weights.read_info(path)["epoch"])
+            reads += 1
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert reads > 10
+
+
 # ---- a full disk
 
 
@@ -481,17 +719,17 @@ def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
-    run.save_checkpoint(1, state(1))
+    run.save_checkpoint(0, state(1))
     network = nn.Linear(2, 2)
     run.save_weights(network, "weights.pt", {})
-    weights = (run.path / "weights/weights.pt").read_bytes()
+    kept = {path: path.read_bytes() for path in (run.path / "weights").iterdir()}
+    kept[run.path / "checkpoint.pt"] = (run.path / "checkpoint.pt").read_bytes()
     monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(UserError, match="cannot write .*checkpoint.pt: No space left"):
-        run.save_checkpoint(2, state(2))
-    with pytest.raises(UserError, match="cannot write .*weights.pt: No space left"):
+    with pytest.raises(UserError, match="cannot write .*checkpoint.*pt: No space left"):
+        run.save_checkpoint(0, state(2))
+    with pytest.raises(UserError, match="cannot write .*weights.json: No space left"):
         run.save_weights(nn.Linear(2, 2), "weights.pt", {})
-    assert runs.load_checkpoint(run.path / "checkpoint.pt")["completed"] == 1
-    assert (run.path / "weights/weights.pt").read_bytes() == weights
+    assert len(kept) == 3 and all(path.read_bytes() == content for path, content in kept.items())
     assert not list(run.path.rglob("*.tmp*"))
 
 

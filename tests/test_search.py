@@ -67,11 +67,28 @@ def uninterrupted(tmp_path_factory):
     return search(tmp_path_factory.mktemp("uninterrupted"), cutout_length=4, num_elites=1)
 
 
-def test_a_finished_search_can_be_resumed(uninterrupted, capsys):
-    before = (uninterrupted / "checkpoint.pt").read_bytes()
+def test_a_finished_search_says_so(uninterrupted, capsys):
+    """Nothing is measured again; a missing report is drawn, and what follows from the checkpoint is made again."""
+
+    def contents():
+        names = ("checkpoint.pt", "log.txt", "pareto.json", "baselines.json", "weights/*", "genotype.*", "population/*")
+        paths = [path for name in names for path in uninterrupted.glob(name)]
+        return {path: path.read_bytes() for path in [*paths, uninterrupted / "history.jsonl"]}
+
+    before = contents()
     train_search.main(["--resume", str(uninterrupted), "--report_freq", "7"])
-    assert (uninterrupted / "checkpoint.pt").read_bytes() == before
-    assert f"best fitness {history(uninterrupted)[-1]['fitness_best']:.2f} %" in capsys.readouterr().out
+    assert contents() == before and capsys.readouterr().out == f"{uninterrupted} is finished\n"
+    results = ["weights/weights.pt", "population/003.npz", "genotype.json", "history.jsonl"]
+    for missing in (["report.html"], results):
+        for name in missing:
+            (uninterrupted / name).unlink()
+        train_search.main(["--resume", str(uninterrupted)])
+        out = capsys.readouterr().out
+        log, now = uninterrupted / "log.txt", contents()
+        assert (uninterrupted / "report.html").exists() and now.keys() == before.keys()
+        differing = {path for path in now if now[path] != before[path]} - {uninterrupted / "weights/weights.json"}
+        assert differing == {log} and "random architectures" not in out and "is finished" not in out
+        assert out.count("finished; report: ") == 1
 
 
 def test_another_seed_is_another_search(uninterrupted, tmp_path):
