@@ -281,7 +281,7 @@ def test_bad_records(nats):
         (["a", "list"], "not a record of 200 epochs"),
         (b"\x80\x04N", "not a valid pickle"),
         (b"\x80\x02Nr\xff\xff\xff\x7f.", "memo index"),
-        (bytes(sources.MAX_BYTES + 1), "unpacks to more than 64 MB"),
+        (bytes(sources.MAX_BYTES + 1), "unpacks to more than 16 MB"),
         (b"cnumpy\ndtype\n(X\x0b\x00\x00\x00V2000000000\x89\x88tR.", "is no number's type"),
     ]
     for value, message in cases:

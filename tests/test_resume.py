@@ -205,7 +205,8 @@ def test_a_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
     state = runs.load_checkpoint(run / "checkpoint.prev.pt")
     about = json.loads((run / "args.json").read_text())
     assert state["bound"]["args"].pop("seed_scheme") == about["args"].pop("seed_scheme") == 1
-    (run / "checkpoint.pt").write_bytes(checkpoint(state | {"bound": json.dumps(state["bound"])}))
+    older = {name: json.dumps(state[name]) for name in ("bound", "history")}
+    (run / "checkpoint.pt").write_bytes(checkpoint(state | older))
     (run / "args.json").write_text(json.dumps(about))
     torch.manual_seed(12345)
     script.module.main(["--resume", str(run)])

@@ -370,13 +370,22 @@ def forked(call):
 def test_forked_processes_do_not_hold_the_lock(run):
     """Such as those that read images, which live on for seconds after kill -9."""
     run.save_checkpoint(0, state(0))
-    child = forked(signal.pause)
+    reader, writer = os.pipe()
+
+    def live_on():
+        os.write(writer, b"x")
+        signal.pause()
+
+    child = forked(live_on)
+    os.read(reader, 1)  # by now the child has closed its copy of the lock
     run._lock.close()  # what the kernel does to a process that is killed
     try:
         resume(run.path).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        os.close(reader)
+        os.close(writer)
 
 
 # ---- runs do not mix
