@@ -35,7 +35,7 @@ test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL)
 
 test-slow: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
 # What needs a CUDA device; it is skipped where there is none.
 test-gpu: $(VENV)/.installed-dev

@@ -162,13 +162,16 @@ def linear_in_input(kernel: Callable, output: str) -> Callable:
 
 def average_pool(x, kernel_size, *settings) -> list[Expected]:
     value = aten.avg_pool2d(x, kernel_size, *settings)
-    return [Expected("output", value, aten.avg_pool2d(x.abs(), kernel_size, *settings), area(kernel_size))]
+    magnitude = aten.avg_pool2d(x.abs(), kernel_size, *settings)
+    taps = area(kernel_size)
+    return [Expected("output", value, magnitude, taps, taps)]
 
 
 def average_pool_backward(gradient, x, kernel_size, *settings) -> list[Expected]:
     value = aten.avg_pool2d_backward(gradient, x, kernel_size, *settings)
     magnitude = aten.avg_pool2d_backward(gradient.abs(), x, kernel_size, *settings)
-    return [Expected("gradient of the input", value, magnitude, area(kernel_size))]
+    taps = area(kernel_size)
+    return [Expected("gradient of the input", value, magnitude, taps, taps)]
 
 
 def max_pool(x, *settings) -> list[Expected]:
@@ -179,7 +182,8 @@ def max_pool(x, *settings) -> list[Expected]:
 def max_pool_backward(gradient, x, kernel_size, *settings) -> list[Expected]:
     value = aten.max_pool2d_with_indices_backward(gradient, x, kernel_size, *settings)
     magnitude = aten.max_pool2d_with_indices_backward(gradient.abs(), x, kernel_size, *settings)
-    return [Expected("gradient of the input", value, magnitude, area(kernel_size))]
+    taps = area(kernel_size)
+    return [Expected("gradient of the input", value, magnitude, taps, taps)]
 
 
 def area(kernel_size) -> int:

@@ -30,7 +30,7 @@ def has_fast_bfloat16() -> bool:
     return torch.cuda.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(), reason="this CPU has no bfloat16: it would take an hour")
+needs_bfloat16 = pytest.mark.skipif(not has_fast_bfloat16(), reason="bfloat16 or compiling would take an hour here")
 pytestmark = pytest.mark.slow
 
 
@@ -72,7 +72,7 @@ def step(name, amp, compile, fast):
         pytest.param("s1", False, False, id="s1-float32"),
         pytest.param("s2", False, False, id="s2-float32"),
         pytest.param("s2", False, True, id="s2-float32-compiled"),
-        pytest.param("retraining", False, True, id="retraining-float32-compiled"),
+        pytest.param("retraining", False, True, id="retraining-float32-compiled", marks=needs_bfloat16),
         pytest.param("s1", True, False, id="s1-bfloat16", marks=needs_bfloat16),
         pytest.param("s2", True, False, id="s2-bfloat16", marks=needs_bfloat16),
         pytest.param("s1", False, True, id="s1-float32-compiled", marks=needs_bfloat16),
