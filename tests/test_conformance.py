@@ -44,8 +44,9 @@ def test_primitives_err_as_rounding_explains(name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", PRIMITIVES)
-def test_primitives_of_all_sizes(name, dtype):
-    assert not errors(PRIMITIVES[name], conformance.sizes(full=True), DTYPES[dtype])
+def test_primitives_of_many_sizes(name, dtype):
+    """All but the largest: `make conformance` tries these too."""
+    assert not errors(PRIMITIVES[name], conformance.sizes(full=True, most=2**17), DTYPES[dtype])
 
 
 @pytest.mark.cuda
