@@ -198,12 +198,14 @@ def test_a_cpu_without_a_compiler(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_compiler_that_does_not_work(tmp_path, monkeypatch):
-    """The run, which began with --compile, goes on without it."""
+    """The self-check finds it before there is a run. A run that began without the check goes on with --no-compile."""
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     command = [sys.executable, train.__file__, *command_line("--compile", dir=tmp_path, epochs=1)]
-    begun = subprocess.run(command, capture_output=True, text=True)
-    assert begun.returncode == 2 and re.fullmatch(r"error: .*compiler.*--no-compile.*\n", begun.stderr)
+    for flags, runs_made in (([], 0), (["--no-self_check"], 1)):
+        begun = subprocess.run([*command, *flags], capture_output=True, text=True)
+        assert begun.returncode == 2 and re.fullmatch(r"error: .*compiler.*--no-compile.*\n", begun.stderr)
+        assert len(list(tmp_path.glob("eval-*"))) == runs_made
     (run,) = tmp_path.glob("eval-*")
     train.main(["--resume", str(run), "--no-compile"])
     assert len(history(run)) == 1

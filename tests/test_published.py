@@ -278,7 +278,8 @@ def test_weights_of_a_published_retraining(folder, run_dir, monkeypatch, capsys)
 def test_shell_script(folder, table):
     (folder / "searchNAS201.sh").symlink_to(ROOT / "searchNAS201.sh")
     sizes = SIZES["train_searchNAS201.py"].replace("--device cpu", "")
-    done = run(folder, [*shlex.split("bash ./searchNAS201.sh cifar10 0 outputs"), *sizes.split()])
+    gpu = "0" if torch.cuda.is_available() else "cpu"
+    done = run(folder, [*shlex.split(f"bash ./searchNAS201.sh cifar10 {gpu} outputs"), *sizes.split()])
     assert done.returncode == 0, done.stderr
     for seed in (18, 19, 20):
         assert (folder / f"outputs/search-cifar10-seed{seed}/report.html").exists()
