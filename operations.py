@@ -130,23 +130,33 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
 
     def forward(self, x):  # (B, C, H, W) -> (B, C, H / stride, W / stride)
-        return depthwise_conv(x, self.weight, self.stride[0], self.padding[0], self.dilation[0])
+        if has_broken_gradient(x, self.dilation[0]):
+            return depthwise_conv(x, self.weight, self.stride[0], self.padding[0], self.dilation[0])
+        return super().forward(x)
 
 
 def depthwise_conv(x: torch.Tensor, kernel: torch.Tensor, stride: int, padding: int, dilation: int) -> torch.Tensor:
     """Convolve each channel of x (B, C, H, W) with its kernel of (C, 1, k, k).
 
-    In bfloat16 on some CPUs, the kernel's gradient of a dilated convolution is garbage from 32x32 pixels on (oneDNN in
-    PyTorch 2.14). So a dilated convolution becomes one that is not dilated there: on every second pixel where the
+    Where a dilated convolution has a broken gradient, it becomes one that is not dilated: on every second pixel if the
     stride is 2, else on each of the image's four phases.
     """
-    if dilation == 2 and torch.is_grad_enabled() and in_low_precision_on_cpu(x):
+    if has_broken_gradient(x, dilation):
         if stride == 2:
             return F.conv2d(x[:, :, ::2, ::2], kernel, padding=padding // 2, groups=len(kernel))
         H, W = x.shape[2:]
         x = F.pad(x, (0, W % 2, 0, H % 2))  # zeros, as the convolution's own padding
         return join_phases(F.conv2d(split_phases(x), kernel, padding=padding // 2, groups=len(kernel)))[..., :H, :W]
     return F.conv2d(x, kernel, None, stride, padding, dilation, len(kernel))
+
+
+def has_broken_gradient(x: torch.Tensor, dilation: int) -> bool:
+    """Return whether to go around PyTorch's depthwise convolution of x with this dilation.
+
+    In bfloat16 on some CPUs the kernel's gradient is garbage for dilation 2, from 32x32 pixels on (oneDNN in PyTorch
+    2.14, see docs/conformance.md).
+    """
+    return dilation == 2 and torch.is_grad_enabled() and in_low_precision_on_cpu(x)
 
 
 def in_low_precision_on_cpu(x: torch.Tensor) -> bool:
@@ -193,17 +203,18 @@ class FactorizedReduce(nn.Module):
     def forward(self, x):  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
         x = torch.relu(x)
         shifted = F.pad(x, (-1, 0, -1, 0))  # x[:, :, 1:, 1:], whose gradient would lose the channels-last layout
-        halves = [halving_conv(x, self.conv_1.weight), halving_conv(shifted, self.conv_2.weight)]
+        C_in = self.conv_1.in_channels
+        halves = [halving_conv(x, self.conv_1.weight, C_in), halving_conv(shifted, self.conv_2.weight, C_in)]
         return self.bn(torch.cat(halves, dim=1))
 
 
-def halving_conv(x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+def halving_conv(x: torch.Tensor, kernel: torch.Tensor, C_in: int) -> torch.Tensor:
     """Apply a 1x1 convolution with stride 2: (B, C_in, H, W) -> (B, C_out, H / 2, W / 2).
 
     On a CPU the kernel's gradient overruns its memory for channels-last images of fewer than 8 or 16 channels (oneDNN
     issue 6035), so there every second pixel is taken first.
     """
-    if kernel.shape[1] < 16:
+    if C_in < 16:
         return F.conv2d(x[:, :, ::2, ::2], kernel)
     return F.conv2d(x, kernel, stride=2)
 

@@ -99,6 +99,10 @@ def dense(name, weights, stride, padding):
     return convolution(name, "plain", function, weights, stride, padding, groups=1)
 
 
+def halving(x, weight):
+    return operations.halving_conv(x, weight, x.shape[1])
+
+
 def average_pool(form, function, size, stride, padding):
     settings = ((size, size), (stride, stride), (padding, padding), False, False, None)
 
@@ -153,9 +157,7 @@ def primitives() -> list[Primitive]:
     rows += depthwise(7, 1, 1)
     rows += [
         dense("1x1", lambda C: [(C, C, 1, 1)], 1, 0),
-        convolution(
-            "1x1, stride 2", "plain", operations.halving_conv, lambda C: [(C // 2 + 1, C, 1, 1)], 2, 0, groups=1
-        ),
+        convolution("1x1, stride 2", "plain", halving, lambda C: [(C // 2 + 1, C, 1, 1)], 2, 0, groups=1),
         dense("3x3", lambda C: [(C, C, 3, 3)], 1, 1),
         dense("3x3, stride 2", lambda C: [(2 * C, C, 3, 3)], 2, 1),
         dense("1x7", lambda C: [(C, C, 1, 7)], 1, (0, 3)),
