@@ -19,6 +19,7 @@ from PIL import Image
 from test_visualize import make_run
 
 import data
+import genotype_files
 import genotypes
 import nas201.train_search
 import test_cifar
@@ -68,7 +69,7 @@ def test_unknown_architecture(fails, main, argv):
 )
 @pytest.mark.parametrize("where", ["--genotype", "--dir"])
 def test_impossible_genotype(fails, tmp_path, pair, message, where):
-    cell = genotypes.to_dict(genotypes.EvNASA)
+    cell = genotype_files.to_dict(genotypes.EvNASA)
     cell["normal"][3] = pair
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(cell))

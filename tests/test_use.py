@@ -1,4 +1,4 @@
-"""A retrained network in use: testing.load, predict.py, export.py; the walk of docs/use.md from pictures to a file."""
+"""A retrained network in use: retrained.load, predict.py, export.py."""
 
 import json
 import os
@@ -15,10 +15,11 @@ from PIL import Image
 
 import data
 import export
+import genotype_files
 import genotypes
 import loaders
 import predict
-import testing
+import retrained
 from support import weights
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,10 +39,15 @@ def make_run(folder, family, pictures, classes=CLASSES):
     """What a retraining leaves of a network with random weights and statistics."""
     side = 32 if family == "imagenet" else 16
     sizes = {"init_channels": 4, "layers": 3 if family != "nas201" else 1, "auxiliary": False}
-    about = {"family": family, "genotype": genotypes.to_json(CELLS[family]), "dataset": "folder", "classes": classes}
+    about = {
+        "family": family,
+        "genotype": genotype_files.to_json(CELLS[family]),
+        "dataset": "folder",
+        "classes": classes,
+    }
     about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
     torch.manual_seed(0)
-    network = testing.make_network(CELLS[family], family, 3, [side, side], Namespace(**sizes))
+    network = retrained.make_network(CELLS[family], family, 3, [side, side], Namespace(**sizes))
     for _ in range(3):  # running statistics
         network(torch.randn(8, 3, side, side))
     (folder / "weights").mkdir(parents=True)
@@ -53,7 +59,7 @@ def make_run(folder, family, pictures, classes=CLASSES):
 @pytest.mark.parametrize("family", CELLS)
 def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
     original = make_run(tmp_path / "run", family, pictures)
-    network, transform = testing.load(tmp_path / "run")
+    network, transform = retrained.load(tmp_path / "run")
     assert not network.training
     side = 32 if family == "imagenet" else 16
     split = data.load("folder", pictures, "test", image_size=side, in_memory=family != "imagenet")
@@ -68,10 +74,16 @@ def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
 
 def test_an_auxiliary_head_is_not_loaded(tmp_path, pictures):
     sizes = {"init_channels": 4, "layers": 3, "auxiliary": True}
-    original = testing.make_network(genotypes.EvNASB, "cifar", 3, [32, 32], Namespace(**sizes))
-    about = {"genotype": genotypes.to_json(genotypes.EvNASB), "classes": CLASSES, "mean": MEAN, "std": STD, **sizes}
+    original = retrained.make_network(genotypes.EvNASB, "cifar", 3, [32, 32], Namespace(**sizes))
+    about = {
+        "genotype": genotype_files.to_json(genotypes.EvNASB),
+        "classes": CLASSES,
+        "mean": MEAN,
+        "std": STD,
+        **sizes,
+    }
     weights.save_weights(original, tmp_path / "w.pt", about | {"image_size": [32, 32]})  # as an older version did
-    network, _ = testing.load(tmp_path / "w.pt")
+    network, _ = retrained.load(tmp_path / "w.pt")
     x = torch.randn(2, 3, 32, 32)
     assert network.auxiliary_head is None and torch.equal(network(x)[0], original.eval()(x)[0])
 
@@ -90,7 +102,7 @@ def test_onnx_is_read_from_any_path(tmp_path):
 
 def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, fails):
     network = make_run(tmp_path / "run", "cifar", pictures)
-    _, transform = testing.load(tmp_path / "run")
+    _, transform = retrained.load(tmp_path / "run")
     capsys.readouterr()
     single = pictures / "test/cat/1.png"
     predict.main([str(tmp_path / "run"), "--json", str(single), str(pictures), "--device", "cpu"])
@@ -144,7 +156,7 @@ def test_an_image_that_cannot_be_read_is_skipped(tmp_path, pictures, capsys):
     assert all(line["classes"].keys() == set(CLASSES) for line in lines)
 
     with pytest.raises(data.UserError, match="cannot read image"):  # from Python, unless asked to skip
-        list(predict.predict(*testing.load(tmp_path / "run"), [pictures / "test/bee/1.png"], CLASSES, "cpu"))
+        list(predict.predict(*retrained.load(tmp_path / "run"), [pictures / "test/bee/1.png"], CLASSES, "cpu"))
 
 
 def test_at_most_five_classes(capsys):
@@ -210,7 +222,7 @@ def test_an_exported_file_needs_no_code_of_ours(
         torch.export.load(file, extra_files=extra)
         metadata = json.loads(extra["metadata.json"])
     assert metadata["classes"] == CLASSES and metadata["mean"] == list(MEAN)
-    assert metadata["genotype"] == genotypes.to_json(CELLS[family]) and "torch" in metadata["versions"]
+    assert metadata["genotype"] == genotype_files.to_json(CELLS[family]) and "torch" in metadata["versions"]
     assert f"(batch, 3, {side}, {side})" in metadata["input"] and ("[0, 1]" in metadata["input"]) == normalize
 
 
