@@ -25,6 +25,7 @@ import loaders
 import memory
 import nas201.data
 import nas201.report  # registers arch strings with the drawings and the report
+import shared_flags
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from nas201.genotypes import PRIMITIVES, from_arch_string
@@ -53,19 +54,13 @@ def make_parser():
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
     group.add_argument("--dataset", default="cifar10", choices=datasets)
-    text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
-    group.add_argument("--image_size", type=number(int, 4, MOST.pixels), help=text)
-    group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of each training image (not imagenet)")
-    group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
-    group.add_argument(
-        "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read image files (imagenet)"
-    )
+    shared_flags.add_training_image_arguments(group)
+    shared_flags.add_workers(group)
     group = parser.add_argument_group("network")
     text = f"the family of networks (default: cifar for images of at most {data.SMALL} pixels, nas201 for arch strings)"
     group.add_argument("--recipe", choices=RECIPES, help=text)
-    group.add_argument("--init_channels", type=number(int, 2, MOST.channels), help=default("init_channels"))
-    group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
+    text = f"channels of the first cells; more make a larger, slower network {default('init_channels')}"
+    shared_flags.add_init_channels(group, text, low=2)
     group.add_argument("--layers", type=number(int, 1, MOST.cells), help=f"cells {default('layers')}, in each stage")
     group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
     group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
@@ -87,12 +82,8 @@ def make_parser():
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
     text = "train on all GPUs, in a process for each: start them with torchrun"
     group.add_argument("--parallel", action="store_true", default=argparse.SUPPRESS, help=text)
-    group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), help=f"of every random number {default('seed')}")
-    seeds.add_seed_scheme(group)
-    devices.add_device_arguments(group)
-    devices.add_speed_arguments(group)
-    group.add_argument("--report_freq", type=number(int, 1), help=f"steps between reports {default('report_freq')}")
+    notes = dict(seed_note=default("seed"), report_note=default("report_freq"))
+    shared_flags.add_run_arguments(group, seed=None, report_freq=None, **notes)
     return parser
 
 

@@ -1,6 +1,6 @@
 """Search for a cell in the DARTS space with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
-from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
+from support.cli import MOST, Parser, command, file_name, number  # first: it ends Ctrl-C in one line
 
 # isort: split
 
@@ -21,12 +21,14 @@ import genotype_files
 import genotypes
 import loaders
 import memory
+import shared_flags
 import utils
 from costs import REPETITIONS, Costs, s1_table
 from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
 from evolution import VARIANTS, merit, next_generation, non_dominated
 from model import NetworkCIFAR
 from model_search import Network
+from recipes import CIFAR
 from reporting import report
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError, atomic_write, make_folder
@@ -288,12 +290,8 @@ def search_parser(prog, description, datasets, **defaults):
     group = parser.add_argument_group("data")
     data.add_data_arguments(group, "../data", "where the data set lies or is downloaded to")
     group.add_argument("--dataset", default="cifar10", choices=datasets, help="folder: own images in DATA/train/CLASS/")
-    text = "pixels a side, a multiple of 4, to which a folder's images are resized and cropped"
-    group.add_argument("--image_size", type=number(int, 4, MOST.pixels), help=text)
-    group.add_argument("--train_samples", type=number(int, 1), help="train on this many images only, drawn per class")
+    shared_flags.add_training_image_arguments(group)
     group.add_argument("--valid_samples", type=number(int, 1), help="measure on this many images only, drawn per class")
-    group.add_argument("--cutout", action="store_true", help="cut a square out of each augmented image")
-    group.add_argument("--cutout_length", type=number(int, 1), default=16, help="side of that square, pixels")
     group.add_argument("--valid_transform", choices=["train", "test"], default="train", help="of validation images")
     group = parser.add_argument_group("genetic algorithm")
     group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, help="generations")
@@ -319,20 +317,12 @@ def search_parser(prog, description, datasets, **defaults):
     group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
     group.add_argument("--weight_decay", type=number(float, 0), default=3e-4, help="of SGD, on every parameter")
     group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, help="largest gradient norm")
-    group.add_argument(
-        "--init_channels", type=number(int, 1, MOST.channels), default=16, help="channels of the first cells"
-    )
-    group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
+    shared_flags.add_init_channels(group, "channels of the supernet's first cells", low=1, default=16)
     group = parser.add_argument_group("run")
     group.add_argument("--dir", default=".", help="the run directory is made in here")
     group.add_argument("--run_name", type=file_name, help="name of the run directory (default: search-TIME)")
-    group.add_argument("--resume", metavar="RUN_DIR", help="continue this run; its arguments are the defaults")
-    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=18, help="of every random number")
-    seeds.add_seed_scheme(group)
-    devices.add_device_arguments(group)
-    devices.add_speed_arguments(group)
+    shared_flags.add_run_arguments(group, seed=18, report_freq=50)
     group.add_argument("--plain", action="store_true", help="compute with the readable reference network: slower")
-    group.add_argument("--report_freq", type=number(int, 1), default=50, help="steps between reports")
     parser.set_defaults(**defaults)
     return parser
 
@@ -411,12 +401,10 @@ def main(argv=None):
     parser.add_argument(
         "--target_channels",
         type=number(int, 2, MOST.channels),
-        default=utils.CIFAR.init_channels,
+        default=CIFAR.init_channels,
         help="of the network to be retrained",
     )
-    parser.add_argument(
-        "--target_layers", type=number(int, 1, MOST.cells), default=utils.CIFAR.layers, help="its cells"
-    )
+    parser.add_argument("--target_layers", type=number(int, 1, MOST.cells), default=CIFAR.layers, help="its cells")
     share = number(float, above=0, high=1)
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
     args = runs.parse(parser, argv)

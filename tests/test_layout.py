@@ -23,6 +23,7 @@ METHOD = {
     "costs",
     "image_folder",
     "memory",
+    "shared_flags",
 }
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]

@@ -1,0 +1,62 @@
+"""Flags that several commands share: which images, how large a network, seeds, reports. No torch here."""
+
+import argparse
+
+from support import devices, seeds
+from support.cli import MOST, Published, number
+
+IMAGE_SIZE = (
+    "resize and crop the images of a folder to this many pixels a side, a multiple of 4; "
+    "for images of different sizes, or to make large images small"
+)
+
+
+def add_image_size(group: argparse._ArgumentGroup, text: str = IMAGE_SIZE) -> None:
+    """Add --image_size."""
+    group.add_argument("--image_size", type=number(int, 4, MOST.pixels), metavar="PIXELS", help=text)
+
+
+def add_training_image_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add --image_size, --train_samples and the two flags of cutout."""
+    add_image_size(group)
+    text = "train on this many images, drawn from each class in proportion; for quick trials (default: all)"
+    group.add_argument("--train_samples", type=number(int, 1), metavar="N", help=text)
+    text = "erase a random square of each augmented image, as the paper does; only for small images in memory"
+    group.add_argument("--cutout", action="store_true", help=text)
+    text = "side of the square that --cutout erases, in pixels"
+    group.add_argument("--cutout_length", type=number(int, 1), default=16, metavar="PIXELS", help=text)
+
+
+def add_workers(group: argparse._ArgumentGroup) -> None:
+    """Add --workers, for the image files of the ImageNet recipe."""
+    text = "processes that read large image files; raise it if the GPU waits for images, 0 reads in the main process"
+    group.add_argument("--workers", type=number(int, 0, MOST.workers), default=4, metavar="N", help=text)
+
+
+def add_init_channels(group: argparse._ArgumentGroup, text: str, *, low: int, default: int | None = None) -> None:
+    """Add --init_channels, at least `low`, and the name that it has in the published commands."""
+    group.add_argument("--init_channels", type=number(int, low, MOST.channels), default=default, metavar="C", help=text)
+    group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
+
+
+def add_run_arguments(
+    group: argparse._ArgumentGroup,
+    *,
+    seed: int | None,
+    report_freq: int | None,
+    seed_note: str = "",
+    report_note: str = "",
+) -> None:
+    """Add the flags of a run: resume, seeds, device, speed, reports.
+
+    A note names the defaults where they depend on the recipe, and so are None here.
+    """
+    text = "continue the run in this directory; its saved arguments are the defaults"
+    group.add_argument("--resume", metavar="RUN_DIR", help=text)
+    text = f"seed of every random number; change it to repeat an experiment independently {seed_note}".rstrip()
+    group.add_argument("--seed", type=number(int, 0, 2**63 - 1), default=seed, metavar="N", help=text)
+    seeds.add_seed_scheme(group)
+    devices.add_device_arguments(group)
+    devices.add_speed_arguments(group)
+    text = f"steps between two reports of the loss; fewer reports cost less time {report_note}".rstrip()
+    group.add_argument("--report_freq", type=number(int, 1), default=report_freq, metavar="STEPS", help=text)
