@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import checkpoint
+from helpers import checkpoint_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -181,7 +181,7 @@ def finish(main, run, epochs):
     args["args"]["epochs"] = state["bound"]["args"]["epochs"] = epochs
     (run / "args.json").write_text(json.dumps(args))
     state |= {name: json.dumps(state[name]) for name in ("bound", "history")}
-    (run / "checkpoint.pt").write_bytes(checkpoint(state))
+    (run / "checkpoint.pt").write_bytes(checkpoint_bytes(state))
     main(["--resume", str(run)])
     assert len((run / "history.jsonl").read_text().splitlines()) == epochs
 

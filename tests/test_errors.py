@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import reported_run
 from PIL import Image
-from test_visualize import make_run
 
 import data
 import genotypes
@@ -625,7 +625,7 @@ def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
     assert r"data directory \x1b[31m\u202ered\n has no folder train" in line
     files.append_line(tmp_path / "log.txt", CONTROL)
     assert (tmp_path / "log.txt").read_text() == "\\x1b[31m\\u202ered\\n\n"
-    run = make_run(tmp_path / "run")
+    run = reported_run(tmp_path / "run")
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)

@@ -24,11 +24,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import Call, bomb, reported_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_genotypes import Call, bomb
-from test_visualize import make_run
 
 import data
 import genotypes
@@ -122,13 +121,13 @@ def valid_split(folder):
 
 
 def valid_history(folder):
-    run = make_run(folder / "run", space="s2")
+    run = reported_run(folder / "run", space="s2")
     return run / "history.jsonl", visualize.main, ["--report", run]
 
 
 def valid_summary(name, folder):
     for seed in summary.SEEDS:
-        run = make_run(folder / f"search-digits-seed{seed}", space="s2", steps=5, truth="cifar10 test")
+        run = reported_run(folder / f"search-digits-seed{seed}", space="s2", steps=5, truth="cifar10 test")
         about = json.loads((run / "args.json").read_text())
         about["args"] |= {"init_channels": 4, "num_cells": 1, "pop_size": 6, "api_path": None}
         files.write_json(run / "args.json", about)

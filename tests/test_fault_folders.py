@@ -16,8 +16,8 @@ from collections import Counter
 from typing import NamedTuple
 
 import pytest
+from helpers import retrained_run
 from PIL import Image
-from test_use import make_run
 
 import predict
 import test_cifar
@@ -145,7 +145,7 @@ CASES = {
 def run(tmp_path_factory):
     """The directory of a retrained network."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    make_run(folder, "cifar", None, classes=CLASSES)
+    retrained_run(folder, "cifar", None, classes=CLASSES)
     return folder
 
 

@@ -16,7 +16,7 @@ import stat
 from pathlib import Path
 
 import pytest
-from test_resume import AT_ONCE, STOP, assert_same_run, stop_at
+from helpers import AT_ONCE, STOP, assert_same_run, stop_at
 
 from support import files, runs, weights
 

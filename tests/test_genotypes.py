@@ -12,6 +12,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from helpers import Call, bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -282,16 +283,6 @@ def test_exactly_the_possible_cells_are_accepted(path, new):
 # Hostile pickles
 
 
-class Call:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *args):
-        self.reduced = function, args
-
-    def __reduce__(self):
-        return self.reduced
-
-
 def refused(path):
     with pytest.raises(UserError) as error:
         genotypes.load(path)
@@ -394,14 +385,6 @@ def test_flipped_bits(pickle_file):
             except UserError:
                 kinds.add("refused")
     assert kinds == {True, "refused"}
-
-
-def bomb(levels=60):
-    """Nested pairs of 2^60 leaves, a few hundred bytes as a pickle."""
-    value = ("skip_connect", 0)
-    for _ in range(levels):
-        value = (value, value)
-    return value
 
 
 SELF = []
