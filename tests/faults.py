@@ -20,10 +20,11 @@ from pathlib import Path
 import conftest
 import pytest
 import torch
-from helpers import search_line, train_line
 from torch.utils.data import dataloader
 
 from support import files, runs, signals
+
+from helpers import search_line, train_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("EVNAS_FAULTS") == "full"

@@ -8,6 +8,18 @@ import signal
 import numpy as np
 import pytest
 import torch
+
+import baselines
+import encoding
+import nas201.train_search
+import train
+import train_search
+from engine import measure_fitness
+from evolution import non_dominated
+from nas201 import benchmark
+from support import runs
+from support.files import write_json
+
 from helpers import (
     AT_ONCE,
     S2_ARCHS,
@@ -21,17 +33,6 @@ from helpers import (
     stop_at,
     write_table,
 )
-
-import baselines
-import encoding
-import nas201.train_search
-import train
-import train_search
-from engine import measure_fitness
-from evolution import non_dominated
-from nas201 import benchmark
-from support import runs
-from support.files import write_json
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 FILES = ("pareto.json", "baselines.json")

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from helpers import history, retrain, train_line
 from torch.nn.functional import cross_entropy
 
 import fast_ops
@@ -25,6 +24,7 @@ from model import NetworkCIFAR
 from support import devices
 
 from golden import assert_close, fill, images, seeded_alphas
+from helpers import history, retrain, train_line
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from helpers import S2_SEARCH_LINE, populations, s2_search, search, search_line
 
 import costs
 import encoding
@@ -18,6 +17,8 @@ from nas201.model import cost_table as s2_table
 from nas201.sources import ALLOWED, unpacked
 from support import runs
 from support.files import restricted_unpickle
+
+from helpers import S2_SEARCH_LINE, populations, s2_search, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 

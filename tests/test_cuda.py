@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import history, retrain, search
 from torch.nn.functional import cross_entropy
 
 import fast_search
@@ -27,6 +26,7 @@ from engine import Progress, plain_forward, train_one_epoch
 from support import devices, runs
 
 from golden import fill
+from helpers import history, retrain, search
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import checkpoint_bytes
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +25,8 @@ from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
 from support import devices, distributed, runs
 from support.files import UserError
+
+from helpers import checkpoint_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()

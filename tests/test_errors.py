@@ -15,7 +15,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import reported_run
 from PIL import Image
 
 import data
@@ -29,6 +28,8 @@ import train_search
 from model import NetworkCIFAR
 from reporting import report
 from support import cli, devices, files, weights
+
+from helpers import reported_run
 
 SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
 TRAIN = "--dataset digits --init_channels 2 --layers 3 --epochs 1 --train_samples 96".split()

@@ -24,7 +24,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import Call, bomb, reported_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -45,6 +44,7 @@ from support.files import UserError
 
 import faults
 from faults import COUNTS, few, outcome, quick_report, saved
+from helpers import Call, bomb, reported_run
 
 counted, process = faults.counted, faults.process
 

@@ -16,7 +16,6 @@ from collections import Counter
 from typing import NamedTuple
 
 import pytest
-from helpers import retrained_run
 from PIL import Image
 
 import predict
@@ -24,6 +23,7 @@ import test_cifar
 
 import faults
 from faults import COUNTS, few
+from helpers import retrained_run
 
 counted = faults.counted
 CLASSES = ["ant", "b\u00e9e", "cat"]  # of two images each

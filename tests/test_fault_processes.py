@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import assert_same_run, search_line, train_line
 from PIL import Image
 
 from support import runs
 
 import faults
 from faults import ARGUMENTS, COUNTS, FULL, ROOT, few
+from helpers import assert_same_run, search_line, train_line
 
 counted, process, whole = faults.counted, faults.process, faults.whole
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import assert_same_run, train_line
 from PIL import Image
 
 import genotypes
@@ -23,6 +22,7 @@ from support.files import UserError
 
 import faults
 from faults import COUNTS, FULL, checkpoint, outcome, quick_report, saved
+from helpers import assert_same_run, train_line
 
 counted, process, whole = faults.counted, faults.process, faults.whole
 

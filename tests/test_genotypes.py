@@ -12,13 +12,14 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
-from helpers import Call, bomb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import genotypes
 from genotypes import Genotype
 from support.files import UserError
+
+from helpers import Call, bomb
 
 LEGACY = Path(__file__).parent / "legacy_genotype.pickle"
 

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ARCH_WITH_DEAD_END, search_line, train_line
 
 import fast_search
 import genotypes
@@ -23,6 +22,8 @@ from model import NetworkCIFAR
 from model_search import Network
 from nas201.genotypes import EDGES, PRIMITIVES, to_arch_string
 from support import devices
+
+from helpers import ARCH_WITH_DEAD_END, search_line, train_line
 
 ROOT = Path(__file__).resolve().parents[1]
 S1_EVERYTHING, S2_EVERYTHING = tuple(genotypes.PRIMITIVES) * 14, PRIMITIVES * len(EDGES)

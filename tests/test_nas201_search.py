@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, s2_search, write_table
 from scipy import stats
 from torch import nn
 
@@ -20,6 +19,8 @@ from nas201 import encoding, summary
 from nas201.train_search import main
 from reporting.cells import load_architecture
 from support import runs
+
+from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, s2_search, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -9,6 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+
+import genotypes
+import nas201.train_search
+import train
+import train_search
+from support import runs
+
 from helpers import (
     AT_ONCE,
     S2_SEARCH_LINE,
@@ -23,12 +30,6 @@ from helpers import (
     train_line,
     write_table,
 )
-
-import genotypes
-import nas201.train_search
-import train
-import train_search
-from support import runs
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 ROOT = Path(__file__).resolve().parents[1]

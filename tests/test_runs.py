@@ -14,13 +14,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import RUN_DATA, assert_same, checkpoint_bytes, new_run, resumed_run
 from torch import nn
 
 from nas201 import sources
 from support import cli, distributed, files, runs, weights
 from support.cli import Parser, number
 from support.files import UserError, atomic_write, write_json
+
+from helpers import RUN_DATA, assert_same, checkpoint_bytes, new_run, resumed_run
 
 
 class Trained:

@@ -9,7 +9,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers import SEARCH_SIZES, history, populations, search, search_line
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -22,6 +21,8 @@ from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
 from support import runs, seeds, signals
 from support.files import UserError
+
+from helpers import SEARCH_SIZES, history, populations, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 SEEDED = argparse.Namespace(seed=18, seed_scheme=2)  # as these searches are by default

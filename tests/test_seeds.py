@@ -5,12 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from helpers import search_line, train_line
 
 import baselines
 import train
 import train_search
 from support import seeds
+
+from helpers import search_line, train_line
 
 SEEDS = (18, 19, 20, 2021)  # those of the paper's searches, and that of the random architectures
 

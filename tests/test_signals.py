@@ -6,13 +6,14 @@ import threading
 
 import pytest
 import torch
-from helpers import assert_same_run, interrupted_at, new_run, resumed_run, search, search_line, start, stop_at
 
 import data
 import loaders
 import train
 import train_search
 from support import runs, signals
+
+from helpers import assert_same_run, interrupted_at, new_run, resumed_run, search, search_line, start, stop_at
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ARCH_WITH_DEAD_END, history, retrain, train_line
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,6 +25,8 @@ import train
 import train_search
 from model import NetworkCIFAR, NetworkImageNet
 from support import runs, seeds, weights
+
+from helpers import ARCH_WITH_DEAD_END, history, retrain, train_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 

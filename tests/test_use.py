@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import CLASSES, MEAN, RETRAINED_CELLS, STD, retrained_run
 from PIL import Image
 
 import data
@@ -21,6 +20,8 @@ import loaders
 import predict
 import testing
 from support import weights
+
+from helpers import CLASSES, MEAN, RETRAINED_CELLS, STD, retrained_run
 
 ROOT = Path(__file__).resolve().parents[1]
 

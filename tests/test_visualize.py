@@ -16,7 +16,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from helpers import REPORTED_ARCH, reported_run
 
 import genotypes
 import visualize
@@ -24,6 +23,8 @@ from nas201.genotypes import PRIMITIVES
 from reporting import cells as drawing
 from reporting import report
 from support.files import UserError, write_json
+
+from helpers import REPORTED_ARCH, reported_run
 
 SVG = "{http://www.w3.org/2000/svg}"
 
