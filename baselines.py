@@ -7,7 +7,7 @@ import torch
 
 from engine import unique
 from evolution import non_dominated
-from genotypes import from_json, to_json
+from genotype_files import from_json, to_json
 from support import distributed, seeds
 from support.files import UserError, read_json, write_json
 from support.runs import shell_command

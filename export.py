@@ -20,7 +20,7 @@ from torch import nn
 import data
 import loaders
 import nas201.data
-import testing
+import retrained
 from support import distributed, runs
 from support.files import UserError, atomic_write, read_bytes, read_json
 
@@ -103,9 +103,9 @@ def sample_images(root, path, about):
         root = saved.get("data") if isinstance(saved, dict) else None
         if not isinstance(root, str):
             raise UserError("nothing says where the test images lie, with which the file is compared: give --data")
-    family = testing.saved_family(about, about["genotype"], path)
+    recipe = retrained.saved_recipe(about, about["genotype"], path)
     size = about["image_size"][0] if about.get("resized") else None
-    images = nas201.data.load(about.get("dataset"), root, "test", image_size=size, in_memory=family != "imagenet")
+    images = nas201.data.load(about.get("dataset"), root, "test", image_size=size, in_memory=recipe != "imagenet")
     images = data.subsample(images, min(16, len(images)), torch.Generator().manual_seed(0))
     augmentation = data.Augmentation(about["mean"], about["std"])
     return next(iter(loaders.make_loader(images, 16, augmentation, torch.device("cpu"))))[0].contiguous()
@@ -121,8 +121,8 @@ def main(argv=None):
     parser.add_argument("--output", metavar="FILE", help="(default: network.pt2 or network.onnx in RUN_DIR)")
     parser.add_argument("--data", help="where the test images for the comparison lie (default: where they did)")
     args = parser.parse_args(argv)
-    weights, about = testing.read_about(args.run)
-    network, _ = testing.load(args.run)
+    weights, about = retrained.read_about(args.run)
+    network, _ = retrained.load(args.run)
     inputs = sample_images(args.data, weights, about)
     expected, _ = network(inputs)
     normalisation = [about["mean"], about["std"]] if args.normalize else []

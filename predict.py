@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 import image_folder
-import testing
+import retrained
 from support import devices, distributed
 from support.files import UserError
 from support.images import SUFFIXES
@@ -68,8 +68,8 @@ def main(argv=None):
     devices.add_device_arguments(parser)
     parser.set_defaults(amp=False, compile=False)
     args = parser.parse_args(argv)
-    _, about = testing.read_about(args.run)
-    network, transform = testing.load(args.run)
+    _, about = retrained.read_about(args.run)
+    network, transform = retrained.load(args.run)
     device = devices.choose_device(args)
     skipped = []
 

@@ -2,8 +2,8 @@
 
 from functools import partial
 
+from retrained import test
 from support.cli import command
-from testing import test
 
 main = command(partial(test, "test_cifar.py", ["cifar10", "folder", "digits"]))
 

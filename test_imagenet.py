@@ -2,12 +2,12 @@
 
 from functools import partial
 
+from recipes import IMAGENET
+from retrained import test
 from support.cli import command
-from testing import test
-from utils import IMAGENET
 
 datasets = ["imagenet", "ImageNet16-120", "folder"]
-main = command(partial(test, "test_imagenet.py", datasets, recipe=IMAGENET, batch_size=128))
+main = command(partial(test, "test_imagenet.py", datasets, default=IMAGENET, batch_size=128))
 
 if __name__ == "__main__":
     main()

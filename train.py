@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import baselines
 import data
-import genotypes
+import genotype_files
 import loaders
 import memory
 import nas201.data
@@ -28,11 +28,11 @@ import nas201.report  # registers arch strings with the drawings and the report
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from nas201.genotypes import PRIMITIVES, from_arch_string
+from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
+from retrained import ARCH, choose_augmentation, choose_genotype, choose_recipe, make_network
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
-from testing import ARCH, choose_augmentation, choose_family, choose_genotype, make_network
-from utils import CIFAR, IMAGENET, NAS201, RECIPES
 
 
 def make_parser():
@@ -123,13 +123,13 @@ def load_splits(args, genotype):
     settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
     train, test = (nas201.data.load(args.dataset, args.data, split, **settings) for split in ("train", "test"))
     large = isinstance(train, data.Files)
-    args.recipe = args.recipe or choose_family(genotype, train)
+    args.recipe = args.recipe or choose_recipe(genotype, train)
     if args.recipe != "imagenet":
         data.check_in_memory(train)
     both = data.describe(train=train), data.describe(test=test)
     data.check_alike("the training images", both[0], f"the test images of {args.data}", both[1])
     for name, value in vars(RECIPES[args.recipe]).items():
-        if name != "family" and getattr(args, name) is None:
+        if name != "name" and getattr(args, name) is None:
             setattr(args, name, value)
     augment = choose_augmentation(genotype, args.dataset, train)
     train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
@@ -268,7 +268,7 @@ def main(argv=None):
     if args.resume:
         with runs.required_file():
             source = Path(args.resume) / "genotype.json"
-            genotype = genotypes.load(source)
+            genotype = genotype_files.load(source)
     elif args.pick:
         if not args.dir or args.genotype:
             raise UserError("--pick needs --dir RUN_DIR, a search, and no --genotype")
@@ -295,7 +295,7 @@ def main(argv=None):
 
     about = {  # what a test must know of the weights, saved beside them
         "family": args.recipe,
-        "genotype": genotypes.to_json(genotype),
+        "genotype": genotype_files.to_json(genotype),
         "dataset": args.dataset,
         "classes": train.classes,
         "image_size": train.image_size,
@@ -315,7 +315,7 @@ def main(argv=None):
         run = runs.Run.create(args.dir or ".", name, args, "train.py", **bound)
     with run:
         if run.writes and not run.state:
-            genotypes.save(genotype, run.path / "genotype.json")
+            genotype_files.save(genotype, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)

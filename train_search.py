@@ -17,6 +17,7 @@ import baselines
 import data
 import encoding
 import fast_search
+import genotype_files
 import genotypes
 import loaders
 import memory
@@ -74,7 +75,7 @@ class SearchSpace:
 class S1(SearchSpace):
     """The DARTS space."""
 
-    name, encoding, fast, genotype_files = "s1", encoding, fast_search, genotypes.FILES
+    name, encoding, fast, genotype_files = "s1", encoding, fast_search, genotype_files.FILES
 
     def cell(self, alphas):
         return encoding.genotype(alphas)
@@ -222,7 +223,7 @@ def describe_population(space, state, costs):
     fields |= dict(zip(costs.names, costs.of(state.alphas[:1], state.latency)[0].tolist(), strict=True))
     best, mean = state.fitness[0].item(), state.fitness.mean().item()
     own = {"fitness_best": best, "fitness_mean": mean, "fitness_std": state.fitness.std(correction=0).item()}
-    own["best_genotype"] = genotypes.to_json(space.cell(state.alphas[0]))
+    own["best_genotype"] = genotype_files.to_json(space.cell(state.alphas[0]))
     return own | fields, remarks
 
 
@@ -270,7 +271,7 @@ def restore_results(args, run, space, state):
 def save_cell(run, space, alphas):
     """Save the cell of one raw individual (G, E, O) in the formats of its space."""
     for name in space.genotype_files if run.writes else ():
-        genotypes.save(space.cell(alphas), run.path / name)
+        genotype_files.save(space.cell(alphas), run.path / name)
 
 
 def cosine(high, low, progress):

@@ -1,40 +1,10 @@
-"""The recipes and their optimiser, and what a network and a generation or epoch cost."""
+"""The optimiser, and what a network and a generation or epoch cost."""
 
 import time
-from dataclasses import dataclass
 
 import torch
 
 from support import devices
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings for retraining and testing a family of networks: the paper's (EvNAS, section 4), or the benchmark's."""
-
-    family: str
-    batch_size: int
-    learning_rate: float
-    lr_scheduler: str
-    weight_decay: float
-    epochs: int
-    init_channels: int
-    layers: int
-    drop_path_prob: float
-    label_smooth: float
-    seed: int
-    report_freq: int = 50
-    grad_clip: float | None = 5.0
-    nesterov: bool = False
-
-
-CIFAR = Recipe("cifar", 96, 0.025, "cosine", 3e-4, 600, 36, 20, 0.2, label_smooth=0.0, seed=18)
-IMAGENET = Recipe(
-    "imagenet", 256, 0.1, "linear", 3e-5, 250, 48, 14, drop_path_prob=0.0, label_smooth=0.1, seed=0, report_freq=100
-)
-# Dong & Yang (ICLR 2020), table 1; layers: cells in each of the three stages.
-NAS201 = Recipe("nas201", 256, 0.1, "cosine", 5e-4, 200, 16, 5, 0.0, 0.0, seed=18, grad_clip=None, nesterov=True)
-RECIPES = {recipe.family: recipe for recipe in (CIFAR, IMAGENET, NAS201)}
 
 
 def cost(images, start, device):

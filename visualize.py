@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 
+import genotype_files
 import genotypes
 import nas201.report  # noqa: F401  registers its space
 from reporting import cells, report
@@ -19,7 +20,7 @@ def resolve(target):
     if target.lstrip().startswith("|"):
         return target.strip(), "", "."
     if os.path.isdir(target):
-        return cells.load_architecture(genotypes.file_in(target)), "", target
+        return cells.load_architecture(genotype_files.file_in(target)), "", target
     if os.sep in target or target.endswith((".json", ".pickle")):
         return cells.load_architecture(target), os.path.splitext(os.path.basename(target))[0], "."
     return genotypes.get(target), target, "."

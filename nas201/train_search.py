@@ -18,10 +18,10 @@ from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
+from recipes import NAS201
 from support import devices, distributed, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import SearchSpace, check_search, is_finished, run_search, search_loaders, search_parser
-from utils import NAS201
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
 

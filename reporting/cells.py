@@ -8,6 +8,7 @@ import re
 import sys
 from html import escape
 
+import genotype_files
 import genotypes
 from support.files import UserError, atomic_write
 
@@ -166,7 +167,7 @@ def title(name, words):
 
 def load_architecture(path):
     """Return the Genotype or arch string in a genotype file. Raises UserError naming the file."""
-    architecture = genotypes.load(path)
+    architecture = genotype_files.load(path)
     try:
         cells(architecture)
     except UserError as error:

@@ -8,6 +8,7 @@ import os
 import statistics
 from html import escape
 
+import genotype_files
 import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
@@ -124,14 +125,14 @@ def winner_section(run_dir, rows, missing):
         elif not last:
             raise UserError("there is no genotype.json yet")
         else:
-            architecture = last if isinstance(last, str) else genotypes.from_dict(last, "history.jsonl, last line")
+            architecture = last if isinstance(last, str) else genotype_files.from_dict(last, "history.jsonl, last line")
             missing.append("genotype.json is missing; the cells are those of the last line of history.jsonl.")
         drawn = cells.cells(architecture)
     except UserError as error:
         missing.append(f"The cells cannot be drawn: {error}")
         return ""
     card = "".join(wide(cells.cell_svg(**cell), cell["title"]) for cell in drawn.values())
-    text = architecture if isinstance(architecture, str) else json.dumps(genotypes.to_dict(architecture))
+    text = architecture if isinstance(architecture, str) else json.dumps(genotype_files.to_dict(architecture))
     card += f"<details><summary>As text</summary><pre>{escape(text)}</pre></details>"
     return section("Winning architecture" if rows and "generation" in rows[0] else "Architecture", card=card)
 

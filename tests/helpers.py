@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 
+import genotype_files
 import genotypes
 import nas201.train_search
-import testing
+import retrained
 import train
 import train_search
 from nas201.genotypes import to_arch_string
@@ -143,7 +144,7 @@ def reported_run(folder, kind="search", space="s1", steps=4, **changes):
     about = {"kind": kind, "command": "python train_search.py <&>", "git": None, "threads": 2, "started": "2025-01-01"}
     write_json(folder / "args.json", {"args": args, "space": space, "versions": {"torch": "2.6"}, **about})
     rng = np.random.default_rng(0)
-    best = REPORTED_ARCH if space == "s2" else genotypes.to_dict(genotypes.EvNASA)
+    best = REPORTED_ARCH if space == "s2" else genotype_files.to_dict(genotypes.EvNASA)
     write_json(folder / "genotype.json", {"arch": REPORTED_ARCH} if space == "s2" else best)
     with open(folder / "history.jsonl", "w") as file:
         for step in range(1, steps + 1):
@@ -176,13 +177,13 @@ def retrained_run(folder, family, pictures, classes=CLASSES):
     sizes = {"init_channels": 4, "layers": 3 if family != "nas201" else 1, "auxiliary": False}
     about = {
         "family": family,
-        "genotype": genotypes.to_json(RETRAINED_CELLS[family]),
+        "genotype": genotype_files.to_json(RETRAINED_CELLS[family]),
         "dataset": "folder",
         "classes": classes,
     }
     about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
     torch.manual_seed(0)
-    network = testing.make_network(RETRAINED_CELLS[family], family, 3, [side, side], argparse.Namespace(**sizes))
+    network = retrained.make_network(RETRAINED_CELLS[family], family, 3, [side, side], argparse.Namespace(**sizes))
     for _ in range(3):  # running statistics
         network(torch.randn(8, 3, side, side))
     (folder / "weights").mkdir(parents=True)

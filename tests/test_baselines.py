@@ -11,6 +11,7 @@ import torch
 
 import baselines
 import encoding
+import genotype_files
 import nas201.train_search
 import train
 import train_search
@@ -109,7 +110,7 @@ def test_picking_from_the_front(finished, tmp_path, monkeypatch, pick):
     monkeypatch.setattr(train, "load_splits", lambda args, genotype: seen.append(genotype) or exec("raise KeyError"))
     with pytest.raises(KeyError):
         train.main(["--dataset", "digits", "--dir", str(tmp_path), "--pick", str(pick), "--device", "cpu"])
-    assert train.genotypes.to_json(seen[0]) == json.loads(json.dumps(picked))
+    assert genotype_files.to_json(seen[0]) == json.loads(json.dumps(picked))
 
 
 def test_bad_picks(finished, tmp_path, fails):

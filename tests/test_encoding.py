@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from encoding import decode, genotype, random_alphas
-from genotypes import PRIMITIVES, validate
+from genotype_files import validate
+from genotypes import PRIMITIVES
 
 SEP3 = PRIMITIVES.index("sep_conv_3x3")
 DIL5 = PRIMITIVES.index("dil_conv_5x5")

@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 
 import data
+import genotype_files
 import genotypes
 import nas201.train_search
 import test_cifar
@@ -69,7 +70,7 @@ def test_unknown_architecture(fails, main, argv):
 )
 @pytest.mark.parametrize("where", ["--genotype", "--dir"])
 def test_impossible_genotype(fails, tmp_path, pair, message, where):
-    cell = genotypes.to_dict(genotypes.EvNASA)
+    cell = genotype_files.to_dict(genotypes.EvNASA)
     cell["normal"][3] = pair
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(cell))

@@ -29,10 +29,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import data
+import genotype_files
 import genotypes
 import nas201.data
+import retrained
 import test_cifar
-import testing
 import train
 import train_search
 import visualize
@@ -103,7 +104,7 @@ def read_split_main(argv):
 
 
 def valid_genotype(folder):
-    genotypes.save(genotypes.EvNASA, folder / "genotype.json")
+    genotype_files.save(genotypes.EvNASA, folder / "genotype.json")
     return folder / "genotype.json", visualize.main, [folder / "genotype.json", "--output", folder]
 
 
@@ -180,9 +181,9 @@ def test_malformed_arch_strings(tmp_path):
 
 HUGE = 300 << 20  # bytes that the bombs unpack to
 READERS = {
-    "genotype.pickle": genotypes.load,
+    "genotype.pickle": genotype_files.load,
     "weights.pt": lambda path: weights.load_weights(torch.nn.Linear(3, 2), path),
-    "weights.json": lambda path: testing.load(path.with_name("weights.pt")),
+    "weights.json": lambda path: retrained.load(path.with_name("weights.pt")),
     "checkpoint.pt": runs.load_checkpoint,
     "table.pth": benchmark.load,
     "table.csv.xz": benchmark.load,
@@ -318,8 +319,8 @@ def side_files():
     yield "images without pixels", {"image_size": [0, 0]}
     yield "a hundred thousand classes", {"classes": [str(i) for i in range(100_000)]}
     yield "classes that are no names", {"classes": {"a": 1}}
-    yield "another cell", {"genotype": genotypes.to_dict(genotypes.AmoebaNet)}
-    calls = genotypes.to_dict(genotypes.EvNASA) | {"normal": [["__import__", 0]] * 8}
+    yield "another cell", {"genotype": genotype_files.to_dict(genotypes.AmoebaNet)}
+    calls = genotype_files.to_dict(genotypes.EvNASA) | {"normal": [["__import__", 0]] * 8}
     yield "an operation that calls", {"genotype": calls}
     yield "an arch string that is none", {"genotype": "|" * 100_000, "family": "nas201"}
     yield "a mean that is no number", {"mean": [float("nan")] * 3}
@@ -330,11 +331,11 @@ def side_files():
 def write_side_files(folder, first):
     """Writes them, each with the weights that it is about, in folders numbered from `first`; returns how many."""
     sizes = {"init_channels": 4, "layers": 3, "auxiliary": False}
-    about = {"family": "cifar", "genotype": genotypes.to_json(genotypes.EvNASB), "classes": ["a", "b", "c"]}
+    about = {"family": "cifar", "genotype": genotype_files.to_json(genotypes.EvNASB), "classes": ["a", "b", "c"]}
     about |= {"image_size": [16, 16], "resized": True, "mean": [0.5] * 3, "std": [0.2] * 3, **sizes}
-    network = testing.make_network(genotypes.EvNASB, "cifar", 3, [16, 16], argparse.Namespace(**sizes))
+    network = retrained.make_network(genotypes.EvNASB, "cifar", 3, [16, 16], argparse.Namespace(**sizes))
     weights.save_weights(network, folder / "weights.pt", about)
-    testing.load(folder / "weights.pt")
+    retrained.load(folder / "weights.pt")
     about, cases = json.loads((folder / "weights.json").read_text()), list(side_files())
     assert len(cases) == 20
     cases = few(cases, cases[::3])

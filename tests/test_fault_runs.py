@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import genotype_files
 import genotypes
 import train
 from support import runs
@@ -131,7 +132,7 @@ def files_of_run_edited(run, script):
     ).items():
         for new in news:
             yield f"{name} {new!r}", "args.json", content | {name: new}
-    others = [genotypes.to_dict(genotypes.EvNASA), genotype | {"normal": []}, {}, [], {"arch": "x"}]
+    others = [genotype_files.to_dict(genotypes.EvNASA), genotype | {"normal": []}, {}, [], {"arch": "x"}]
     others.append(genotype | {"reduce_concat": genotype["reduce_concat"][:-1]})
     for i, new in enumerate(others):
         yield f"cell {i}", "genotype.json", new

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import genotype_files
 import genotypes
 from genotypes import Genotype
 from support.files import UserError
@@ -81,7 +82,7 @@ def pickle_file(tmp_path):
 def test_named_cell(name):
     expected = Genotype(**table_cells()[name])
     assert genotypes.get(name) == getattr(genotypes, name) == expected
-    assert genotypes.validate(expected) == expected
+    assert genotype_files.validate(expected) == expected
 
 
 def test_names_and_primitives():
@@ -106,8 +107,8 @@ def test_unknown_name_lists_the_names(name):
 @pytest.mark.parametrize("suffix", ["json", "pickle"])
 def test_round_trip(tmp_path, name, suffix):
     path = tmp_path / f"genotype.{suffix}"
-    genotypes.save(genotypes.get(name), path)
-    loaded = genotypes.load(path)
+    genotype_files.save(genotypes.get(name), path)
+    loaded = genotype_files.load(path)
     assert type(loaded) is Genotype
     assert loaded == genotypes.get(name)
     assert all(type(pair) is tuple for pair in loaded.normal + loaded.reduce)
@@ -115,7 +116,7 @@ def test_round_trip(tmp_path, name, suffix):
 
 
 def test_json_form(tmp_path):
-    genotypes.save(genotypes.EvNASA, tmp_path / "genotype.json")
+    genotype_files.save(genotypes.EvNASA, tmp_path / "genotype.json")
     value = json.loads((tmp_path / "genotype.json").read_text())
     assert list(value) == ["normal", "normal_concat", "reduce", "reduce_concat"]
     assert value["normal"][2] == ["sep_conv_5x5", 2]
@@ -123,20 +124,20 @@ def test_json_form(tmp_path):
 
 
 def test_legacy_file():
-    assert genotypes.load(LEGACY) == genotypes.EvNASA
+    assert genotype_files.load(LEGACY) == genotypes.EvNASA
 
 
-@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize("protocol", range(3, 6))
 @pytest.mark.parametrize("concat", [[2, 3, 4, 5], range(2, 6), (2, 3, 4, 5)])
-def test_pickles_of_every_protocol(pickle_file, protocol, concat):
+def test_pickle_of_python3_is_read(pickle_file, protocol, concat):
     cell = genotypes.EvNASC._replace(normal_concat=concat, reduce_concat=concat)
-    assert genotypes.load(pickle_file(pickle.dumps(cell, protocol))) == genotypes.EvNASC
+    assert genotype_files.load(pickle_file(pickle.dumps(cell, protocol))) == genotypes.EvNASC
 
 
 def test_published_scripts_read_our_pickle(tmp_path, monkeypatch):
     """They call plain pickle.load, under Python 3.6, with their own `genotypes`."""
     path = tmp_path / "genotype.pickle"
-    genotypes.save(genotypes.EvNASB, path)
+    genotype_files.save(genotypes.EvNASB, path)
     published = types.ModuleType("genotypes")
     published.Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
     monkeypatch.setitem(sys.modules, "genotypes", published)
@@ -150,16 +151,16 @@ def test_published_scripts_read_our_pickle(tmp_path, monkeypatch):
 @pytest.mark.parametrize("suffix", ["json", "pickle"])
 def test_missing_file_is_named(tmp_path, suffix):
     with pytest.raises(UserError) as error:
-        genotypes.load(tmp_path / f"absent.{suffix}")
+        genotype_files.load(tmp_path / f"absent.{suffix}")
     assert f"absent.{suffix}" in one_line(error)
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "genotype.json"
-    genotypes.save(genotypes.EvNASA, path)
+    genotype_files.save(genotypes.EvNASA, path)
     with pytest.raises(TypeError):
-        genotypes.save(genotypes.EvNASB._replace(reduce_concat=object()), path)
-    assert genotypes.load(path) == genotypes.EvNASA
+        genotype_files.save(genotypes.EvNASB._replace(reduce_concat=object()), path)
+    assert genotype_files.load(path) == genotypes.EvNASA
     assert os.listdir(tmp_path) == ["genotype.json"]
 
 
@@ -167,7 +168,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 def test_not_json(tmp_path, text):
     path = write(tmp_path / "genotype.json", text.encode("latin-1"))
     with pytest.raises(UserError) as error:
-        genotypes.load(path)
+        genotype_files.load(path)
     assert "genotype.json" in one_line(error)
 
 
@@ -175,7 +176,7 @@ def test_not_json(tmp_path, text):
 
 
 def valid_dict():
-    return copy.deepcopy(genotypes.to_dict(genotypes.EvNASA))
+    return copy.deepcopy(genotype_files.to_dict(genotypes.EvNASA))
 
 
 def put(value, path, new):
@@ -222,17 +223,17 @@ def put(value, path, new):
 def test_malformed_genotype(tmp_path, path, new, message):
     file = write(tmp_path / "g.json", json.dumps(put(valid_dict(), path, new)).encode())
     with pytest.raises(UserError) as error:
-        genotypes.load(file)
+        genotype_files.load(file)
     assert message in one_line(error) and "g.json" in one_line(error)
 
 
 def test_missing_and_additional_parts():
     value = valid_dict()
     with pytest.raises(UserError):
-        genotypes.from_dict({**value, "extra": 1})
+        genotype_files.from_dict({**value, "extra": 1})
     del value["reduce"]
     with pytest.raises(UserError):
-        genotypes.from_dict(value)
+        genotype_files.from_dict(value)
 
 
 def is_cell(value):
@@ -274,10 +275,10 @@ PATHS = (
 def test_exactly_the_possible_cells_are_accepted(path, new):
     value = put(valid_dict(), path, new)
     if is_cell(value):
-        assert genotypes.to_dict(genotypes.from_dict(value)) == value
+        assert genotype_files.to_dict(genotype_files.from_dict(value)) == value
     else:
         with pytest.raises(UserError) as error:
-            genotypes.from_dict(value)
+            genotype_files.from_dict(value)
         one_line(error)
 
 
@@ -286,7 +287,7 @@ def test_exactly_the_possible_cells_are_accepted(path, new):
 
 def refused(path):
     with pytest.raises(UserError) as error:
-        genotypes.load(path)
+        genotype_files.load(path)
     assert "genotype.pickle" in one_line(error)
     return one_line(error)
 
@@ -305,7 +306,9 @@ def test_calls_are_refused(tmp_path, pickle_file, protocol, kind, nested):
     if nested:
         value = genotypes.EvNASA._replace(normal=[("skip_connect", value)] * 2)
     path = pickle_file(pickle.dumps(value, protocol))
-    assert kind in refused(path)
+    message = refused(path)
+    if protocol >= 2 or not nested:  # in protocols 0 and 1 the cell itself is refused first
+        assert kind in message
     assert not marker.exists()
 
 
@@ -382,7 +385,7 @@ def test_flipped_bits(pickle_file):
         for bit in range(8):
             path = pickle_file(data[:i] + bytes([data[i] ^ 1 << bit]) + data[i + 1 :])
             try:
-                kinds.add(is_cell(genotypes.to_dict(genotypes.load(path))))
+                kinds.add(is_cell(genotype_files.to_dict(genotype_files.load(path))))
             except UserError:
                 kinds.add("refused")
     assert kinds == {True, "refused"}
@@ -415,16 +418,6 @@ def test_only_lists_and_tuples(pickle_file, container):
     assert data.count(key) == 1
     nested = pickle.dumps(bomb(), 4)[11:-1]
     refused(pickle_file(b"\x80\x04" + data[11:].replace(key, nested)))
-
-
-def test_tuple_and_reconstructor_are_not_for_use(pickle_file):
-    """Protocols 0 and 1 refer to them; called on a range they could fill the memory."""
-    numbers = pickle.dumps(range(4), 0)[:-1]
-    assert "not a valid pickle" in refused(pickle_file(b"c__builtin__\ntuple\n(" + numbers + b"tR."))
-    prefix = b"ccopy_reg\n_reconstructor\n(cgenotypes\nGenotype\nc__builtin__\ntuple\n"
-    assert "not a Genotype" in refused(pickle_file(prefix + numbers + b"tR."))
-    prefix = prefix.replace(b"genotypes\nGenotype", b"__builtin__\nxrange")
-    assert "not a Genotype" in refused(pickle_file(prefix + b")tR."))
 
 
 def test_attributes_cannot_be_set(pickle_file):

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torchvision
 
+import genotype_files
 import genotypes
 import nas201.train_search
 import train
@@ -116,7 +117,7 @@ def folder(tmp_path, monkeypatch, make_images):
     (work / "data").mkdir(parents=True)
     (tmp_path / "images").rename(work / "data/imagenet")
     (work / "outputs").mkdir()
-    genotypes.save(genotypes.EvNASC, work / "outputs/genotype.pickle")
+    genotype_files.save(genotypes.EvNASC, work / "outputs/genotype.pickle")
     (work / "configs").mkdir()
     (work / "configs/EvNAS.config").write_text(json.dumps(CONFIG))
     for name, classes in (("EvNAS_A_cifar_weights.pt", 10), ("EvNAS_A_cifar100_weights.pt", 100)):
@@ -153,7 +154,7 @@ def test_command(folder, capsys, command):
         assert made.parent.name == ("outputs" if "--dir" in arguments else "work")
         assert made.name.startswith("eval-NOTE-") == ("--note" in arguments)
         cell = "EvNASC" if "outputs" in arguments else "EvNASA"
-        assert "search" in script or genotypes.load(made / "genotype.json") == genotypes.get(cell)
+        assert "search" in script or genotype_files.load(made / "genotype.json") == genotypes.get(cell)
     else:
         assert f"on {6 if 'imagenet' in script else 200} images" in printed.out
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import genotype_files
 import genotypes
 import nas201.train_search
 import train
@@ -169,15 +170,15 @@ def test_a_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
 
 def test_a_resumed_run_keeps_its_own_cell(tmp_path):
     """The search it took the cell from may have gone on, or be elsewhere, since."""
-    genotypes.save(genotypes.EvNASB, tmp_path / "genotype.json")
+    genotype_files.save(genotypes.EvNASB, tmp_path / "genotype.json")
     argv = train_line(dir=tmp_path)
     i = argv.index("--arch")
     del argv[i : i + 2]
     stop_at("after checkpoint 2", AT_ONCE, train.main, argv)
     run = next(tmp_path.glob("eval-*"))
-    genotypes.save(genotypes.EvNASA, tmp_path / "genotype.json")
+    genotype_files.save(genotypes.EvNASA, tmp_path / "genotype.json")
     train.main(["--resume", str(run)])
-    assert len(history(run)) == 3 and genotypes.load(run / "genotype.json") == genotypes.EvNASB
+    assert len(history(run)) == 3 and genotype_files.load(run / "genotype.json") == genotypes.EvNASB
 
 
 # ---- processes

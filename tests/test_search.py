@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 import baselines
 import encoding
 import evolution
-import genotypes
+import genotype_files
 import train_search
 from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
@@ -77,14 +77,14 @@ def test_files_of_a_run(uninterrupted):
     for name in ("log.txt", "args.json", "checkpoint.prev.pt", "cell_reduce.svg", "report.html", "weights/weights.pt"):
         assert (uninterrupted / name).is_file()
     alphas, fitness = populations(uninterrupted)[-1]
-    assert genotypes.load(uninterrupted / "genotype.json") == encoding.genotype(alphas[0])
-    assert genotypes.load(uninterrupted / "genotype.pickle") == encoding.genotype(alphas[0])
+    assert genotype_files.load(uninterrupted / "genotype.json") == encoding.genotype(alphas[0])
+    assert genotype_files.load(uninterrupted / "genotype.pickle") == encoding.genotype(alphas[0])
     assert list((uninterrupted / "runs").glob("events*"))
     for line, (alphas, fitness) in zip(history(uninterrupted), populations(uninterrupted), strict=True):
         assert line["fitness_best"] == fitness.max().item() and line["fitness_mean"] == fitness.mean().item()
         assert line["fitness_std"] == pytest.approx(fitness.numpy().std())
         assert line["distinct"] == len(set(raw_individuals(encoding.decode(alphas))))
-        assert line["best_genotype"] == json.loads(json.dumps(genotypes.to_dict(encoding.genotype(alphas[0]))))
+        assert line["best_genotype"] == json.loads(json.dumps(genotype_files.to_dict(encoding.genotype(alphas[0]))))
 
 
 # ---- the loop against a plain one
@@ -232,7 +232,9 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
     again = again if variant in MEASURED_RAW else encoding.decode(again)
     assert all(kind == "fitness" for kind, _ in calls) and len(calls) <= 3 * 3 + 2
     assert all(torch.equal(a, b) for (_, a), b in zip([*calls[: len(last)], *calls[-2:]], again, strict=True))
-    assert genotypes.load(run / "genotype.json") == encoding.genotype(alphas[0])  # of raw alphas, whatever was measured
+    assert genotype_files.load(run / "genotype.json") == encoding.genotype(
+        alphas[0]
+    )  # of raw alphas, whatever was measured
 
 
 @pytest.mark.parametrize(

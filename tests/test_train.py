@@ -16,11 +16,12 @@ from torch.utils._pytree import tree_leaves
 
 import data
 import engine
+import genotype_files
 import genotypes
 import loaders
+import retrained
 import test_cifar
 import test_imagenet
-import testing
 import train
 import train_search
 from model import NetworkCIFAR, NetworkImageNet
@@ -92,7 +93,7 @@ def test_reported_figures_are_those_of_a_plain_evaluation(finished):
 
 def test_files_of_a_run(finished):
     assert finished.name.startswith("eval-EXP-2")
-    assert genotypes.load(finished / "genotype.json") == genotypes.EvNASB
+    assert genotype_files.load(finished / "genotype.json") == genotypes.EvNASB
     for name in ("log.txt", "args.json", "checkpoint.pt", "checkpoint.prev.pt", "cell_normal.svg", "report.html"):
         assert (finished / name).is_file()
     assert [line["epoch"] for line in history(finished)] == [1, 2, 3]
@@ -104,19 +105,19 @@ def test_files_of_a_run(finished):
 def test_the_cell_of_a_run_goes_before_arch(tmp_path):
     sizes = dict(epochs=1, arch="EvNASA", init_channels=2)
     first = retrain(tmp_path / "empty", **sizes)  # no cell there
-    assert genotypes.load(first / "genotype.json") == genotypes.EvNASA
+    assert genotype_files.load(first / "genotype.json") == genotypes.EvNASA
     found = tmp_path / "found"
     found.mkdir()
-    genotypes.save(genotypes.EvNASC, found / "genotype.pickle")
+    genotype_files.save(genotypes.EvNASC, found / "genotype.pickle")
     second = retrain(found, **sizes)
-    assert genotypes.load(second / "genotype.json") == genotypes.EvNASC
+    assert genotype_files.load(second / "genotype.json") == genotypes.EvNASC
     for run, source in ((first, "--arch EvNASA"), (second, f"{found}/genotype.pickle")):
         (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "Genotype(" in line]
-        assert source in line and str(genotypes.load(run / "genotype.json")) in line
+        assert source in line and str(genotype_files.load(run / "genotype.json")) in line
     other = ["--genotype", str(first / "genotype.json"), "--epochs", "1"]
     train.main([*[word for word in train_line(dir=found) if word not in ("--arch", "EvNASB")], *other])
     third = next(path for path in found.glob("eval-*") if path != second)
-    assert genotypes.load(third / "genotype.json") == genotypes.EvNASA
+    assert genotype_files.load(third / "genotype.json") == genotypes.EvNASA
     with pytest.raises(SystemExit):  # a test takes --arch, whose network is another one
         test_cifar.main(["--dataset", "digits", "--dir", str(second), "--arch", "EvNASA"])
 
@@ -128,7 +129,7 @@ def test_weights_are_found_where_the_published_scripts_left_them(finished, tmp_p
     assert test("--model_path", finished / name) == expected
     published = tmp_path / "weights.pt"  # a published run: no folder, no file beside it
     published.write_bytes((finished / "weights" / name).read_bytes())
-    genotypes.save(genotypes.EvNASB, tmp_path / "genotype.pickle")
+    genotype_files.save(genotypes.EvNASB, tmp_path / "genotype.pickle")
     assert test("--dir", tmp_path, "--init_channels", 4, "--layers", 3) == expected
 
 
@@ -199,19 +200,19 @@ def test_recipe_of_arch_strings(make_images):
     assert (args.init_channels, args.layers, args.epochs, args.batch_size) == (16, 5, 200, 256)
     assert (args.learning_rate, args.weight_decay, args.momentum, args.nesterov) == (0.1, 5e-4, 0.9, True)
     assert (args.lr_scheduler, args.drop_path_prob, args.label_smooth, args.grad_clip) == ("cosine", 0, 0, None)
-    assert testing.choose_augmentation(ARCH_WITH_DEAD_END, "cifar10", None).mean[0] == 125.3 / 255
-    assert testing.choose_augmentation(ARCH_WITH_DEAD_END, "ImageNet16-120", None).pad == 2
+    assert retrained.choose_augmentation(ARCH_WITH_DEAD_END, "cifar10", None).mean[0] == 125.3 / 255
+    assert retrained.choose_augmentation(ARCH_WITH_DEAD_END, "ImageNet16-120", None).pad == 2
 
 
 def test_an_arch_string_is_trained_tested_and_resumed(tmp_path, fails):
     sizes = dict(arch=ARCH_WITH_DEAD_END, layers=1, momentum=0.8)
     run = retrain(tmp_path / "whole", **sizes)
     lines = history(run)
-    assert genotypes.load(run / "genotype.json") == ARCH_WITH_DEAD_END and (run / "cell.svg").is_file()
+    assert genotype_files.load(run / "genotype.json") == ARCH_WITH_DEAD_END and (run / "cell.svg").is_file()
     tested = test_cifar.main(["--dataset", "digits", "--dir", str(run), "--device", "cpu"])
     assert tested["top1"] == lines[-1]["test_top1"] > 12
     (tmp_path / "found").mkdir()
-    genotypes.save(ARCH_WITH_DEAD_END, tmp_path / "found/genotype.json")  # as a search of the space leaves it
+    genotype_files.save(ARCH_WITH_DEAD_END, tmp_path / "found/genotype.json")  # as a search of the space leaves it
     stopped = tmp_path / "found"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
         patch.setattr(train, "evaluate", lambda *_, where, **__: evaluate_once(where, *_, **__))

@@ -1,4 +1,4 @@
-"""A retrained network in use: testing.load, predict.py, export.py; the walk of docs/use.md from pictures to a file."""
+"""A retrained network in use: retrained.load, predict.py, export.py."""
 
 import json
 import os
@@ -15,10 +15,11 @@ from PIL import Image
 
 import data
 import export
+import genotype_files
 import genotypes
 import loaders
 import predict
-import testing
+import retrained
 from support import weights
 
 from helpers import CLASSES, MEAN, RETRAINED_CELLS, STD, retrained_run
@@ -35,7 +36,7 @@ def pictures(make_images):
 @pytest.mark.parametrize("family", RETRAINED_CELLS)
 def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
     original = retrained_run(tmp_path / "run", family, pictures)
-    network, transform = testing.load(tmp_path / "run")
+    network, transform = retrained.load(tmp_path / "run")
     assert not network.training
     side = 32 if family == "imagenet" else 16
     split = data.load("folder", pictures, "test", image_size=side, in_memory=family != "imagenet")
@@ -50,10 +51,16 @@ def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
 
 def test_an_auxiliary_head_is_not_loaded(tmp_path, pictures):
     sizes = {"init_channels": 4, "layers": 3, "auxiliary": True}
-    original = testing.make_network(genotypes.EvNASB, "cifar", 3, [32, 32], Namespace(**sizes))
-    about = {"genotype": genotypes.to_json(genotypes.EvNASB), "classes": CLASSES, "mean": MEAN, "std": STD, **sizes}
+    original = retrained.make_network(genotypes.EvNASB, "cifar", 3, [32, 32], Namespace(**sizes))
+    about = {
+        "genotype": genotype_files.to_json(genotypes.EvNASB),
+        "classes": CLASSES,
+        "mean": MEAN,
+        "std": STD,
+        **sizes,
+    }
     weights.save_weights(original, tmp_path / "w.pt", about | {"image_size": [32, 32]})  # as an older version did
-    network, _ = testing.load(tmp_path / "w.pt")
+    network, _ = retrained.load(tmp_path / "w.pt")
     x = torch.randn(2, 3, 32, 32)
     assert network.auxiliary_head is None and torch.equal(network(x)[0], original.eval()(x)[0])
 
@@ -72,7 +79,7 @@ def test_onnx_is_read_from_any_path(tmp_path):
 
 def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, fails):
     network = retrained_run(tmp_path / "run", "cifar", pictures)
-    _, transform = testing.load(tmp_path / "run")
+    _, transform = retrained.load(tmp_path / "run")
     capsys.readouterr()
     single = pictures / "test/cat/1.png"
     predict.main([str(tmp_path / "run"), "--json", str(single), str(pictures), "--device", "cpu"])
@@ -126,7 +133,7 @@ def test_an_image_that_cannot_be_read_is_skipped(tmp_path, pictures, capsys):
     assert all(line["classes"].keys() == set(CLASSES) for line in lines)
 
     with pytest.raises(data.UserError, match="cannot read image"):  # from Python, unless asked to skip
-        list(predict.predict(*testing.load(tmp_path / "run"), [pictures / "test/bee/1.png"], CLASSES, "cpu"))
+        list(predict.predict(*retrained.load(tmp_path / "run"), [pictures / "test/bee/1.png"], CLASSES, "cpu"))
 
 
 def test_at_most_five_classes(capsys):
@@ -192,7 +199,7 @@ def test_an_exported_file_needs_no_code_of_ours(
         torch.export.load(file, extra_files=extra)
         metadata = json.loads(extra["metadata.json"])
     assert metadata["classes"] == CLASSES and metadata["mean"] == list(MEAN)
-    assert metadata["genotype"] == genotypes.to_json(RETRAINED_CELLS[family]) and "torch" in metadata["versions"]
+    assert metadata["genotype"] == genotype_files.to_json(RETRAINED_CELLS[family]) and "torch" in metadata["versions"]
     assert f"(batch, 3, {side}, {side})" in metadata["input"] and ("[0, 1]" in metadata["input"]) == normalize
 
 

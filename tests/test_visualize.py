@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+import genotype_files
 import genotypes
 import visualize
 from nas201.genotypes import PRIMITIVES
@@ -36,7 +37,7 @@ def random_genotype(seed):
         nodes = rng.choice((1, 2, 4, 4, 5, 7))
         pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(2 * nodes)]
         cells += [pairs, sorted(rng.sample(range(2, nodes + 2), rng.randint(1, nodes)))]
-    return genotypes.validate(genotypes.Genotype(*cells))
+    return genotype_files.validate(genotypes.Genotype(*cells))
 
 
 def random_arch(seed, nodes=3):
@@ -173,7 +174,7 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
 def test_largest_cells_are_drawn_quickly():
     rng = random.Random(0)
     pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(40)]
-    largest = genotypes.validate(genotypes.Genotype(pairs, [2], pairs, list(range(2, 22))))
+    largest = genotype_files.validate(genotypes.Genotype(pairs, [2], pairs, list(range(2, 22))))
     start = time.monotonic()
     for cell in drawing.cells(largest).values():
         drawing.cell_svg(**cell)
@@ -193,9 +194,9 @@ def test_command_line_draws_names_files_runs_and_arch_strings(tmp_path, capsys, 
     assert run(capsys, "EvNASA") == ["./EvNASA_normal.svg", "./EvNASA_reduce.svg"]
     assert "EvNASA: reduction cell" in open("EvNASA_reduce.svg").read()
     os.mkdir("run")
-    genotypes.save(genotypes.EvNASB, "run/genotype.pickle")
+    genotype_files.save(genotypes.EvNASB, "run/genotype.pickle")
     assert run(capsys, "run") == ["run/cell_normal.svg", "run/cell_reduce.svg"]
-    genotypes.save(genotypes.EvNASB, "mine.json")
+    genotype_files.save(genotypes.EvNASB, "mine.json")
     assert run(capsys, "mine.json", "--output", "out/deep") == ["out/deep/mine_normal.svg", "out/deep/mine_reduce.svg"]
     assert run(capsys, REPORTED_ARCH) == ["./cell.svg"]
     write_json("run/genotype.json", {"arch": REPORTED_ARCH})  # JSON goes before the legacy file

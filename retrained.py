@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 import data
+import genotype_files
 import genotypes
 import loaders
 import nas201.data
@@ -15,11 +16,11 @@ import utils
 from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
+from recipes import CIFAR, NAS201, RECIPES
 from support import devices, distributed, weights
 from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
-from utils import CIFAR, NAS201, RECIPES
 
 ARCH = f"a named cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 
@@ -33,16 +34,16 @@ def choose_genotype(args, dir_first=False):
     if args.arch and args.genotype:
         raise UserError("--arch and --genotype both name a cell: leave one out")
     if args.genotype:
-        return genotypes.load(args.genotype), args.genotype
-    if args.arch and not (dir_first and args.dir and genotypes.files_in(args.dir)):
+        return genotype_files.load(args.genotype), args.genotype
+    if args.arch and not (dir_first and args.dir and genotype_files.files_in(args.dir)):
         arch = args.arch.strip()
         if arch.startswith("|"):
             from_arch_string(arch)  # says what is wrong with it
         return arch if arch.startswith("|") else genotypes.get(arch), f"--arch {args.arch}"
     if args.dir is None:
         raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
-    path = genotypes.file_in(args.dir if dir_first else folder_of_cell(args.dir))
-    return genotypes.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
+    path = genotype_files.file_in(args.dir if dir_first else folder_of_cell(args.dir))
+    return genotype_files.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
 
 
 def folder_of_cell(run_dir):
@@ -51,14 +52,14 @@ def folder_of_cell(run_dir):
     It is the run itself. A published run has none, and was made in its search's folder (or that folder's cifar100/).
     """
     run_dir = Path(run_dir)
-    if run_dir.resolve().name.startswith("eval-") and not genotypes.files_in(run_dir):
+    if run_dir.resolve().name.startswith("eval-") and not genotype_files.files_in(run_dir):
         parent = run_dir.resolve().parent
         search = parent.parent if parent.name == "cifar100" else parent
-        return search if genotypes.files_in(search) else run_dir
+        return search if genotype_files.files_in(search) else run_dir
     return run_dir
 
 
-def choose_family(genotype, images):
+def choose_recipe(genotype, images):
     """Return the family of networks: NAS-Bench-201's for an arch string, else the one that the images need."""
     if isinstance(genotype, str):
         return "nas201"
@@ -71,29 +72,29 @@ def choose_augmentation(genotype, dataset, images, about=None):
     return of_benchmark.get(dataset) or data.augmentation(dataset, images, about)
 
 
-def make_network(genotype, family, classes, image_size, args):
+def make_network(genotype, recipe, classes, image_size, args):
     """Make the network of a family for so many classes and images of (height, width) pixels. Raises UserError."""
-    if args.auxiliary and family == "nas201":
+    if args.auxiliary and recipe == "nas201":
         raise UserError("--auxiliary is not for arch strings: the benchmark's networks have no such head")
     if args.auxiliary and args.layers < 2:
         raise UserError("--auxiliary needs at least 2 --layers: the head stands behind the second reduction cell")
-    side, features = (224, "7x7") if family == "imagenet" else (32, "8x8")
+    side, features = (224, "7x7") if recipe == "imagenet" else (32, "8x8")
     if args.auxiliary and list(image_size) != [side, side]:
         found = "{1}x{0}".format(*image_size)
         raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
-    if family == "imagenet" and args.init_channels % 2:
+    if recipe == "imagenet" and args.init_channels % 2:
         raise UserError(f"--init_channels {args.init_channels}: ImageNet's networks need an even number of channels")
-    data.check_sides(image_size, 32 if family == "imagenet" else 4)
-    if family == "nas201":
+    data.check_sides(image_size, 32 if recipe == "imagenet" else 4)
+    if recipe == "nas201":
         return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
-    network = NetworkImageNet if family == "imagenet" else NetworkCIFAR
+    network = NetworkImageNet if recipe == "imagenet" else NetworkCIFAR
     return network(args.init_channels, classes, args.layers, args.auxiliary, genotype)
 
 
 # ---- trained networks
 
 
-def load_network(path, genotype, family, classes, image_size, args):
+def load_network(path, genotype, recipe, classes, image_size, args):
     """Make the network of the weights at `path`, on the CPU, and load them. Raises UserError.
 
     What `args` (the command line, or the weights' side file) say of its size is compared with the file's names and
@@ -101,24 +102,24 @@ def load_network(path, genotype, family, classes, image_size, args):
     """
     state = weights.read_state(path)
     cells = len({name.split(".")[1] for name in state if name.startswith("cells.")})
-    needed = 3 * args.layers + 2 if family == "nas201" else args.layers
+    needed = 3 * args.layers + 2 if recipe == "nas201" else args.layers
     if needed > cells:
         where = f'--layers, or "layers" in {weights.info_path(path)}'
         raise UserError(f"{path} holds no weights of this network: {cells} cells, not {needed} ({where}, is wrong)")
     with torch.device("meta"):
-        network = make_network(genotype, family, classes, image_size, args)
+        network = make_network(genotype, recipe, classes, image_size, args)
     weights.load_state(network, state, path)
     return network
 
 
-def saved_family(about, genotype, path):
+def saved_recipe(about, genotype, path):
     """Return the family of the network at `path`, or None if nothing says it. Raises UserError for another cell's."""
     size = about.get("image_size")
     older = size and ("imagenet" if size == [224, 224] else "cifar")  # when no family was saved
-    family = about.get("family", older) or ("nas201" if isinstance(genotype, str) else None)
-    if family and (family == "nas201") != isinstance(genotype, str):
-        raise UserError(f"{path} holds a network of the recipe {family}, which has no cell {genotype!s:.80}")
-    return family
+    recipe = about.get("family", older) or ("nas201" if isinstance(genotype, str) else None)
+    if recipe and (recipe == "nas201") != isinstance(genotype, str):
+        raise UserError(f"{path} holds a network of the recipe {recipe}, which has no cell {genotype!s:.80}")
+    return recipe
 
 
 def read_about(run_dir):
@@ -144,12 +145,12 @@ def load(run_dir):
     returns (logits, None). `run_dir`: see `read_about`. Raises UserError.
     """
     path, about = read_about(run_dir)
-    genotype = genotypes.from_json(about["genotype"], weights.info_path(path))
-    family, size = saved_family(about, genotype, path), about["image_size"]
+    genotype = genotype_files.from_json(about["genotype"], weights.info_path(path))
+    recipe, size = saved_recipe(about, genotype, path), about["image_size"]
     without_head = argparse.Namespace(**(about | {"auxiliary": False}))
-    network = load_network(path, genotype, family, len(about["classes"]), size, without_head)
+    network = load_network(path, genotype, recipe, len(about["classes"]), size, without_head)
     normalisation = data.Augmentation(about["mean"], about["std"])
-    if family == "imagenet":
+    if recipe == "imagenet":
         steps = loaders.imagenet_transform(normalisation, False, size[0])
     else:
         steps = loaders.small_transform(normalisation, size)
@@ -160,7 +161,7 @@ def load(run_dir):
     return network.eval(), transform
 
 
-def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
+def test(prog, datasets, argv=None, default=CIFAR, batch_size=96):
     """Evaluate weights on the test split of a data set, print the figures and return them: all of a test script."""
     dataset = datasets[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
@@ -170,7 +171,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     cell.add_argument("--arch", help=ARCH)
     cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
     for name, low, high in (("init_channels", 2, MOST.channels), ("layers", 1, MOST.cells)):
-        text = f"(default: {getattr(recipe, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
+        text = f"(default: {getattr(default, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
         cell.add_argument(f"--{name}", type=number(int, low, high), help=text)
     cell.add_argument("--image_size", type=number(int, 4, MOST.pixels), help="as in training (default: what DIR says)")
     cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
@@ -182,7 +183,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     run.add_argument(
         "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read large image files"
     )
-    run.add_argument("--report_freq", type=number(int, 1), default=recipe.report_freq, help="batches a report")
+    run.add_argument("--report_freq", type=number(int, 1), default=default.report_freq, help="batches a report")
     devices.add_device_arguments(run)
     run.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
     parser.set_defaults(amp=False, compile=False)
@@ -194,26 +195,26 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     about = weights.read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         source = weights.info_path(args.model_path)
-        genotype = genotypes.from_json(about["genotype"], source)
+        genotype = genotype_files.from_json(about["genotype"], source)
     else:
         genotype, source = choose_genotype(args)
-    family = saved_family(about, genotype, args.model_path) or recipe.family
-    if family not in (recipe.family, "nas201"):
-        script = {"imagenet": "test_imagenet.py"}.get(family, "test_cifar.py")
-        raise UserError(f"{args.model_path} holds a network of the recipe {family}: test it with {script}")
+    recipe = saved_recipe(about, genotype, args.model_path) or default.name
+    if recipe not in (default.name, "nas201"):
+        script = {"imagenet": "test_imagenet.py"}.get(recipe, "test_cifar.py")
+        raise UserError(f"{args.model_path} holds a network of the recipe {recipe}: test it with {script}")
     saved = about | {"image_size": about["image_size"][0] if about.get("resized") and "image_size" in about else None}
     for name in ("init_channels", "layers", "image_size"):  # what was saved with the weights, then the paper's
         given, before = getattr(args, name), saved.get(name)
         if given is not None and before is not None and given != before:
             raise UserError(f"--{name} {given} differs from {before}, with which {args.model_path} was trained")
-        setattr(args, name, given or before or getattr(RECIPES[family], name, None))
+        setattr(args, name, given or before or getattr(RECIPES[recipe], name, None))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
     device = devices.choose_device(args)
 
     args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
-    settings = dict(image_size=args.image_size, in_memory=family != "imagenet", cache=args.image_cache)
+    settings = dict(image_size=args.image_size, in_memory=recipe != "imagenet", cache=args.image_cache)
     images = nas201.data.load(args.dataset, args.data, "test", **settings)
-    if family != "imagenet":
+    if recipe != "imagenet":
         data.check_in_memory(images, "give --image_size, or test a network for ImageNet with test_imagenet.py")
     found = data.describe(test=images)
     data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
@@ -222,7 +223,7 @@ def test(prog, datasets, argv=None, recipe=CIFAR, batch_size=96):
     loader = loaders.make_loader(
         images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
     )
-    network = load_network(args.model_path, genotype, family, len(images.classes), images.image_size, args)
+    network = load_network(args.model_path, genotype, recipe, len(images.classes), images.image_size, args)
     network = network.to(device, memory_format=devices.memory_format(device))
 
     distributed.say(f"{devices.describe_device(device)}; the cell of {source}")
