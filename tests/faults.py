@@ -19,17 +19,17 @@ from pathlib import Path
 
 import conftest
 import pytest
-import test_search
-import test_train
 import torch
 from torch.utils.data import dataloader
 
 from support import files, runs, signals
 
+from helpers import search_line, train_line
+
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("EVNAS_FAULTS") == "full"
-SEARCH = test_search.command_line(cutout_length=4)
-RETRAIN = test_train.command_line("--cutout", drop_path_prob=0.5)
+SEARCH = search_line(cutout_length=4)
+RETRAIN = train_line("--cutout", drop_path_prob=0.5)
 ARGUMENTS = {"train_search": SEARCH, "train": RETRAIN}
 COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
 

@@ -7,9 +7,6 @@ import signal
 
 import numpy as np
 import pytest
-import test_nas201_search
-import test_resume
-import test_search
 import torch
 
 import baselines
@@ -23,6 +20,20 @@ from evolution import non_dominated
 from nas201 import benchmark
 from support import runs
 from support.files import write_json
+
+from helpers import (
+    AT_ONCE,
+    S2_ARCHS,
+    S2_TRUTH,
+    assert_same,
+    history,
+    populations,
+    s2_search,
+    search,
+    search_line,
+    stop_at,
+    write_table,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 FILES = ("pareto.json", "baselines.json")
@@ -41,7 +52,7 @@ def loaded(run):
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_search.report, "finish", lambda run, cell: None)  # drawing takes longer than the search
-        return test_search.search(tmp_path_factory.mktemp("finished"), **SEARCH, baselines=5)
+        return search(tmp_path_factory.mktemp("finished"), **SEARCH, baselines=5)
 
 
 # ---- fronts
@@ -62,7 +73,7 @@ def test_the_front_of_a_run(finished):
     best = [a for a in rows if not any(b != a and all(x <= y for x, y in zip(b, a, strict=True)) for b in rows)]
     front = [[-row["fitness"], *(row[name] for name in names[1:])] for row in pareto["front"]]
     assert sorted(front) == sorted(best) and front == sorted(front, key=lambda row: row[0])
-    last = test_search.populations(finished)[-1][0]
+    last = populations(finished)[-1][0]
     archive = runs.load_checkpoint(finished / "checkpoint.pt")["archive"]
     cells = {str(encoding.genotype(alphas)) for alphas in [*last, *archive.values()]}
     assert len(pareto["individuals"]) == len(cells) and len(archive) <= train_search.ARCHIVED
@@ -74,7 +85,7 @@ def test_the_archive_holds_each_generations_front(finished):
     archive = runs.load_checkpoint(finished / "checkpoint.pt")["archive"]
     fixed, choices = train_search.s1_table(4, 4, 10, (3, 8, 8))
     expected = {}
-    for alphas, fitness in test_search.populations(finished):
+    for alphas, fitness in populations(finished):
         counts = [fixed + choices[one_hot.bool()].sum(0) for one_hot in encoding.decode(alphas)]
         points = torch.cat([-fitness.unsqueeze(1), torch.stack(counts).double()], dim=1)
         for individual in alphas[non_dominated(points)]:
@@ -84,9 +95,9 @@ def test_the_archive_holds_each_generations_front(finished):
 
 def test_only_the_newest_are_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(train_search, "ARCHIVED", 1)
-    run = test_search.search(tmp_path, epochs=1, baselines=0)
+    run = search(tmp_path, epochs=1, baselines=0)
     (kept,) = runs.load_checkpoint(run / "checkpoint.pt")["archive"].values()
-    alphas, fitness = test_search.populations(run)[-1]
+    alphas, fitness = populations(run)[-1]
     assert fitness[[torch.equal(kept, individual) for individual in alphas]].tolist() == [fitness[0]]
 
 
@@ -118,7 +129,7 @@ def test_bad_picks(finished, tmp_path, fails):
 
 def test_random_architectures_on_the_same_weights_and_images(finished):
     result = loaded(finished)[1]
-    args = train_search.search_parser("", "", ["digits"]).parse_known_args(test_search.command_line(**SEARCH))[0]
+    args = train_search.search_parser("", "", ["digits"]).parse_known_args(search_line(**SEARCH))[0]
     args.train_portion = 0.5
     train_split, valid, augmentation = train_search.data.search_splits(args)
     _, loader = train_search.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
@@ -134,26 +145,26 @@ def test_random_architectures_on_the_same_weights_and_images(finished):
 
 
 def test_the_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, tmp_path):
-    run = test_search.search(tmp_path, **SEARCH, baselines=0, max_params=1000, max_mult_adds=1e5)
-    lines = test_search.history(run)
-    assert [line.pop("feasible") for line in lines] == [6, 6] and lines == test_search.history(finished)
+    run = search(tmp_path, **SEARCH, baselines=0, max_params=1000, max_mult_adds=1e5)
+    lines = history(run)
+    assert [line.pop("feasible") for line in lines] == [6, 6] and lines == history(finished)
     state, expected = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, finished))
     other = {"bound": None, "history": None}
-    test_resume.assert_same(state | other, expected | other)
+    assert_same(state | other, expected | other)
     pareto, result = loaded(run)
     assert result["random_fitness"] == [] and "random architectures" not in result["sentence"]
     assert pareto["individuals"] == loaded(finished)[0]["individuals"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("numbers", [[signal.SIGTERM], test_resume.AT_ONCE])
+@pytest.mark.parametrize("numbers", [[signal.SIGTERM], AT_ONCE])
 def test_an_interruption_of_the_last_measurement_loses_nothing(finished, tmp_path, numbers):
-    argv = test_search.command_line(epochs=2, pop_size=6, baselines=5, run_name="run", dir=tmp_path)
-    test_resume.stop_at("the final weights: batch 1", numbers, train_search.main, argv)
+    argv = search_line(epochs=2, pop_size=6, baselines=5, run_name="run", dir=tmp_path)
+    stop_at("the final weights: batch 1", numbers, train_search.main, argv)
     run = tmp_path / "run"
     assert not any((run / name).exists() for name in FILES)
     states = [runs.load_checkpoint(folder / "checkpoint.pt") | {"history": None} for folder in (run, finished)]
-    test_resume.assert_same(*states)
+    assert_same(*states)
     train_search.main(["--resume", str(run)])
     assert contents(run)[0] == contents(finished)[0]
     assert loaded(run)[1] | {"retrain": None} == loaded(finished)[1] | {"retrain": None}
@@ -161,7 +172,7 @@ def test_an_interruption_of_the_last_measurement_loses_nothing(finished, tmp_pat
 
 def test_a_finished_run_of_an_older_version_is_measured_on_resume(tmp_path):
     """Its checkpoint has neither an archive nor costs, and it has no baselines.json."""
-    run = test_nas201_search.search(tmp_path, "--epochs", 2)
+    run = s2_search(tmp_path, "--epochs", 2)
     for name in FILES:
         (run / name).unlink()
     state = runs.load_checkpoint(run / "checkpoint.pt")
@@ -200,11 +211,11 @@ def test_baselines_of_the_shared_table(shared_data, capsys):
 
 
 def test_what_a_search_of_nas_bench_201_is_worth(tmp_path, capsys):
-    table = test_nas201_search.write_table(tmp_path)
-    run = test_nas201_search.search(tmp_path, "--api_path", table, "--baselines", 8, "--epochs", 2)
+    table = write_table(tmp_path)
+    run = s2_search(tmp_path, "--api_path", table, "--baselines", 8, "--epochs", 2)
     result = loaded(run)[1]
-    truth = test_nas201_search.TRUTH
-    index = test_nas201_search.ARCHS.index(result["winner"]["genotype"])
+    truth = S2_TRUTH
+    index = S2_ARCHS.index(result["winner"]["genotype"])
     for k, row in enumerate(result["accuracy"].values()):
         assert row["accuracy"] == truth[index, k] and row["beaten_by"] == (truth[:, k] > truth[index, k]).sum()
         assert row["mean"] == pytest.approx(truth[:, k].mean())

@@ -10,7 +10,6 @@ import sys
 
 import pytest
 import torch
-from test_train import command_line, history, retrain
 from torch.nn.functional import cross_entropy
 
 import fast_ops
@@ -25,6 +24,7 @@ from model import NetworkCIFAR
 from support import devices
 
 from golden import assert_close, fill, images, seeded_alphas
+from helpers import history, retrain, train_line
 
 
 @pytest.fixture
@@ -201,7 +201,7 @@ def test_a_compiler_that_does_not_work(tmp_path, monkeypatch):
     """The self-check finds it before there is a run. A run that began without the check goes on with --no-compile."""
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    command = [sys.executable, train.__file__, *command_line("--compile", dir=tmp_path, epochs=1)]
+    command = [sys.executable, train.__file__, *train_line("--compile", dir=tmp_path, epochs=1)]
     for flags, runs_made in (([], 0), (["--no-self_check"], 1)):
         begun = subprocess.run([*command, *flags], capture_output=True, text=True)
         assert begun.returncode == 2 and re.fullmatch(r"error: .*compiler.*--no-compile.*\n", begun.stderr)

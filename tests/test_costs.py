@@ -3,8 +3,6 @@
 import math
 
 import pytest
-import test_nas201_search
-import test_search
 import torch
 
 import costs
@@ -19,6 +17,8 @@ from nas201.model import cost_table as s2_table
 from nas201.sources import ALLOWED, unpacked
 from support import runs
 from support.files import restricted_unpickle
+
+from helpers import S2_SEARCH_LINE, populations, s2_search, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -71,15 +71,15 @@ def test_winners_meet_a_tight_budget(tmp_path, space, seed):
         sizes = dict(
             pop_size=10, tsize=4, epochs=3, seed=seed, train_samples=30, max_params=0.0128, max_mult_adds=0.138
         )
-        run = test_search.search(tmp_path, **sizes)
+        run = search(tmp_path, **sizes)
         limits, decode = (0.0128, 0.138), encoding.decode
         fixed, choices = costs.s1_table(4, 4, 10, (3, 8, 8))
     else:
         flags = ["--pop_size", 10, "--max_params", 0.3, "--max_mult_adds", 3, "--seed", seed]
-        run = test_nas201_search.search(tmp_path, *flags)
+        run = s2_search(tmp_path, *flags)
         limits, decode = (0.3, 3), nas201.train_search.encoding.decode
         fixed, choices = s2_table(16, 5, 10, (3, 8, 8))
-    for (alphas, fitness), line in zip(test_search.populations(run), runs.read_history(run), strict=True):
+    for (alphas, fitness), line in zip(populations(run), runs.read_history(run), strict=True):
         counts = torch.stack([fixed + choices[one_hot.bool()].sum(0) for one_hot in decode(alphas)]).double() / 1e6
         excess = (counts / torch.tensor(limits, dtype=torch.float64) - 1).clamp(min=0).sum(1)
         ranked = sorted(zip(excess.tolist(), (-fitness).tolist(), strict=True))
@@ -99,8 +99,8 @@ def test_winners_meet_a_tight_budget(tmp_path, space, seed):
     ],
 )
 def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
-    paper = test_search.command_line(target_channels=36, target_layers=20)
-    argv = paper if module is train_search else test_nas201_search.TINY
+    paper = search_line(target_channels=36, target_layers=20)
+    argv = paper if module is train_search else S2_SEARCH_LINE
     assert words in fails(module.main, [*argv, *flags])
 
 
@@ -120,7 +120,7 @@ def test_the_smallest_network_meets_a_budget_of_its_own_size():
 
 def test_a_search_says_that_nothing_met_its_budget(tmp_path, capsys):
     flags = ["--max_mult_adds", 0.49, "--pop_size", 2, "--tsize", 1, "--epochs", 1]
-    run = test_nas201_search.search(tmp_path, *flags)
+    run = s2_search(tmp_path, *flags)
     assert "no individual of the last generation meets the budget" in capsys.readouterr().out
     assert runs.read_history(run)[0]["feasible"] == 0
 
@@ -133,7 +133,7 @@ def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
         return float(len(measured))
 
     monkeypatch.setattr(costs.Costs, "measure_latency", measure)
-    run = test_search.search(tmp_path, max_latency=5.5, epochs=2)
+    run = search(tmp_path, max_latency=5.5, epochs=2)
     assert len(measured) == len(set(measured)) >= 4  # each cell once
     checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["latency"] == {cell: i + 1.0 for i, cell in enumerate(measured)}

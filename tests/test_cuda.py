@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import test_search
-import test_train
 import torch
 from torch.nn.functional import cross_entropy
 
@@ -21,12 +19,14 @@ import model_search
 import nas201.encoding
 import nas201.fast_search
 import nas201.model_search
+import train_search
 import utils
 from encoding import decode, random_alphas
 from engine import Progress, plain_forward, train_one_epoch
 from support import devices, runs
 
 from golden import fill
+from helpers import history, retrain, search
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -114,19 +114,19 @@ def test_a_recorded_step_is_the_same_step(space, settings):
 
 def test_recorded_retraining_draws_the_same_drop_path(tmp_path):
     flags = dict(device="cuda", drop_path_prob=0.9, epochs=2)
-    runs_of_two = [test_train.retrain(tmp_path / word, word, **flags) for word in ("--cuda_graph", "--no-cuda_graph")]
-    recorded, usual = ([line["train_loss"] for line in test_train.history(run)] for run in runs_of_two)
+    runs_of_two = [retrain(tmp_path / word, word, **flags) for word in ("--cuda_graph", "--no-cuda_graph")]
+    recorded, usual = ([line["train_loss"] for line in history(run)] for run in runs_of_two)
     assert recorded == pytest.approx(usual, rel=1e-2)
 
 
 def test_a_search_on_a_card_is_resumed(tmp_path):
-    whole = test_search.search(tmp_path, device="cuda", epochs=2)
-    assert len(test_search.history(whole)) == 2
+    whole = search(tmp_path, device="cuda", epochs=2)
+    assert len(history(whole)) == 2
     checkpoint = runs.load_checkpoint(whole / "checkpoint.prev.pt")
     assert checkpoint["completed"] == 1
     (whole / "checkpoint.prev.pt").replace(whole / "checkpoint.pt")
-    test_search.train_search.main(["--resume", str(whole)])
-    assert len(test_search.history(whole)) == 2
+    train_search.main(["--resume", str(whole)])
+    assert len(history(whole)) == 2
 
 
 def test_a_process_group_of_one_over_nccl(tmp_path):

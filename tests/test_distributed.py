@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_runs import checkpoint
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,6 +25,8 @@ from engine import Progress, measure_fitness, train_one_epoch
 from model_search import Network
 from support import devices, distributed, runs
 from support.files import UserError
+
+from helpers import checkpoint_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
@@ -181,7 +182,7 @@ def finish(main, run, epochs):
     args["args"]["epochs"] = state["bound"]["args"]["epochs"] = epochs
     (run / "args.json").write_text(json.dumps(args))
     state |= {name: json.dumps(state[name]) for name in ("bound", "history")}
-    (run / "checkpoint.pt").write_bytes(checkpoint(state))
+    (run / "checkpoint.pt").write_bytes(checkpoint_bytes(state))
     main(["--resume", str(run)])
     assert len((run / "history.jsonl").read_text().splitlines()) == epochs
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from test_visualize import make_run
 
 import data
 import genotype_files
@@ -30,6 +29,8 @@ import train_search
 from model import NetworkCIFAR
 from reporting import report
 from support import cli, devices, files, weights
+
+from helpers import reported_run
 
 SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
 TRAIN = "--dataset digits --init_channels 2 --layers 3 --epochs 1 --train_samples 96".split()
@@ -626,7 +627,7 @@ def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
     assert r"data directory \x1b[31m\u202ered\n has no folder train" in line
     files.append_line(tmp_path / "log.txt", CONTROL)
     assert (tmp_path / "log.txt").read_text() == "\\x1b[31m\\u202ered\\n\n"
-    run = make_run(tmp_path / "run")
+    run = reported_run(tmp_path / "run")
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)

@@ -27,8 +27,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_genotypes import Call, bomb
-from test_visualize import make_run
 
 import data
 import genotype_files
@@ -47,6 +45,7 @@ from support.files import UserError
 
 import faults
 from faults import COUNTS, few, outcome, quick_report, saved
+from helpers import Call, bomb, reported_run
 
 counted, process = faults.counted, faults.process
 
@@ -123,13 +122,13 @@ def valid_split(folder):
 
 
 def valid_history(folder):
-    run = make_run(folder / "run", space="s2")
+    run = reported_run(folder / "run", space="s2")
     return run / "history.jsonl", visualize.main, ["--report", run]
 
 
 def valid_summary(name, folder):
     for seed in summary.SEEDS:
-        run = make_run(folder / f"search-digits-seed{seed}", space="s2", steps=5, truth="cifar10 test")
+        run = reported_run(folder / f"search-digits-seed{seed}", space="s2", steps=5, truth="cifar10 test")
         about = json.loads((run / "args.json").read_text())
         about["args"] |= {"init_channels": 4, "num_cells": 1, "pop_size": 6, "api_path": None}
         files.write_json(run / "args.json", about)

@@ -17,13 +17,13 @@ from typing import NamedTuple
 
 import pytest
 from PIL import Image
-from test_use import make_run
 
 import predict
 import test_cifar
 
 import faults
 from faults import COUNTS, few
+from helpers import retrained_run
 
 counted = faults.counted
 CLASSES = ["ant", "b\u00e9e", "cat"]  # of two images each
@@ -145,7 +145,7 @@ CASES = {
 def run(tmp_path_factory):
     """The directory of a retrained network."""
     folder = tmp_path_factory.mktemp("run") / "run"
-    make_run(folder, "cifar", None, classes=CLASSES)
+    retrained_run(folder, "cifar", None, classes=CLASSES)
     return folder
 
 

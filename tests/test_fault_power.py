@@ -16,12 +16,12 @@ import stat
 from pathlib import Path
 
 import pytest
-from test_resume import AT_ONCE, STOP, assert_same_run, stop_at
 
 from support import files, runs, weights
 
 import faults
 from faults import ARGUMENTS, COUNTS, FULL, few
+from helpers import AT_ONCE, STOP, assert_same_run, stop_at
 
 counted = faults.counted
 CHANGES = ("fsync", "replace", "rename", "unlink", "link", "mkdir")

@@ -16,15 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import test_search
-import test_train
 from PIL import Image
-from test_resume import assert_same_run
 
 from support import runs
 
 import faults
 from faults import ARGUMENTS, COUNTS, FULL, ROOT, few
+from helpers import assert_same_run, search_line, train_line
 
 counted, process, whole = faults.counted, faults.process, faults.whole
 
@@ -267,8 +265,8 @@ def disagreements(tmp_path, make_images):
     for path in larger.glob("*/*/*.png"):
         Image.open(path).resize((12, 12)).save(path)
     sizes = dict(dataset="folder", data=images, epochs=1, batch_size=6)
-    search = test_search.command_line(**sizes, train_samples=9, valid_samples=6, valid_batch_size=6)
-    retrain = test_train.command_line(**sizes, train_samples=12)
+    search = search_line(**sizes, train_samples=9, valid_samples=6, valid_batch_size=6)
+    retrain = train_line(**sizes, train_samples=12)
     of_class = "data/classes/0 is 'ant' in process 0, but"
     yield "class order", "train_search", search, ["--data", order], f"{of_class} 'bee'", {}
     yield "cell", "train", retrain, ["--arch", "EvNASA"], "args/arch is 'EvNASB' in process 0, but 'EvNASA'", {}

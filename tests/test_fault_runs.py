@@ -12,10 +12,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-import test_train
 import torch
 from PIL import Image
-from test_resume import assert_same_run
 
 import genotype_files
 import genotypes
@@ -25,6 +23,7 @@ from support.files import UserError
 
 import faults
 from faults import COUNTS, FULL, checkpoint, outcome, quick_report, saved
+from helpers import assert_same_run, train_line
 
 counted, process, whole = faults.counted, faults.process, faults.whole
 
@@ -241,7 +240,7 @@ def test_changed_and_moved_data(tmp_path, make_images, monkeypatch):
     make_images("train", 8, [(8, 8)], (".png",))
     images = make_images("test", 2, [(8, 8)], (".png",))
     monkeypatch.chdir(tmp_path)
-    argv = test_train.command_line(dataset="folder", data=images.name, epochs=1, train_samples=20, dir="parent")
+    argv = train_line(dataset="folder", data=images.name, epochs=1, train_samples=20, dir="parent")
     train.main(argv)
     (run,) = (tmp_path / "parent").iterdir()
     changes = ["removed", "added", "renamed", "replaced"]

@@ -20,6 +20,8 @@ import genotypes
 from genotypes import Genotype
 from support.files import UserError
 
+from helpers import Call, bomb
+
 LEGACY = Path(__file__).parent / "legacy_genotype.pickle"
 
 # The cells as (operation, input), written out a second time.
@@ -283,16 +285,6 @@ def test_exactly_the_possible_cells_are_accepted(path, new):
 # Hostile pickles
 
 
-class Call:
-    """Pickles as a call of `function`."""
-
-    def __init__(self, function, *args):
-        self.reduced = function, args
-
-    def __reduce__(self):
-        return self.reduced
-
-
 def refused(path):
     with pytest.raises(UserError) as error:
         genotype_files.load(path)
@@ -397,14 +389,6 @@ def test_flipped_bits(pickle_file):
             except UserError:
                 kinds.add("refused")
     assert kinds == {True, "refused"}
-
-
-def bomb(levels=60):
-    """Nested pairs of 2^60 leaves, a few hundred bytes as a pickle."""
-    value = ("skip_connect", 0)
-    for _ in range(levels):
-        value = (value, value)
-    return value
 
 
 SELF = []

@@ -7,8 +7,6 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-import test_search
-import test_train
 import torch
 
 import fast_search
@@ -24,6 +22,8 @@ from model import NetworkCIFAR
 from model_search import Network
 from nas201.genotypes import EDGES, PRIMITIVES, to_arch_string
 from support import devices
+
+from helpers import ARCH_WITH_DEAD_END, search_line, train_line
 
 ROOT = Path(__file__).resolve().parents[1]
 S1_EVERYTHING, S2_EVERYTHING = tuple(genotypes.PRIMITIVES) * 14, PRIMITIVES * len(EDGES)
@@ -149,10 +149,10 @@ def machine(monkeypatch):
 
 
 SCRIPTS = [
-    (train_search.main, test_search.command_line(init_channels=64, layers=8)),
+    (train_search.main, search_line(init_channels=64, layers=8)),
     (nas201.train_search.main, ["--dataset", "digits", "--init_channels", 64, "--pop_size", 2, "--tsize", 2]),
-    (train.main, test_train.command_line(init_channels=64, layers=20)),
-    (train.main, test_train.command_line(arch=test_train.ARCH, init_channels=64, layers=5)),
+    (train.main, train_line(init_channels=64, layers=20)),
+    (train.main, train_line(arch=ARCH_WITH_DEAD_END, init_channels=64, layers=5)),
 ]
 
 
@@ -168,14 +168,14 @@ def test_a_run_that_cannot_fit_is_refused(fails, machine, main, argv):
 
 def test_what_else_does_not_fit(fails, machine, make_images):
     machine(1)
-    line = fails(train_search.main, test_search.command_line(pop_size=2000))
+    line = fails(train_search.main, search_line(pop_size=2000))
     assert "population" in line and "make --pop_size or --baselines smaller" in line
-    line = fails(train_search.main, test_search.command_line(pop_size=10_000))
+    line = fails(train_search.main, search_line(pop_size=10_000))
     root = make_images("train", 4, [(30, 30)])
-    line = fails(train_search.main, [*test_search.command_line(dataset="folder"), "--data", root, "--image_size", 512])
+    line = fails(train_search.main, [*search_line(dataset="folder"), "--data", root, "--image_size", 512])
     assert "12 images of 512x512 pixels" in line and "--image_size" in line
     machine(30)
-    line = fails(train_search.main, test_search.command_line(max_latency=5, target_channels=256, target_layers=20))
+    line = fails(train_search.main, search_line(max_latency=5, target_channels=256, target_layers=20))
     assert "the network that is timed" in line and "--max_latency" in line
 
 

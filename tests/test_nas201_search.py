@@ -1,6 +1,5 @@
 """Searches on NAS-Bench-201 end to end: resume, variants, the benchmark's figures, searchNAS201.sh, bad input."""
 
-import itertools
 import json
 import os
 import shutil
@@ -17,21 +16,13 @@ from torch import nn
 import data
 import train_search
 from nas201 import encoding, summary
-from nas201.genotypes import to_arch_string
-from nas201.sources import COLUMNS
 from nas201.train_search import main
 from reporting.cells import load_architecture
 from support import runs
 
+from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, s2_search, write_table
+
 ROOT = Path(__file__).resolve().parents[1]
-ARCHS = [to_arch_string(ops) for ops in itertools.product(range(5), repeat=6)]
-TRUTH = np.round(np.random.RandomState(0).uniform(10, 95, (len(ARCHS), 6)), 3)
-TINY = [
-    *("--dataset", "digits", "--device", "cpu", "--epochs", "3", "--pop_size", "6", "--tsize", "3"),
-    *("--init_channels", "4", "--num_cells", "1", "--batch_size", "32"),
-    *("--train_samples", "400", "--valid_samples", "100", "--learning_rate", "0.1"),
-    *("--baselines", "3"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -44,25 +35,9 @@ def quick(monkeypatch, quick_report):
     torch.set_num_threads(threads)
 
 
-def write_table(folder, absent=()):
-    """Write a whole table; with absent=("valid",) one without columns whose name holds such a word. Return its path."""
-    kept = [k for k, name in enumerate(COLUMNS) if not any(word in name for word in absent)]
-    rows = [",".join(["index", "arch", *(COLUMNS[k] for k in kept)])]
-    rows += [f"{i},{arch}," + ",".join(map(str, TRUTH[i, kept])) for i, arch in enumerate(ARCHS)]
-    path = folder / "table.csv"
-    path.write_text("\n".join(rows))
-    return path
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     return lambda absent=(): write_table(tmp_path_factory.mktemp("table"), absent)
-
-
-def search(folder, *flags):
-    """Run a tiny search and return its directory."""
-    main([*TINY, "--dir", str(folder), "--run_name", "run", *map(str, flags)])
-    return folder / "run"
 
 
 def history(run):
@@ -84,20 +59,20 @@ def same(a, b):
 
 
 def test_a_run_and_its_history(tmp_path, table, capsys):
-    run = search(tmp_path, "--api_path", table())
+    run = s2_search(tmp_path, "--api_path", table())
     entries = history(run)
     assert [entry["generation"] for entry in entries] == [1, 2, 3]
-    index = {arch: i for i, arch in enumerate(ARCHS)}
+    index = {arch: i for i, arch in enumerate(S2_ARCHS)}
     for entry in entries:
         with np.load(run / "population" / f"{entry['generation']:03d}.npz") as file:
             alphas, fitness = torch.from_numpy(file["alphas"]), file["fitness"]
         assert alphas.shape == (6, 1, 6, 5) and (np.diff(fitness) <= 0).all() and len(set(fitness)) > 1
         archs = [encoding.arch_string(individual) for individual in alphas]
         assert entry["best_genotype"] == archs[0] and entry["fitness_best"] == fitness[0]
-        best = TRUTH[index[archs[0]]]
+        best = S2_TRUTH[index[archs[0]]]
         assert list(entry["true_accuracy"]) == ["cifar10", "cifar100", "ImageNet16-120"]
         assert [v for pair in entry["true_accuracy"].values() for v in (pair["valid"], pair["test"])] == list(best)
-        truth = [TRUTH[index[arch], 0] for arch in archs]  # CIFAR-10 validation, column 0
+        truth = [S2_TRUTH[index[arch], 0] for arch in archs]  # CIFAR-10 validation, column 0
         assert entry["truth"] == "cifar10 valid"
         assert entry["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
         assert entry["spearman_rho"] == pytest.approx(stats.spearmanr(fitness, truth).statistic)
@@ -122,19 +97,19 @@ def test_tensorboard_has_the_true_accuracies(tmp_path, table, monkeypatch):
         flush = close = lambda self: None
 
     monkeypatch.setattr(runs, "open_board", lambda run: Board())
-    search(tmp_path, "--api_path", table(), "--epochs", 1)
+    s2_search(tmp_path, "--api_path", table(), "--epochs", 1)
     assert {"kendall_tau", "spearman_rho", "fitness_best", "true_accuracy/ImageNet16-120/test"} <= set(written)
 
 
 def test_without_a_table_the_string_alone(tmp_path):
-    run = search(tmp_path, "--epochs", 1)
+    run = s2_search(tmp_path, "--epochs", 1)
     entry = history(run)[0]
-    assert entry["best_genotype"] in ARCHS
+    assert entry["best_genotype"] in S2_ARCHS
     assert not {"true_accuracy", "truth", "kendall_tau", "spearman_rho"} & set(entry)
 
 
 def test_a_table_without_validation_is_compared_by_test(tmp_path, table, capsys):
-    run = search(tmp_path, "--api_path", table(absent=("valid",)), "--epochs", 1, "--api_dataset", "cifar100")
+    run = s2_search(tmp_path, "--api_path", table(absent=("valid",)), "--epochs", 1, "--api_dataset", "cifar100")
     assert "cifar100 test accuracy after 200 epochs; absent are cifar10_valid_200" in capsys.readouterr().out
     entry = history(run)[0]
     assert entry["truth"] == "cifar100 test" and entry["true_accuracy"]["cifar100"]["valid"] is None
@@ -142,7 +117,7 @@ def test_a_table_without_validation_is_compared_by_test(tmp_path, table, capsys)
 
 
 def test_a_table_without_the_data_set(tmp_path, table):
-    run = search(tmp_path, "--api_path", table(absent=("cifar10_",)), "--epochs", 1)
+    run = s2_search(tmp_path, "--api_path", table(absent=("cifar10_",)), "--epochs", 1)
     entry = history(run)[0]
     assert entry["truth"] is None and entry["kendall_tau"] is None and entry["spearman_rho"] is None
     assert entry["true_accuracy"]["cifar10"] == {"valid": None, "test": None}
@@ -150,14 +125,14 @@ def test_a_table_without_the_data_set(tmp_path, table):
 
 
 def test_the_shared_table(tmp_path, shared_data):
-    run = search(tmp_path, "--api_path", shared_data("nb201_accuracy.csv.xz"), "--epochs", 1)
+    run = s2_search(tmp_path, "--api_path", shared_data("nb201_accuracy.csv.xz"), "--epochs", 1)
     entry = history(run)[0]  # this table has test accuracies alone
     assert entry["truth"] == "cifar10 test" and entry["true_accuracy"]["cifar10"]["test"] > 9
 
 
 def test_equal_fitness_has_no_correlation(tmp_path, table):
     flags = ["--epochs", 1, "--learning_rate", 0, "--learning_rate_min", 0, "--track_running_stats"]
-    run = search(tmp_path, "--api_path", table(), *flags)
+    run = s2_search(tmp_path, "--api_path", table(), *flags)
     entry = history(run)[0]  # nothing is learnt, and fresh running statistics see one class in everything
     assert entry["fitness_std"] == 0 and entry["kendall_tau"] is None and entry["spearman_rho"] is None
 
@@ -166,7 +141,7 @@ def test_equal_fitness_has_no_correlation(tmp_path, table):
 
 
 def test_resume_with_other_arguments(tmp_path, fails):
-    run = search(tmp_path / "run", "--epochs", 1)
+    run = s2_search(tmp_path / "run", "--epochs", 1)
     for flags, words in (
         (["--bn", "batch"], "--bn batch"),
         (["--epochs", "4"], "--epochs 4"),
@@ -177,7 +152,7 @@ def test_resume_with_other_arguments(tmp_path, fails):
 
 def test_a_run_is_bound_to_its_table_wherever_that_lies(tmp_path, table, monkeypatch, fails):
     path = table()
-    run = search(tmp_path, "--api_path", path, "--epochs", 1)
+    run = s2_search(tmp_path, "--api_path", path, "--epochs", 1)
     (run / "report.html").unlink()
     shutil.copy(path, tmp_path / "moved.csv")
     monkeypatch.chdir(tmp_path)
@@ -205,7 +180,7 @@ def test_a_run_is_bound_to_its_split_file_wherever_that_lies(tmp_path, monkeypat
     monkeypatch.setattr(data, "load_cifar", load)
     monkeypatch.chdir(tmp_path)
     lists = {"train": range(0, 1_000, 2), "valid": range(1, 1_000, 2)}
-    run = search(tmp_path, "--dataset", "cifar10", "--epochs", 1, *write_split("first.txt", **lists))
+    run = s2_search(tmp_path, "--dataset", "cifar10", "--epochs", 1, *write_split("first.txt", **lists))
     (run / "report.html").unlink()
     main(["--resume", "run", *write_split("moved.txt", **lists)])
     (run / "report.html").unlink()
@@ -215,7 +190,7 @@ def test_a_run_is_bound_to_its_split_file_wherever_that_lies(tmp_path, monkeypat
 
 
 def test_resume_keeps_what_differs_from_this_spaces_defaults(tmp_path):
-    run = search(tmp_path, "--bn", "batch", "--valid_transform", "train", "--epochs", 1)
+    run = s2_search(tmp_path, "--bn", "batch", "--valid_transform", "train", "--epochs", 1)
     (run / "report.html").unlink()
     main(["--resume", str(run)])
     assert json.loads((run / "args.json").read_text())["args"]["bn"] == "batch" and (run / "report.html").exists()
@@ -246,10 +221,10 @@ def test_defaults(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("variant", ["rand", "nd", "ndt", "ndf", "mut", "cross"])
 def test_variants(tmp_path, table, variant):
-    run = search(tmp_path, "--variant", variant, "--api_path", table(), "--epochs", 2)
+    run = s2_search(tmp_path, "--variant", variant, "--api_path", table(), "--epochs", 2)
     entries = history(run)
     assert ("fitness_best" in entries[0]) == (variant != "rand")
-    assert entries[1]["best_genotype"] in ARCHS and "kendall_tau" in entries[1]
+    assert entries[1]["best_genotype"] in S2_ARCHS and "kendall_tau" in entries[1]
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
@@ -265,12 +240,12 @@ def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
         return fitness
 
     monkeypatch.setattr(train_search, "measure_fitness", check)
-    search(tmp_path, "--bn", bn, "--epochs", 2)
+    s2_search(tmp_path, "--bn", bn, "--epochs", 2)
     assert len(checked) == 3  # two generations, and at the end the random architectures
 
 
 def test_no_running_statistics_and_no_momentum(tmp_path):
-    run = search(tmp_path, "--momentum", 0, "--epochs", 1)
+    run = s2_search(tmp_path, "--momentum", 0, "--epochs", 1)
     names = torch.load(run / "weights/weights.pt", weights_only=True)
     assert {name.split(".")[0] for name in names if "running" in name} == {"stem", "cells", "lastact"}
     assert not any("edges" in name and "running" in name for name in names)
@@ -299,12 +274,12 @@ def assert_summary(folder, names, out):
     tests = [lines[-1]["true_accuracy"]["cifar10"]["test"] for lines in entries]
     row = result["accuracy"]["cifar10_test"]
     assert row["searched"] == pytest.approx({"mean": np.mean(tests), "std": np.std(tests, ddof=1)})
-    assert row["published"] is None and row["optimum"] == TRUTH[:, 1].max()
-    assert row["space_mean"] == pytest.approx(TRUTH[:, 1].mean())
+    assert row["published"] is None and row["optimum"] == S2_TRUTH[:, 1].max()
+    assert row["space_mean"] == pytest.approx(S2_TRUTH[:, 1].mean())
     assert result["seconds"]["mean"] == pytest.approx(np.mean([sum(e["seconds"] for e in lines) for lines in entries]))
     assert f"{np.mean(tests):.2f} ± {np.std(tests, ddof=1):.2f}" in out and "Kendall's tau" in out
     assert "± 1.11" not in out and "20249.7" not in out  # published searches were not on digits
-    beaten = [int((TRUTH[:, 1] > test).sum()) for test in tests]
+    beaten = [int((S2_TRUTH[:, 1] > test).sum()) for test in tests]
     assert row["beaten_by"] == beaten and f"{beaten[0]}, {beaten[1]}, {beaten[2]} of 15,625" in out
     assert row["space_best_of_10"] < row["space_best_of_50"] < row["optimum"] and row["space_most_parameters"] > 0
     assert -1 <= result["kendall_tau_random_fitness"]["mean"] <= 1 and "true accuracy (cifar10 valid), rank" in out
@@ -314,7 +289,7 @@ def assert_summary(folder, names, out):
 def test_summary_of_three_seeds(tmp_path, table, capsys):
     names = [f"search-digits-seed{seed}" for seed in summary.SEEDS]
     for seed, name in zip(summary.SEEDS, names, strict=True):
-        search(tmp_path, "--api_path", table(), "--epochs", 2, "--seed", seed, "--run_name", name)
+        s2_search(tmp_path, "--api_path", table(), "--epochs", 2, "--seed", seed, "--run_name", name)
     capsys.readouterr()
     summary.main([str(tmp_path), "digits"])
     assert_summary(tmp_path, names, capsys.readouterr().out)
@@ -323,7 +298,7 @@ def test_summary_of_three_seeds(tmp_path, table, capsys):
 @pytest.mark.slow
 def test_three_seeds_of_the_script(tmp_path, table, monkeypatch):
     """One run is finished, one was interrupted, one ended before its first checkpoint."""
-    path, tiny = table(), [*TINY[4:], "--epochs", "2"]  # --dataset and --device are the script's
+    path, tiny = table(), [*S2_SEARCH_LINE[4:], "--epochs", "2"]  # --dataset and --device are the script's
     flags = [*tiny, "--api_path", str(path), "--data", "../data", "--device", "cpu", "--dataset", "digits"]
     flags += ["--track_running_stats"]  # as the script
     folder = tmp_path / "out put"
@@ -356,7 +331,7 @@ def test_summary_without_a_table(tmp_path, capsys):
     """Published figures stand beside the data set that was searched, here by three searches under two names."""
     for seed in summary.SEEDS:
         flags = ["--epochs", 1, "--seed", seed, "--run_name", f"search-digits-seed{seed}"]
-        search(tmp_path, *flags)
+        s2_search(tmp_path, *flags)
         (tmp_path / f"search-cifar100-seed{seed}").symlink_to(tmp_path / f"search-digits-seed{seed}")
     for dataset in ("digits", "cifar100"):
         capsys.readouterr()
@@ -373,15 +348,15 @@ def test_summary_without_a_table(tmp_path, capsys):
 
 def test_the_benchmark_is_looked_for_where_the_published_script_had_it(tmp_path, monkeypatch, table, capsys):
     monkeypatch.chdir(tmp_path)
-    run = search(Path("."), "--epochs", 1)
+    run = s2_search(Path("."), "--epochs", 1)
     assert capsys.readouterr().out.count("--api_path") == 1
     (run / "report.html").unlink()
     monkeypatch.setattr("nas201.train_search.PUBLISHED_TABLE", os.path.relpath(table()))
     main(["--resume", str(run)])  # a run keeps to what it was started with
     assert "--api_path" not in capsys.readouterr().out and "truth" not in history(run)[0]
-    main([*TINY, "--epochs", "1", "--run_name", "found"])
+    main([*S2_SEARCH_LINE, "--epochs", "1", "--run_name", "found"])
     assert history(tmp_path / "found")[0]["truth"] == "cifar10 valid"
-    main([*TINY, "--epochs", "1", "--run_name", "none", "--api_path", ""])
+    main([*S2_SEARCH_LINE, "--epochs", "1", "--run_name", "none", "--api_path", ""])
     assert "truth" not in history(tmp_path / "none")[0]
 
 
@@ -428,7 +403,7 @@ def test_bad_arguments(fails, table, tmp_path_factory):
         (["--train_portion", "0.5"], "--train_portion"),
         (["--resume", other], "args.json"),
     ):
-        assert words in fails(main, [*TINY, *flags])
+        assert words in fails(main, [*S2_SEARCH_LINE, *flags])
 
 
 def test_an_unfinished_run_has_no_summary(fails, tmp_path):

@@ -1,48 +1,54 @@
 """Runs that are stopped, at any moment and again and again, and resumed end as if they had not been: bit by bit."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections import namedtuple
 from pathlib import Path
 
-import numpy as np
 import pytest
-import test_nas201_search
-import test_search
-import test_train
 import torch
-from test_runs import assert_same, checkpoint
 
 import genotype_files
 import genotypes
 import nas201.train_search
 import train
 import train_search
-from support import distributed, runs
+from support import runs
+
+from helpers import (
+    AT_ONCE,
+    S2_SEARCH_LINE,
+    STOP,
+    assert_same_run,
+    checkpoint_bytes,
+    history,
+    interrupted_at,
+    search_line,
+    start,
+    stop_at,
+    train_line,
+    write_table,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 ROOT = Path(__file__).resolve().parents[1]
 Script = namedtuple("Script", "module argv command unit measuring steps batches")
 SCRIPTS = {
     "search": Script(
-        *(train_search, test_search.command_line(cutout_length=4, num_elites=1), "train_search.py"),
+        *(train_search, search_line(cutout_length=4, num_elites=1), "train_search.py"),
         *("generation", "fitness", 3, 2),
     ),
     "NAS-Bench-201": Script(  # 13 batches an epoch
         nas201.train_search,
-        [*test_nas201_search.TINY, "--cutout", "--cutout_length", "4", "--valid_batch_size", "40"],
+        [*S2_SEARCH_LINE, "--cutout", "--cutout_length", "4", "--valid_batch_size", "40"],
         *("-m nas201.train_search", "generation", "fitness", 13, 3),
     ),
     "retraining": Script(  # drop path draws from torch's global generator
-        *(train, test_train.command_line("--cutout", drop_path_prob=0.5), "train.py", "epoch", "test", 6, 23),
+        *(train, train_line("--cutout", drop_path_prob=0.5), "train.py", "epoch", "test", 6, 23),
     ),
 }
-STOP, AT_ONCE = [signal.SIGTERM], [signal.SIGTERM, signal.SIGINT]
 
 
 def moments(unit, measuring, steps, batches):
@@ -67,63 +73,9 @@ def moments(unit, measuring, steps, batches):
     ]
 
 
-def signal_at(monkeypatch, event, numbers):
-    """Send this process signals at an event: when a loop gets "WHERE: batch I", or "before" or "after checkpoint N"."""
-    progress, save_checkpoint = distributed.progress, runs.Run.save_checkpoint
-
-    def happens(this):
-        if this == event:
-            for number in numbers:
-                os.kill(os.getpid(), number)
-
-    class Watched:
-        def __init__(self, batches, where, done):
-            self.batches, self.where, self.done = batches, where, done
-
-        def __len__(self):
-            return len(self.batches)
-
-        def __iter__(self):
-            for i, batch in enumerate(self.batches, start=self.done):
-                happens(f"{self.where}: batch {i}")
-                yield batch
-
-    def saving(run, completed, state):
-        happens(f"before checkpoint {completed}")
-        save_checkpoint(run, completed, state)
-        happens(f"after checkpoint {completed}")
-
-    watched = lambda batches, where, done=0: progress(Watched(batches, where, done), where, done)  # noqa: E731
-    monkeypatch.setattr(distributed, "progress", watched)
-    monkeypatch.setattr(runs.Run, "save_checkpoint", saving)
-
-
-def stop_at(event, numbers, main, argv):
-    """Call `main(argv)`, which signals at `event` must end with the right exit code."""
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        signal_at(patch, event, numbers)
-        main([str(word) for word in argv])
-    assert stopped.value.code == (130 if len(numbers) == 2 else 128 + numbers[0]), event
-
-
-def assert_same_run(run, expected):
-    """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
-    states = [runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)]
-    for state, folder in zip(states, (run, expected), strict=True):
-        assert state.pop("history") == runs.read_history(folder)
-    assert_same(*states)
-    assert test_search.history(run) == test_search.history(expected)
-    for path in [p for name in ("weights/*.pt", "genotype.*", "*.svg", "pareto.json") for p in expected.glob(name)]:
-        same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
-        assert same, path
-    for path in expected.glob("population/*.npz"):
-        with np.load(path) as a, np.load(run / path.relative_to(expected)) as b:
-            assert all(np.array_equal(a[name], b[name]) for name in ("alphas", "fitness"))
-
-
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    return test_nas201_search.write_table(tmp_path_factory.mktemp("table"))
+    return write_table(tmp_path_factory.mktemp("table"))
 
 
 @pytest.fixture(scope="module", params=SCRIPTS)
@@ -207,7 +159,7 @@ def test_a_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
     about = json.loads((run / "args.json").read_text())
     assert state["bound"]["args"].pop("seed_scheme") == about["args"].pop("seed_scheme") == 1
     older = {name: json.dumps(state[name]) for name in ("bound", "history")}
-    (run / "checkpoint.pt").write_bytes(checkpoint(state | older))
+    (run / "checkpoint.pt").write_bytes(checkpoint_bytes(state | older))
     (run / "args.json").write_text(json.dumps(about))
     torch.manual_seed(12345)
     script.module.main(["--resume", str(run)])
@@ -219,35 +171,17 @@ def test_a_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
 def test_a_resumed_run_keeps_its_own_cell(tmp_path):
     """The search it took the cell from may have gone on, or be elsewhere, since."""
     genotype_files.save(genotypes.EvNASB, tmp_path / "genotype.json")
-    argv = test_train.command_line(dir=tmp_path)
+    argv = train_line(dir=tmp_path)
     i = argv.index("--arch")
     del argv[i : i + 2]
     stop_at("after checkpoint 2", AT_ONCE, train.main, argv)
     run = next(tmp_path.glob("eval-*"))
     genotype_files.save(genotypes.EvNASA, tmp_path / "genotype.json")
     train.main(["--resume", str(run)])
-    assert len(test_train.history(run)) == 3 and genotype_files.load(run / "genotype.json") == genotypes.EvNASB
+    assert len(history(run)) == 3 and genotype_files.load(run / "genotype.json") == genotypes.EvNASB
 
 
 # ---- processes
-
-
-def start(*argv):
-    """A process of its own group, whose output comes line by line."""
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    settings = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
-    return subprocess.Popen([sys.executable, *map(str, argv)], **settings, start_new_session=True)
-
-
-def interrupted_at(process, line, number):
-    """Sends the signal to the process' group at a line of its output that contains `line`; returns stderr."""
-    for text in process.stdout:
-        if line in text:
-            os.killpg(process.pid, number)
-            break
-    else:
-        raise AssertionError(f"no {line}: {process.communicate()}")
-    return process.communicate(timeout=120)[1]
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import argparse
 import contextlib
 import copy
 import errno
-import hashlib
-import io
 import itertools
 import json
 import os
@@ -23,15 +21,7 @@ from support import cli, distributed, files, runs, weights
 from support.cli import Parser, number
 from support.files import UserError, atomic_write, write_json
 
-DATA = {"classes": ["ant", "bee"], "images": {"train": 6, "valid": 4}, "source": {"train": "3f", "valid": "3f"}}
-
-
-def make_run(folder, name="search-1", **args):
-    return runs.Run.create(folder, name, argparse.Namespace(**args), "prog.py", kind="search", data=DATA)
-
-
-def resume(path, found=DATA, **args):
-    return runs.Run.resume(path, argparse.Namespace(**args), kind="search", data=found)
+from helpers import RUN_DATA, assert_same, checkpoint_bytes, new_run, resumed_run
 
 
 class Trained:
@@ -49,7 +39,7 @@ class Trained:
 
 def resume_whole(path, **args):
     """A resumed run whose files are those of its checkpoint."""
-    run = resume(path, **args)
+    run = resumed_run(path, **args)
     run.restore(Trained(state(0)))
     return run
 
@@ -63,36 +53,13 @@ def state(seed):
     }
 
 
-def checkpoint(state):
-    """The bytes of a checkpoint file with the right checksum, whatever it holds."""
-    torch.save(state, content := io.BytesIO())
-    return runs.MAGIC + hashlib.sha256(content.getvalue()).hexdigest().encode() + b"\n" + content.getvalue()
-
-
-def assert_same(a, b):
-    """Equal nested dicts and lists, tensors by their bits."""
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b) and a.dtype == b.dtype
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b, strict=True):
-            assert_same(x, y)
-    else:
-        assert a == b
-
-
 def no_space(*args):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.fixture
 def run(tmp_path):
-    run = make_run(tmp_path)
+    run = new_run(tmp_path)
     yield run
     run.close()
 
@@ -129,7 +96,12 @@ def test_checkpoint_round_trip_keeps_the_one_before(run):
         run.save_checkpoint(completed, content)
     for name, completed in (("checkpoint.pt", 2), ("checkpoint.prev.pt", 1)):
         loaded = runs.load_checkpoint(run.path / name)
-        assert loaded.pop("bound") == {"args": {}, "threads": torch.get_num_threads(), "kind": "search", "data": DATA}
+        assert loaded.pop("bound") == {
+            "args": {},
+            "threads": torch.get_num_threads(),
+            "kind": "search",
+            "data": RUN_DATA,
+        }
         assert loaded.pop("history") == [{"generation": i + 1} for i in range(completed)]
         assert_same(loaded, {**states[completed], "completed": completed})
     names = [".lock", "args.json", "checkpoint.prev.pt", "checkpoint.pt", "history.jsonl", "runs"]
@@ -160,7 +132,7 @@ def test_missing_checkpoint(run):
 
 
 def test_runs_of_the_same_second_get_a_directory_each(tmp_path):
-    opened = [make_run(tmp_path / "new/parent") for _ in range(3)]
+    opened = [new_run(tmp_path / "new/parent") for _ in range(3)]
     assert [run.path.name for run in opened] == ["search-1", "search-1-2", "search-1-3"]
     for run in opened:
         run.close()
@@ -169,9 +141,9 @@ def test_runs_of_the_same_second_get_a_directory_each(tmp_path):
 def test_lock_keeps_a_second_process_out(run):
     run.save_checkpoint(0, state(0))
     with pytest.raises(UserError, match="search-1 is in use by another process"):
-        resume(run.path)
+        resumed_run(run.path)
     run.close()
-    resume(run.path).close()
+    resumed_run(run.path).close()
 
 
 def test_a_name_that_was_given_is_kept(tmp_path):
@@ -203,7 +175,7 @@ def test_nothing_is_written_through_a_link(run, tmp_path, name):
     (tmp_path / "precious").write_text("mine")
     (run.path / name).unlink(missing_ok=True)
     (run.path / name).symlink_to(tmp_path / "precious")
-    with contextlib.suppress(UserError), contextlib.closing(resume(run.path)) as resumed:
+    with contextlib.suppress(UserError), contextlib.closing(resumed_run(run.path)) as resumed:
         resumed.log("line")
         resumed.record(1, {"generation": 1})
     assert (tmp_path / "precious").read_text() == "mine"
@@ -221,9 +193,9 @@ def test_what_is_no_file_is_not_read(tmp_path, kind):
 def test_a_failed_resume_leaves_no_lock(run):
     run.close()
     with pytest.raises(UserError) as failure:  # holds the frames, and what they refer to
-        resume(run.path)
+        resumed_run(run.path)
     run.save_checkpoint(0, state(0))
-    resume(run.path).close()
+    resumed_run(run.path).close()
     assert "first checkpoint" in str(failure.value)
 
 
@@ -273,8 +245,8 @@ def curve(run_dir, name):
 
 def earlier_version(run, completed):
     """Make the checkpoint of `run` one without the history, as earlier versions wrote it."""
-    bound = json.dumps(runs.bound_to(argparse.Namespace(), {"kind": "search", "data": DATA}))
-    (run.path / "checkpoint.pt").write_bytes(checkpoint({**state(0), "completed": completed, "bound": bound}))
+    bound = json.dumps(runs.bound_to(argparse.Namespace(), {"kind": "search", "data": RUN_DATA}))
+    (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes({**state(0), "completed": completed, "bound": bound}))
     run.close()
 
 
@@ -290,7 +262,7 @@ def test_a_checkpoint_of_an_earlier_version_takes_the_rows_of_the_file(run):
     (run.path / "history.jsonl").write_text('{"generation": 1}\n')
     earlier_version(run, 2)
     with pytest.raises(UserError, match="history.jsonl has 1 lines, but the checkpoint is of line 2"):
-        resume(run.path)
+        resumed_run(run.path)
 
 
 @pytest.mark.parametrize("bad", ["", "[]", "{", '{"generation": 3}', '{"generation": 2, "loss": "x"}', '{"epoch": 2}'])
@@ -300,14 +272,14 @@ def test_a_bad_line_of_the_history_is_found_at_resume(run, bad):
     path.write_text(f'{{"generation": 1}}\n{bad}\n{{"generation": 3}}\n')
     before = path.read_bytes()
     with pytest.raises(UserError, match=rf"{path} (line 2|has 2 lines|line 3).*restore it, or start a new run"):
-        resume(run.path)
+        resumed_run(run.path)
     assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("rows", [[], [{"generation": 2}], [{"generation": 1, "loss": "x"}], {}, 3, [[]], "x"])
 def test_a_forged_history_in_a_checkpoint_is_refused(run, rows):
     content = {**state(0), "completed": 1, "bound": "{}", "history": json.dumps(rows)}
-    (run.path / "checkpoint.pt").write_bytes(checkpoint(content))
+    (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes(content))
     with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
         runs.load_checkpoint(run.path / "checkpoint.pt")
 
@@ -380,7 +352,7 @@ def test_forked_processes_do_not_hold_the_lock(run):
     os.read(reader, 1)  # by now the child has closed its copy of the lock
     run._lock.close()  # what the kernel does to a process that is killed
     try:
-        resume(run.path).close()
+        resumed_run(run.path).close()
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -393,7 +365,7 @@ def test_forked_processes_do_not_hold_the_lock(run):
 
 def begun_anew(folder):
     args = argparse.Namespace()
-    return runs.Run.create(folder, "search-1", args, "prog.py", new_name=False, kind="search", data=DATA)
+    return runs.Run.create(folder, "search-1", args, "prog.py", new_name=False, kind="search", data=RUN_DATA)
 
 
 def test_a_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tmp_path):
@@ -447,35 +419,35 @@ def test_a_run_that_only_began_begins_again_in_place(run, tmp_path):
 def test_other_data_are_refused_with_the_first_difference(run, change, says):
     run.save_checkpoint(0, state(0))
     run.close()
-    other = copy.deepcopy(DATA)
+    other = copy.deepcopy(RUN_DATA)
     change(other)
     before = {path: path.read_bytes() for path in run.path.iterdir()}
     with pytest.raises(UserError, match=f"{run.path}: {says}"):
-        resume(run.path, found=other)
+        resumed_run(run.path, found=other)
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
 def test_arguments_are_bound_but_for_free_ones(tmp_path):
     args = dict(bn="batch", data="here", device="cpu", dir=".")
-    run = make_run(tmp_path, **args)
+    run = new_run(tmp_path, **args)
     run.save_checkpoint(0, state(0))
     run.close()
     (run.path / "history.jsonl").touch()
     assert json.loads((run.path / "args.json").read_text())["args"] == {**args, "data": os.path.abspath("here")}
-    resume(run.path, bn="batch", data="there", device="cuda", dir=None, new=3).close()
+    resumed_run(run.path, bn="batch", data="there", device="cuda", dir=None, new=3).close()
     with pytest.raises(UserError, match="args/bn is 'batch' in its checkpoint, but 'running' now"):
-        resume(run.path, bn="running")
+        resumed_run(run.path, bn="running")
 
 
 def test_a_run_of_an_older_version_is_bound_from_its_next_checkpoint_on(run, capsys):
-    (run.path / "checkpoint.pt").write_bytes(checkpoint({**state(0), "completed": 0}))
+    (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes({**state(0), "completed": 0}))
     run.close()
     resumed = resume_whole(run.path, found={"classes": ["cat"]})
     assert "of an older version" in capsys.readouterr().out
     resumed.save_checkpoint(0, state(0))
     resumed.close()
     with pytest.raises(UserError, match="data/classes/0 is 'cat'"):
-        resume(run.path)
+        resumed_run(run.path)
 
 
 def test_the_parent_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
@@ -503,7 +475,7 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(distributed, "same_everywhere", lambda text: None)
-    run = make_run(tmp_path)
+    run = new_run(tmp_path)
     run.log("text")
     run.record(1, {"a": 1})
     run.save_checkpoint(1, state(1))
@@ -535,7 +507,7 @@ def parser(prog="prog.py", **defaults):
 def saved(tmp_path):
     """A run directory started with --epochs 7 --cutout --no-fold."""
     args = parser().parse_args(["--epochs", "7", "--cutout", "--no-fold"])
-    run = make_run(tmp_path, **vars(args))
+    run = new_run(tmp_path, **vars(args))
     run.save_checkpoint(0, state(0))
     run.close()
     return str(run.path)
@@ -609,7 +581,7 @@ def test_a_resumed_run_computes_with_as_many_threads(tmp_path, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    run = make_run(tmp_path, **vars(parser().parse_args([])))
+    run = new_run(tmp_path, **vars(parser().parse_args([])))
     run.save_checkpoint(0, state(0))
     run.close()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)

@@ -22,33 +22,10 @@ from model_search import Network
 from support import runs, seeds, signals
 from support.files import UserError
 
+from helpers import SEARCH_SIZES, history, populations, search, search_line
+
 pytestmark = pytest.mark.usefixtures("quick_report")
-TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
-# 70 images in batches of 30: two and a smaller one, fewer than individuals; 30 in batches of 20 to validate.
-SIZES = dict(dataset="digits", pop_size=4, tsize=2, train_samples=70, valid_samples=30)
-SIZES |= dict(batch_size=30, valid_batch_size=20, init_channels=2, layers=2, epochs=3, device="cpu", baselines=2)
-SIZES |= dict(target_channels=4, target_layers=4)
 SEEDED = argparse.Namespace(seed=18, seed_scheme=2)  # as these searches are by default
-
-
-def command_line(**changed):
-    return [word for name, value in {**SIZES, **changed}.items() for word in (f"--{name}", str(value))]
-
-
-def search(parent, *flags, **changed):
-    """Runs train_search in a new directory below `parent` and returns that directory."""
-    train_search.main([*command_line(dir=parent, run_name="run", **changed), *flags])
-    return parent / "run"
-
-
-def populations(run):
-    """(raw alphas (P, G, E, O), fitness (P,)) of each generation, from its files."""
-    files = [np.load(path) for path in sorted((run / "population").glob("*.npz"))]
-    return [(torch.from_numpy(file["alphas"]), torch.from_numpy(file["fitness"])) for file in files]
-
-
-def history(run):
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in runs.read_history(run)]
 
 
 def raw_bytes(alphas):
@@ -172,12 +149,12 @@ def accuracy(network, alphas, batches, bn):
 def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     run = search(tmp_path, *flags, **changed)
     parser = train_search.search_parser("", "", ["digits"])
-    args, _ = parser.parse_known_args(command_line(**changed))
+    args, _ = parser.parse_known_args(search_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
     train, valid, augmentation = train_search.data.search_splits(args)
     loaders = train_search.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
     torch.manual_seed(seeds.derive(args.seed, "weights", 2))
-    network = Network(args.init_channels, 10, SIZES["layers"])
+    network = Network(args.init_channels, 10, SEARCH_SIZES["layers"])
     plain = list(plain_search(args, network, *loaders))
 
     for (alphas, fitness), (expected_alphas, expected_fitness) in zip(populations(run), plain, strict=True):
@@ -338,7 +315,7 @@ def test_batch_norm_is_as_before_after_a_failure(supernet):
 @pytest.mark.parametrize("report_freq", [1, pytest.param(2, marks=pytest.mark.slow), 50])
 def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, report_freq):
     monkeypatch.setattr(train_search, "cosine", lambda high, low, progress: 0.01 if progress == 0 else 1e38)
-    argv = command_line(run_name="run", report_freq=report_freq, batch_size=10)
+    argv = search_line(run_name="run", report_freq=report_freq, batch_size=10)
     line = fails(train_search.main, argv, new_files=True)
     assert "generation 2/3, step 2: the loss is" in line
     checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")
@@ -351,7 +328,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, r
 
 def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
     """The loss of the only step is still finite."""
-    argv = command_line(run_name="run", batch_size=70, epochs=1, learning_rate=1e38)
+    argv = search_line(run_name="run", batch_size=70, epochs=1, learning_rate=1e38)
     line = fails(train_search.main, argv, new_files=True)
     assert "error: generation 1/1" in line and "--learning_rate" in line
     checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")

@@ -4,14 +4,14 @@ import itertools
 
 import numpy as np
 import pytest
-import test_search
-import test_train
 import torch
 
 import baselines
 import train
 import train_search
 from support import seeds
+
+from helpers import search_line, train_line
 
 SEEDS = (18, 19, 20, 2021)  # those of the paper's searches, and that of the random architectures
 
@@ -76,7 +76,7 @@ def test_random_architectures_and_the_images_they_see_are_the_same_for_every_see
     assert torch.equal(*drawn) and not torch.equal(drawn[0], born)
 
 
-@pytest.mark.parametrize("script, module", [(train_search, test_search), (train, test_train)])
-def test_a_new_run_records_how_its_seeds_were_derived(script, module):
+@pytest.mark.parametrize("script, line", [(train_search, search_line), (train, train_line)])
+def test_a_new_run_records_how_its_seeds_were_derived(script, line):
     parser = train.make_parser() if script is train else train_search.search_parser("", "", ["digits"])
-    assert parser.parse_known_args(module.command_line())[0].seed_scheme == 2
+    assert parser.parse_known_args(line())[0].seed_scheme == 2

@@ -5,16 +5,15 @@ import signal
 import threading
 
 import pytest
-import test_search
 import torch
-from test_resume import assert_same_run, interrupted_at, start, stop_at
-from test_runs import make_run, resume
 
 import data
 import loaders
 import train
 import train_search
 from support import runs, signals
+
+from helpers import assert_same_run, interrupted_at, new_run, resumed_run, search, search_line, start, stop_at
 
 
 @pytest.mark.slow
@@ -41,7 +40,7 @@ def test_workers_that_read_files_are_not_disturbed(make_images, tmp_path, number
 
 @pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT], [signal.SIGTERM] * 2])
 def test_a_second_signal_stops_at_once(tmp_path, capsys, numbers):
-    argv = test_search.command_line(dir=tmp_path, run_name="run")
+    argv = search_line(dir=tmp_path, run_name="run")
     stop_at("generation 1/3: batch 1", numbers, train_search.main, argv)
     how = f"continue with: python train_search.py --resume {tmp_path / 'run'}"
     assert capsys.readouterr().err == f"interrupted at once; {how}\n" and how in (tmp_path / "run/log.txt").read_text()
@@ -58,7 +57,7 @@ def test_ctrl_c_promises_no_more_than_there_is(tmp_path, monkeypatch, capsys):
     for owner, name in ((data, "load"), (runs.Run, "restore")):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(owner, name, stop)
-            test_search.search(tmp_path)
+            search(tmp_path)
         assert stopped.value.code == 130 and capsys.readouterr().err == "interrupted\n"
 
 
@@ -79,20 +78,20 @@ def test_torchrun_passes_a_sigterm_on_that_is_no_second_one(monkeypatch):
 def test_signals_are_taken_over_while_a_run_is_open(tmp_path):
     handlers = lambda: [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]  # noqa: E731
     before = handlers()
-    run = make_run(tmp_path)
+    run = new_run(tmp_path)
     assert handlers() == [signals._receive] * 3
     run.close()
     with pytest.raises(Exception, match="first checkpoint"):
-        resume(run.path)
+        resumed_run(run.path)
     assert handlers() == before
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup has it
     try:
-        with make_run(tmp_path, "ignoring"):
+        with new_run(tmp_path, "ignoring"):
             os.kill(os.getpid(), signal.SIGHUP)
             assert handlers() == [signals._receive] * 2 + [signal.SIG_IGN] and signals.received is None
     finally:
         signal.signal(signal.SIGHUP, before[2])
-    thread = threading.Thread(target=lambda: make_run(tmp_path, "other").close())  # cannot, and need not
+    thread = threading.Thread(target=lambda: new_run(tmp_path, "other").close())  # cannot, and need not
     thread.start()
     thread.join()
     assert (tmp_path / "other/args.json").exists()

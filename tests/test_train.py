@@ -27,26 +27,9 @@ import train_search
 from model import NetworkCIFAR, NetworkImageNet
 from support import runs, seeds, weights
 
+from helpers import ARCH_WITH_DEAD_END, history, retrain, train_line
+
 pytestmark = pytest.mark.usefixtures("quick_report")
-TIMING = {"images_per_second", "seconds", "peak_memory_mb"}
-SIZES = dict(dataset="digits", arch="EvNASB", train_samples=96, batch_size=16, init_channels=4, layers=3, epochs=3)
-ARCH = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|none~2|"  # node 2 leads nowhere
-SIZES |= dict(learning_rate=0.1, device="cpu")
-
-
-def command_line(*flags, **changed):
-    words = [word for name, value in {**SIZES, **changed}.items() for word in (f"--{name}", str(value))]
-    return [*words, *flags]
-
-
-def retrain(parent, *flags, **changed):
-    """Runs train.py in a new directory below `parent` and returns that directory."""
-    train.main(command_line(*flags, dir=parent, **changed))
-    return next(parent.glob("eval-*"))
-
-
-def history(run):
-    return [{k: v for k, v in line.items() if k not in TIMING} for line in runs.read_history(run)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +115,7 @@ def test_the_cell_of_a_run_goes_before_arch(tmp_path):
         (line,) = [line for line in (run / "log.txt").read_text().splitlines() if "Genotype(" in line]
         assert source in line and str(genotype_files.load(run / "genotype.json")) in line
     other = ["--genotype", str(first / "genotype.json"), "--epochs", "1"]
-    train.main([*[word for word in command_line(dir=found) if word not in ("--arch", "EvNASB")], *other])
+    train.main([*[word for word in train_line(dir=found) if word not in ("--arch", "EvNASB")], *other])
     third = next(path for path in found.glob("eval-*") if path != second)
     assert genotype_files.load(third / "genotype.json") == genotypes.EvNASA
     with pytest.raises(SystemExit):  # a test takes --arch, whose network is another one
@@ -212,34 +195,34 @@ def test_recipe_of_arch_strings(make_images):
     root = make_images("train", 100, [(8, 8)])
     make_images("test", 1, [(8, 8)])
     args = train.make_parser().parse_args(["--dataset", "folder", "--data", str(root)])
-    *_, augmentation = train.load_splits(args, ARCH)
+    *_, augmentation = train.load_splits(args, ARCH_WITH_DEAD_END)
     assert (args.recipe, augmentation.pad, augmentation.flip) == ("nas201", 4, True)
     assert (args.init_channels, args.layers, args.epochs, args.batch_size) == (16, 5, 200, 256)
     assert (args.learning_rate, args.weight_decay, args.momentum, args.nesterov) == (0.1, 5e-4, 0.9, True)
     assert (args.lr_scheduler, args.drop_path_prob, args.label_smooth, args.grad_clip) == ("cosine", 0, 0, None)
-    assert retrained.choose_augmentation(ARCH, "cifar10", None).mean[0] == 125.3 / 255
-    assert retrained.choose_augmentation(ARCH, "ImageNet16-120", None).pad == 2
+    assert retrained.choose_augmentation(ARCH_WITH_DEAD_END, "cifar10", None).mean[0] == 125.3 / 255
+    assert retrained.choose_augmentation(ARCH_WITH_DEAD_END, "ImageNet16-120", None).pad == 2
 
 
 def test_an_arch_string_is_trained_tested_and_resumed(tmp_path, fails):
-    sizes = dict(arch=ARCH, layers=1, momentum=0.8)
+    sizes = dict(arch=ARCH_WITH_DEAD_END, layers=1, momentum=0.8)
     run = retrain(tmp_path / "whole", **sizes)
     lines = history(run)
-    assert genotype_files.load(run / "genotype.json") == ARCH and (run / "cell.svg").is_file()
+    assert genotype_files.load(run / "genotype.json") == ARCH_WITH_DEAD_END and (run / "cell.svg").is_file()
     tested = test_cifar.main(["--dataset", "digits", "--dir", str(run), "--device", "cpu"])
     assert tested["top1"] == lines[-1]["test_top1"] > 12
     (tmp_path / "found").mkdir()
-    genotype_files.save(ARCH, tmp_path / "found/genotype.json")  # as a search of the space leaves it
+    genotype_files.save(ARCH_WITH_DEAD_END, tmp_path / "found/genotype.json")  # as a search of the space leaves it
     stopped = tmp_path / "found"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="stopped"):
         patch.setattr(train, "evaluate", lambda *_, where, **__: evaluate_once(where, *_, **__))
-        train.main([word for word in command_line(dir=stopped, **sizes) if word not in ("--arch", ARCH)])
+        train.main([word for word in train_line(dir=stopped, **sizes) if word not in ("--arch", ARCH_WITH_DEAD_END)])
     (resumed,) = stopped.glob("eval-*")
     train.main(["--resume", str(resumed)])
     assert history(resumed) == lines
     for flag in ("--auxiliary", "--drop_path_prob=0.1"):
-        assert "not for arch strings" in fails(train.main, command_line(flag, arch=ARCH))
-    assert "lacks the edge 2<-0" in fails(train.main, command_line(arch="|none~0|+|none~1|"))
+        assert "not for arch strings" in fails(train.main, train_line(flag, arch=ARCH_WITH_DEAD_END))
+    assert "lacks the edge 2<-0" in fails(train.main, train_line(arch="|none~0|+|none~1|"))
 
 
 def evaluate_once(where, *args, **kwargs):
@@ -286,7 +269,7 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
 
 def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails):
     monkeypatch.setattr(train, "learning_rate", lambda args, epoch, warmup: 0.01 if epoch == 0 else 1e38)
-    line = fails(train.main, command_line(), new_files=True)
+    line = fails(train.main, train_line(), new_files=True)
     assert "epoch 2/3, step 2: the loss is" in line
     run = next(tmp_path.glob("eval-*"))
     checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
@@ -296,7 +279,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails):
 
 def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
     """The loss of the only step is still finite."""
-    argv = command_line(dir=tmp_path, batch_size=96, epochs=1, learning_rate=1e38)
+    argv = train_line(dir=tmp_path, batch_size=96, epochs=1, learning_rate=1e38)
     line = fails(train.main, argv, new_files=True)
     assert "error: epoch 1/1" in line and "--learning_rate" in line
     run = next(tmp_path.glob("eval-*"))
@@ -399,18 +382,18 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
         (["--image_size", "30"], "both sides must be multiples of 4"),
         (["--image_size", "16", "--auxiliary"], "needs images of 32x32"),
     ]:
-        assert message in fails(train.main, command_line(*words, **own))
+        assert message in fails(train.main, train_line(*words, **own))
 
 
 # ---- more than one process
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["EvNASB", ARCH])
+@pytest.mark.parametrize("arch", ["EvNASB", ARCH_WITH_DEAD_END])
 def test_two_processes(tmp_path, arch):
     project = Path(train.__file__).parent
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    argv = command_line("--cutout", dir=tmp_path, epochs=2, arch=arch)
+    argv = train_line("--cutout", dir=tmp_path, epochs=2, arch=arch)
     subprocess.run([*launcher, str(project / "train.py"), *argv], check=True, cwd=project, timeout=300)
     (run,) = tmp_path.iterdir()
     assert [line["epoch"] for line in history(run)] == [1, 2]

@@ -22,11 +22,9 @@ import predict
 import retrained
 from support import weights
 
+from helpers import CLASSES, MEAN, RETRAINED_CELLS, STD, retrained_run
+
 ROOT = Path(__file__).resolve().parents[1]
-ARCH = "|nor_conv_3x3~0|+|none~0|nor_conv_1x1~1|+|skip_connect~0|avg_pool_3x3~1|nor_conv_3x3~2|"
-CELLS = {"cifar": genotypes.EvNASB, "imagenet": genotypes.EvNASA, "nas201": ARCH}
-MEAN, STD = (0.5, 0.4, 0.45), (0.2, 0.3, 0.25)
-CLASSES = ["ant", "bee", "cat"]
 
 
 @pytest.fixture
@@ -35,30 +33,9 @@ def pictures(make_images):
     return make_images("test", 3, [(40, 30), (33, 60)], suffixes=[".png"])
 
 
-def make_run(folder, family, pictures, classes=CLASSES):
-    """What a retraining leaves of a network with random weights and statistics."""
-    side = 32 if family == "imagenet" else 16
-    sizes = {"init_channels": 4, "layers": 3 if family != "nas201" else 1, "auxiliary": False}
-    about = {
-        "family": family,
-        "genotype": genotype_files.to_json(CELLS[family]),
-        "dataset": "folder",
-        "classes": classes,
-    }
-    about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
-    torch.manual_seed(0)
-    network = retrained.make_network(CELLS[family], family, 3, [side, side], Namespace(**sizes))
-    for _ in range(3):  # running statistics
-        network(torch.randn(8, 3, side, side))
-    (folder / "weights").mkdir(parents=True)
-    weights.save_weights(network, folder / "weights/weights.pt", about)
-    (folder / "args.json").write_text(json.dumps({"args": {"data": str(pictures)}}))
-    return network.eval()
-
-
-@pytest.mark.parametrize("family", CELLS)
+@pytest.mark.parametrize("family", RETRAINED_CELLS)
 def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
-    original = make_run(tmp_path / "run", family, pictures)
+    original = retrained_run(tmp_path / "run", family, pictures)
     network, transform = retrained.load(tmp_path / "run")
     assert not network.training
     side = 32 if family == "imagenet" else 16
@@ -101,7 +78,7 @@ def test_onnx_is_read_from_any_path(tmp_path):
 
 
 def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, fails):
-    network = make_run(tmp_path / "run", "cifar", pictures)
+    network = retrained_run(tmp_path / "run", "cifar", pictures)
     _, transform = retrained.load(tmp_path / "run")
     capsys.readouterr()
     single = pictures / "test/cat/1.png"
@@ -134,7 +111,7 @@ def test_predictions_are_the_networks_probabilities(tmp_path, pictures, capsys, 
 
 def test_an_image_that_cannot_be_read_is_skipped(tmp_path, pictures, capsys):
     """What can be read is classified all the same; the exit code says that something was lost."""
-    make_run(tmp_path / "run", "cifar", pictures)
+    retrained_run(tmp_path / "run", "cifar", pictures)
     (pictures / "test/bee/1.png").write_bytes(b"no image")
     (pictures / "test/lost").symlink_to("nowhere")
     for flags in ([], ["--json"]):
@@ -188,7 +165,7 @@ def test_an_exported_file_needs_no_code_of_ours(
     if format == "onnx":
         pytest.importorskip("onnxscript")
         onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
-    network, side = make_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
+    network, side = retrained_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
     file = tmp_path / "run" / export.FORMATS[format][0]
     flags, source = ["--normalize"], tmp_path / "run"
     if not normalize:
@@ -222,12 +199,12 @@ def test_an_exported_file_needs_no_code_of_ours(
         torch.export.load(file, extra_files=extra)
         metadata = json.loads(extra["metadata.json"])
     assert metadata["classes"] == CLASSES and metadata["mean"] == list(MEAN)
-    assert metadata["genotype"] == genotype_files.to_json(CELLS[family]) and "torch" in metadata["versions"]
+    assert metadata["genotype"] == genotype_files.to_json(RETRAINED_CELLS[family]) and "torch" in metadata["versions"]
     assert f"(batch, 3, {side}, {side})" in metadata["input"] and ("[0, 1]" in metadata["input"]) == normalize
 
 
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, pictures, fails, monkeypatch):
-    make_run(tmp_path / "run", "nas201", pictures)
+    retrained_run(tmp_path / "run", "nas201", pictures)
     broken = ("network.pt2", lambda *_: b"", lambda path, x: torch.zeros(len(x), 3))
     monkeypatch.setitem(export.FORMATS, "torch", broken)
     assert "is not written" in fails(export.main, [tmp_path / "run", "--format", "torch"])
@@ -239,9 +216,9 @@ def test_a_file_that_computes_something_else_is_not_written(tmp_path, pictures, 
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("family", CELLS)
+@pytest.mark.parametrize("family", RETRAINED_CELLS)
 def test_the_logits_alone_can_be_traced(tmp_path, pictures, family):
-    network, side = make_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
+    network, side = retrained_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
     module, x = export.Logits(network, MEAN, STD), torch.rand(3, 3, side, side)
     traced = torch.jit.trace(module, x[:2])
     torch.testing.assert_close(traced(x), module(x))

@@ -25,9 +25,9 @@ from reporting import cells as drawing
 from reporting import report
 from support.files import UserError, write_json
 
+from helpers import REPORTED_ARCH, reported_run
+
 SVG = "{http://www.w3.org/2000/svg}"
-SHAPES = {"s1": (2, 14, 8), "s2": (1, 6, 5)}
-ARCH = "|nor_conv_3x3~0|+|nor_conv_3x3~0|avg_pool_3x3~1|+|none~0|nor_conv_3x3~1|skip_connect~2|"
 
 
 def random_genotype(seed):
@@ -145,7 +145,7 @@ def luminance_of(colour, dark):
 
 
 def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
-    strange = drawing.cells(ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
+    strange = drawing.cells(REPORTED_ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
     ElementTree.fromstring(drawing.cell_svg(**strange).encode())
     drawing.cell_figure(**strange).savefig(io.BytesIO(), format="png")
     svg = drawing.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
@@ -198,8 +198,8 @@ def test_command_line_draws_names_files_runs_and_arch_strings(tmp_path, capsys, 
     assert run(capsys, "run") == ["run/cell_normal.svg", "run/cell_reduce.svg"]
     genotype_files.save(genotypes.EvNASB, "mine.json")
     assert run(capsys, "mine.json", "--output", "out/deep") == ["out/deep/mine_normal.svg", "out/deep/mine_reduce.svg"]
-    assert run(capsys, ARCH) == ["./cell.svg"]
-    write_json("run/genotype.json", {"arch": ARCH})  # JSON goes before the legacy file
+    assert run(capsys, REPORTED_ARCH) == ["./cell.svg"]
+    write_json("run/genotype.json", {"arch": REPORTED_ARCH})  # JSON goes before the legacy file
     assert run(capsys, "run") == ["run/cell.svg"]
     assert open("run/cell.svg").read() == open("cell.svg").read()
 
@@ -248,33 +248,6 @@ def test_import_is_light():
 # ---- reports
 
 
-def make_run(folder, kind="search", space="s1", steps=4, **changes):
-    """A run directory as the scripts write it, with invented figures."""
-    (folder / "population").mkdir(parents=True)
-    args = {"dataset": "digits", "epochs": 5, "dir": None, "data": "/a/long/path/" + "x" * 90, "cutout": True}
-    about = {"kind": kind, "command": "python train_search.py <&>", "git": None, "threads": 2, "started": "2025-01-01"}
-    write_json(folder / "args.json", {"args": args, "space": space, "versions": {"torch": "2.6"}, **about})
-    rng = np.random.default_rng(0)
-    best = ARCH if space == "s2" else genotype_files.to_dict(genotypes.EvNASA)
-    write_json(folder / "genotype.json", {"arch": ARCH} if space == "s2" else best)
-    with open(folder / "history.jsonl", "w") as file:
-        for step in range(1, steps + 1):
-            row = {"train_loss": 2 / step, "train_top1": 80 - 30 / step, "lr": 0.025 / step, "images_per_second": 900.5,
-                   "seconds": 61.5, "peak_memory_mb": None}  # fmt: skip
-            if kind == "eval":
-                row |= {"epoch": step, "test_loss": 3 / step, "test_top1": 96.25, "test_top5": 99.5, "best_top1": 96.5}
-            else:
-                row |= {"generation": step, "fitness_best": 60.0 + step, "fitness_mean": 50.0, "fitness_std": 2.5,
-                        "distinct": 17, "best_genotype": best}  # fmt: skip
-                alphas = rng.random((6, *SHAPES[space]), dtype=np.float32)
-                np.savez(folder / "population" / f"{step:03d}.npz", alphas=alphas, fitness=np.full(6, np.nan))
-            if space == "s2":
-                true = {"cifar10": {"valid": None, "test": 91.23}, "cifar100": {"valid": 66.5, "test": 67.25}}
-                row |= {"true_accuracy": true, "kendall_tau": 0.4, "spearman_rho": None}
-            file.write(json.dumps(row | changes) + "\n")
-    return folder
-
-
 def page_of(run_dir):
     path = report.write_report(run_dir)
     assert path == os.path.join(run_dir, "report.html")
@@ -295,7 +268,7 @@ def headings(page):
 
 
 def test_search_report(tmp_path):
-    page = page_of(make_run(tmp_path / "run"))
+    page = page_of(reported_run(tmp_path / "run"))
     assert "EvNAS search, DARTS space" in page and "Not in this report" not in page
     assert headings(page) == [
         "Summary", "Winning architecture", "Fitness and training", "Population", "Time", "Settings",
@@ -308,7 +281,7 @@ def test_search_report(tmp_path):
 
 @pytest.mark.parametrize("searched", ["cifar10", "cifar100", "digits"])
 def test_nas201_report(tmp_path, searched):
-    run = make_run(tmp_path / "run", space="s2")
+    run = reported_run(tmp_path / "run", space="s2")
     args = json.loads((run / "args.json").read_text())
     args["args"]["dataset"] = searched
     write_json(run / "args.json", args)
@@ -322,11 +295,11 @@ def test_nas201_report(tmp_path, searched):
     for name in published:
         assert re.search((published if name == searched else elsewhere)[name], text)
     assert ("EvNAS, test" in page) == (searched != "digits")
-    assert "Rank correlation" in page and ARCH in page and "True accuracy, ImageNet16-120" not in page
+    assert "Rank correlation" in page and REPORTED_ARCH in page and "True accuracy, ImageNet16-120" not in page
 
 
 def test_retraining_report(tmp_path):
-    page = page_of(make_run(tmp_path / "run", kind="eval", steps=130))
+    page = page_of(reported_run(tmp_path / "run", kind="eval", steps=130))
     assert "EvNAS retraining" in page and "Population" not in page and "Not in this report" not in page
     assert {"Loss", "Top-1 accuracy", "Top-5 accuracy", "Architecture"} <= set(headings(page))
     assert "3.75" in page  # the test error
@@ -349,7 +322,7 @@ def test_operation_shares_are_those_of_the_decoded_population(tmp_path):
 
 
 def test_report_says_what_is_missing(tmp_path):
-    folder = make_run(tmp_path / "run", fitness_best=None, fitness_mean=None, fitness_std=None, lr=float("nan"))
+    folder = reported_run(tmp_path / "run", fitness_best=None, fitness_mean=None, fitness_std=None, lr=float("nan"))
     (folder / "population" / "002.npz").unlink()
     (folder / "population" / "003.npz").write_bytes(b"PK damaged")
     np.savez(folder / "population" / "004.npz", alphas=np.array([object()], dtype=object))
@@ -369,7 +342,7 @@ def test_report_says_what_is_missing(tmp_path):
 
 
 def test_malformed_history_names_file_and_line(tmp_path):
-    folder = make_run(tmp_path / "run")
+    folder = reported_run(tmp_path / "run")
     good = (folder / "history.jsonl").read_text()
     bad = [
         *("{", "[]", "null", "{}", "[" * 100_000),
@@ -384,7 +357,7 @@ def test_malformed_history_names_file_and_line(tmp_path):
 
 
 def test_odd_values_do_not_break_a_report(tmp_path):
-    folder = make_run(tmp_path / "run", space="s2", steps=1, true_accuracy=[1], distinct=1e300, seconds=-1, lr=0)
+    folder = reported_run(tmp_path / "run", space="s2", steps=1, true_accuracy=[1], distinct=1e300, seconds=-1, lr=0)
     page_of(folder)
     odd = {"versions": {"\ud800": "\x01"}, "space": ["s2"], "kind": {}, "command": 7, "git": []}
     for arguments in ([1], {"epochs": ["<b>"], "dataset": {}}):
@@ -494,7 +467,7 @@ def chromium(tmp_path_factory):
 
 @pytest.mark.parametrize("kind, space", [("search", "s1"), ("search", "s2"), ("eval", "s1")])
 def test_report_in_a_browser(chromium, tmp_path, kind, space):
-    path = report.write_report(make_run(tmp_path / "run", kind=kind, space=space, steps=50))
+    path = report.write_report(reported_run(tmp_path / "run", kind=kind, space=space, steps=50))
     url = f"file://{path}"
     for width in (1280, 390):
         events = chromium.open(url, width)
