@@ -13,7 +13,6 @@ import loaders
 import nas201.data
 import nas201.model
 import utils
-from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
 from recipes import CIFAR, NAS201, RECIPES
@@ -21,6 +20,7 @@ from support import devices, distributed, weights
 from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
+from training import evaluate
 
 ARCH = f"a named cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 

@@ -27,13 +27,13 @@ import nas201.data
 import nas201.report  # registers arch strings with the drawings and the report
 import shared_flags
 import utils
-from engine import TrainingState, evaluate, train_one_epoch
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
 from retrained import ARCH, choose_augmentation, choose_genotype, choose_recipe, make_network
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
+from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
 
 
 def make_parser():
@@ -151,31 +151,31 @@ class RetrainingState(TrainingState):
 def retrain(args, network, train_loader, test_loader, warmup, about, run):
     """Train `network` for args.epochs epochs, testing after each; `about` is saved beside the weights."""
     device = next(network.parameters()).device
-    optimizer = utils.make_sgd(network.parameters(), args, device, args.nesterov)
-    state = RetrainingState(network, optimizer, train_loader)
+    optimizer = make_optimizer(network.parameters(), args, nesterov=args.nesterov)
+    state = RetrainingState(network, optimizer, train_loader, TrainingSettings.of(args))
     run.restore(state)
     if run.completed and state.partial is None:  # within an epoch the weights have gone on from those that were saved
         save_weights(run, network, about)
-    trained = network
     if distributed.world_size() > 1:
         # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
         own = [device] if device.type == "cuda" else None
         dead_ends = about["family"] == "nas201"  # an edge may lead to a node from which only `none` goes on
-        trained = DistributedDataParallel(network, device_ids=own, find_unused_parameters=dead_ends)
-        trained.broadcast_buffers = False  # as an argument it is deprecated in torch 2.14
+        state.trained = DistributedDataParallel(network, device_ids=own, find_unused_parameters=dead_ends)
+        state.trained.broadcast_buffers = False  # as an argument it is deprecated in torch 2.14
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch, warmup)
+        lr = learning_rate(args, epoch, warmup)
+        set_learning_rate(optimizer, lr)
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         entry = {"epoch": epoch + 1, "lr": lr}
         with run.saving_when_interrupted(state.unfinished_state_dict):
-            entry |= train_epoch(args, trained, epoch, train_loader, state, where=where, log=run.log)
+            entry |= train_epoch(args, epoch, state, where=where, log=run.log)
             tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
-        entry |= utils.cost(train_loader.size + test_loader.size, state.progress.start, device)
+        entry |= utils.speed_and_memory(train_loader.size + test_loader.size, state.progress.start, device)
         run.record(epoch + 1, entry)
         run.save_checkpoint(epoch + 1, state.state_dict())
         save_weights(run, network, about)
@@ -215,9 +215,9 @@ def check_training_step(args, network, loader) -> str:
     return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
 
 
-def train_epoch(args, network, epoch, loader, state, *, where, log):
-    """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
-
+def train_epoch(args, epoch, state, *, where, log):
+    """Train `state.trained` on every batch of its loader once."""
+    loader = state.train_loader
     full_batch = loaders.images_per_process(loader)
     first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
 
@@ -229,11 +229,10 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
 
     def loss_of(x, y):
         # The last batch is smaller, and not worth graphs of its own.
-        return training_loss(args, network, x, y, compile=args.compile and len(x) == full_batch)
+        return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
-    network.train()
-    state_of = (state.optimizer, args, state.progress)
-    return train_one_epoch(loss_of, inputs_of, network, loader, *state_of, where=where, log=log)
+    state.trained.train()
+    return train_one_epoch(state, loss_of, inputs_of, where=where, log=log)
 
 
 def check_parallel(device):
