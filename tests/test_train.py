@@ -374,7 +374,7 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
         (line,) = history(run)
         train.main(["--resume", str(run)])  # with its size and recipe
         assert history(run) == [line]
-    assert "differs from 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
+    assert "trained with 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
     for words, message in [
         (["--recipe", "nas201"], "is not for this cell"),
         (["--recipe", "cifar"], "must all have one size"),
