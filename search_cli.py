@@ -20,7 +20,7 @@ from baselines import Group
 from costs import COSTS, Costs
 from evolution import VARIANTS
 from fitness import PlainEvaluator, measure_fitness
-from genotypes import Genotype
+from genotypes import Cell
 from reporting import report
 from support import devices, distributed, runs, seeds, self_check
 from support.cli import MOST, Parser, file_name, number
@@ -28,7 +28,6 @@ from support.files import UserError
 from training import plain_forward
 
 SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal numbers would make infinite violations
-Cell = Genotype | str  # a cell of the DARTS space, or an arch string of NAS-Bench-201
 
 
 # ---- search spaces

@@ -156,8 +156,8 @@ def test_linear_schedule_and_warmup():
 def test_each_epoch_trains_with_its_learning_rate_and_drop_path(tmp_path, monkeypatch):
     seen = []
 
-    def record(loss_of, inputs_of, network, loader, optimizer, args, progress, **kwargs):
-        seen.append((optimizer.param_groups[0]["lr"], network.drop_path_prob, network.training))
+    def record(state, *_, **__):
+        seen.append((state.optimizer.param_groups[0]["lr"], state.network.drop_path_prob, state.network.training))
         return {"train_loss": 0.0, "train_top1": 0.0}
 
     monkeypatch.setattr(train, "train_one_epoch", record)
@@ -374,7 +374,7 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
         (line,) = history(run)
         train.main(["--resume", str(run)])  # with its size and recipe
         assert history(run) == [line]
-    assert "differs from 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
+    assert "trained with 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
     for words, message in [
         (["--recipe", "nas201"], "is not for this cell"),
         (["--recipe", "cifar"], "must all have one size"),
