@@ -18,6 +18,7 @@ import encoding
 import evolution
 import genotype_files
 import search_cli
+import search_space
 import train_search
 from fitness import measure_fitness
 from model_search import Network
@@ -172,7 +173,7 @@ def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
 
 
 def test_equal_fitness_keeps_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_cli, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
+    monkeypatch.setattr(search_space, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
     run = search(tmp_path, epochs=1)
     born = encoding.random_alphas(4, generator=seeds.generator(SEEDED, "population"))
     alphas, fitness = populations(run)[0]
