@@ -223,7 +223,7 @@ def test_the_logits_alone_can_be_traced(tmp_path, pictures, family):
     torch.testing.assert_close(traced(x), module(x))
 
 
-# ---- docs/use.md
+# ---- docs/your-data.md and docs/deploy.md
 
 
 @pytest.mark.slow
@@ -239,7 +239,8 @@ def test_the_walk_from_pictures_to_a_file(tmp_path, make_images):
     for path in ROOT.glob("[!.]*"):
         (tmp_path / path.name).symlink_to(path)
     folder.rename(tmp_path / "pictures")
-    blocks = dict(re.findall(r"^```(bash|python) pictures\n((?s:.*?))^```$", (ROOT / "docs/use.md").read_text(), re.M))
+    pages = (ROOT / "docs/your-data.md").read_text() + (ROOT / "docs/deploy.md").read_text()
+    blocks = dict(re.findall(r"^```(bash|python) pictures\n((?s:.*?))^```$", pages, re.M))
     assert len(blocks["bash"].splitlines()) == 6
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     settings = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
