@@ -5,12 +5,13 @@ import statistics
 
 import torch
 
+import seed_roles
 from engine import unique
 from evolution import non_dominated
 from genotype_files import from_json, to_json
 from support import distributed, seeds
 from support.files import UserError, read_json, write_json
-from support.runs import shell_command
+from support.provenance import shell_command
 
 FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
 SEED = 2021  # of the random architectures and of the images' order and augmentation: the same whatever the run's seed
@@ -31,7 +32,7 @@ def conclude(args, space, costs, state, measure, run):
     index = unique(space.encoding.decode(searched))[1].tolist()
     searched = searched[[index.index(i) for i in range(max(index) + 1)]]  # each cell once, the winner first
     last = max(index[: len(state.alphas)]) + 1  # distinct cells of the last population
-    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, "random architectures"))
+    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, seed_roles.RANDOM_ARCHITECTURES))
     alphas = torch.cat([searched, drawn])
     fitness = measure(alphas if args.variant in ("nd", "ndf") else space.encoding.decode(alphas))
 

@@ -3,9 +3,7 @@
 The file is loaded again and compared on test images before it takes its place.
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import copy
 import importlib.util
@@ -21,7 +19,7 @@ import data
 import loaders
 import nas201.data
 import retrained
-from support import distributed, runs
+from support import distributed, provenance
 from support.files import UserError, atomic_write, read_bytes, read_json
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # older versions of torch need an end
@@ -131,7 +129,7 @@ def main(argv=None):
     height, width = about["image_size"]
     metadata = {name: about[name] for name in ("classes", "genotype", "mean", "std")}
     metadata["input"] = f"RGB, {'in [0, 1]' if args.normalize else 'normalised'}, (batch, 3, {height}, {width})"
-    metadata["versions"] = runs.versions() | {"git": runs.git_revision()}
+    metadata["versions"] = provenance.versions() | {"git": provenance.git_revision()}
 
     name, write, read = FORMATS[args.format]
     path = Path(args.output or os.path.join(args.run if os.path.isdir(args.run) else weights.parent, name))

@@ -1,8 +1,6 @@
 """Classify images with a retrained network: the five best classes of each, with their probabilities."""
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import json
 import os

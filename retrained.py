@@ -1,5 +1,7 @@
 """Which network to build, on which images, and how to test it: shared by train.py and the three test scripts."""
 
+from support.cli import Parser, Published, number
+
 import argparse
 import os
 from pathlib import Path
@@ -17,8 +19,8 @@ from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
 from recipes import CIFAR, NAS201, RECIPES
+from shared_flags import MOST
 from support import devices, distributed, weights
-from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
 
@@ -91,6 +93,50 @@ def make_network(genotype, recipe, classes, image_size, args):
     return network(args.init_channels, classes, args.layers, args.auxiliary, genotype)
 
 
+# ---- what is saved about weights
+
+
+def is_whole(value: object, most: int) -> bool:
+    """Return whether `value` is an int from 1 to `most`."""
+    return type(value) is int and 0 < value <= most
+
+
+def are_sides(values: object) -> bool:
+    """Return whether `values` can be the height and width of an image, in pixels."""
+    return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
+
+
+def are_channels(values: object) -> bool:
+    """Return whether `values` can be the mean or the standard deviation of three channels."""
+    return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
+
+
+# Which values the fields of the JSON file next to the weights can have. A file that claims others is refused.
+POSSIBLE = {
+    "init_channels": lambda value: is_whole(value, MOST.channels),
+    "layers": lambda value: is_whole(value, MOST.cells),
+    "auxiliary": lambda value: isinstance(value, bool),
+    "family": lambda value: value in RECIPES,
+    "resized": lambda value: isinstance(value, bool),
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "image_size": are_sides,
+    "mean": are_channels,
+    "std": lambda value: are_channels(value) and min(value) > 0,
+}
+
+
+def read_info(path: str | os.PathLike) -> dict:
+    """Return what was saved about the weights at `path`, see `weights.read_info`.
+
+    Raises UserError, also for a value that a network or its normalisation cannot have.
+    """
+    about = weights.read_info(path)
+    for name, value in about.items():
+        if name in POSSIBLE and not POSSIBLE[name](value):
+            raise UserError(f'{weights.info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
+    return about
+
+
 # ---- trained networks
 
 
@@ -108,7 +154,7 @@ def load_network(path, genotype, recipe, classes, image_size, args):
         raise UserError(f"{path} holds no weights of this network: {cells} cells, not {needed} ({where}, is wrong)")
     with torch.device("meta"):
         network = make_network(genotype, recipe, classes, image_size, args)
-    weights.load_state(network, state, path)
+    weights.load_state(network, state, path, optional=("auxiliary_head.",))
     return network
 
 
@@ -131,7 +177,7 @@ def read_about(run_dir):
     path = weights.locate(path / "weights.pt") if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
-    about = weights.read_info(path)
+    about = read_info(path)
     for name in ("genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
         if name not in about:
             raise UserError(f"{weights.info_path(path)}, the file of a retraining beside its weights, has no {name}")
@@ -192,7 +238,7 @@ def test(prog, datasets, argv=None, default=CIFAR, batch_size=96):
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
-    about = weights.read_info(args.model_path)
+    about = read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         source = weights.info_path(args.model_path)
         genotype = genotype_files.from_json(about["genotype"], source)

@@ -1,10 +1,11 @@
 """Test weights of a retrained cell on DATA/val/CLASS/ or an own folder, with the ImageNet network and transforms."""
 
+from support.cli import command
+
 from functools import partial
 
 from recipes import IMAGENET
 from retrained import test
-from support.cli import command
 
 datasets = ["imagenet", "ImageNet16-120", "folder"]
 main = command(partial(test, "test_imagenet.py", datasets, default=IMAGENET, batch_size=128))

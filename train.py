@@ -3,9 +3,7 @@
 One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
 """
 
-from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, Published, command, file_name, number
 
 import argparse
 import math
@@ -25,6 +23,7 @@ import loaders
 import memory
 import nas201.data
 import nas201.report  # registers arch strings with the drawings and the report
+import seed_roles
 import shared_flags
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
@@ -32,7 +31,9 @@ from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
 from retrained import ARCH, choose_augmentation, choose_genotype, choose_recipe, make_network
-from support import devices, distributed, runs, seeds, self_check
+from run_settings import SETTINGS
+from shared_flags import MOST
+from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
 
 
@@ -123,7 +124,7 @@ def load_splits(args, genotype):
         if name != "name" and getattr(args, name) is None:
             setattr(args, name, value)
     augment = choose_augmentation(genotype, args.dataset, train)
-    train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
+    train = data.subsample(train, args.train_samples, seeds.generator(args, seed_roles.SPLIT))
     data.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
@@ -219,7 +220,7 @@ def train_epoch(args, network, epoch, loader, state, *, where, log):
     """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
 
     full_batch = loaders.images_per_process(loader)
-    first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
+    first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
     def inputs_of(step):
         # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
@@ -254,10 +255,10 @@ def check_parallel(device):
 
 @command
 def main(argv=None):
-    args = runs.parse(make_parser(), argv)
+    args = resume_args.parse(make_parser(), argv, SETTINGS)
     # A run has its own copy of the cell: the search that it came from may have gone on since.
     if args.resume:
-        with runs.required_file():
+        with resume_args.required_file():
             source = Path(args.resume) / "genotype.json"
             genotype = genotype_files.load(source)
     elif args.pick:
@@ -269,18 +270,18 @@ def main(argv=None):
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
         check_parallel(device)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
     train, test, augmentation = load_splits(args, genotype)
     large = isinstance(train, data.Files)
     warmup = large and args.batch_size > 256
 
-    generator = seeds.generator(args, "training images")
+    generator = seeds.generator(args, seed_roles.TRAINING_IMAGES)
     settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
     test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
     needs = estimate_memory(genotype, train.image_size, args)
     memory.check_training(needs, args, (train_loader, test_loader), device)
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
     network = network.to(device, memory_format=devices.memory_format(device))
 
@@ -295,22 +296,22 @@ def main(argv=None):
         "std": augmentation.std,
         **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
     }
-    bound = {"kind": "eval", "cell": about["genotype"], "data": data.describe(train=train, test=test)}
+    inputs = {"kind": "eval", "cell": about["genotype"], "data": data.describe(train=train, test=test)}
     checked = None
     if self_check.is_needed(args, device):  # before there is a run directory
         checked = check_training_step(args, network, train_loader)
     if args.resume:
-        run = runs.Run.resume(args.resume, args, **bound)
+        run = runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     else:
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir or ".", name, args, "train.py", **bound)
+        run = runs.Run.create(args.dir or ".", name, args, "train.py", SETTINGS, inputs=inputs)
     with run:
         if run.writes and not run.state:
             genotype_files.save(genotype, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)
-        run.log(f"parameters {parameters:.2f} M, {data.counts_text(bound['data'])}")
+        run.log(f"parameters {parameters:.2f} M, {data.counts_text(inputs['data'])}")
         if checked:
             run.log(checked)
         retrain(args, network, train_loader, test_loader, warmup, about, run)

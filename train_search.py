@@ -1,8 +1,6 @@
 """Search for a cell in the DARTS space with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
-from support.cli import MOST, Parser, command, file_name, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command, file_name, number
 
 import functools
 import math
@@ -21,6 +19,7 @@ import genotype_files
 import genotypes
 import loaders
 import memory
+import seed_roles
 import shared_flags
 import utils
 from costs import REPETITIONS, Costs, s1_table
@@ -30,7 +29,9 @@ from model import NetworkCIFAR
 from model_search import Network
 from recipes import CIFAR
 from reporting import report
-from support import devices, distributed, runs, seeds, self_check
+from run_settings import SETTINGS
+from shared_flags import MOST
+from support import checkpoints, devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError, atomic_write, make_folder
 
 SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; a denormal number would make an infinite excess
@@ -106,7 +107,7 @@ class SearchState(TrainingState):
     def __init__(self, args, space, network, train_loader, valid_loader):
         device = next(network.parameters()).device
         optimizer = utils.make_sgd(network.parameters(), args, device, space.nesterov)
-        self.breeding = seeds.generator(args, "population")
+        self.breeding = seeds.generator(args, seed_roles.POPULATION)
         super().__init__(network, optimizer, train_loader, breeding=self.breeding, valid=valid_loader.generator)
         self.alphas = space.encoding.random_alphas(args.pop_size, generator=self.breeding)
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
@@ -116,7 +117,10 @@ class SearchState(TrainingState):
         new = {name: getattr(self, name) for name in ("violation", "latency", "archive")}  # not in older checkpoints
         super().load_state_dict(new | state)
         for alphas in [*self.alphas, *self.archive.values()]:
-            if runs.kind(alphas) != runs.kind(self.alphas[0]) or not ((alphas >= 0) & (alphas < 1)).all():
+            if (
+                checkpoints.shape_of(alphas) != checkpoints.shape_of(self.alphas[0])
+                or not ((alphas >= 0) & (alphas < 1)).all()
+            ):
                 raise ValueError("an individual of another shape, or with genes outside [0, 1)")
         if ((self.fitness < 0) | (self.fitness > 100)).any():
             raise ValueError("fitness outside 0 to 100 %")
@@ -345,9 +349,9 @@ def search_loaders(args, train, valid, augmentation, device):
     if args.bn == "batch":
         data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
-    first = dict(generator=seeds.generator(args, "training images"), cutout=cutout, augment=True)
+    first = dict(generator=seeds.generator(args, seed_roles.TRAINING_IMAGES), cutout=cutout, augment=True)
     # Individuals are shared out for fitness, so each process needs every validation image.
-    second = dict(generator=seeds.generator(args, "validation images"), cutout=cutout, shared=False)
+    second = dict(generator=seeds.generator(args, seed_roles.VALIDATION_IMAGES), cutout=cutout, shared=False)
     second["augment"] = args.valid_transform == "train"
     train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **first)
     return train_loader, loaders.make_loader(valid, args.valid_batch_size, augmentation, device, **second)
@@ -356,28 +360,32 @@ def search_loaders(args, train, valid, augmentation, device):
 def is_finished(args, space):
     """Tell whether the search that is to be resumed has come to its end, and say so."""
     files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
-    finished = runs.is_finished(args, [*files, *space.genotype_files, *baselines.FILES])
+    files += [*space.genotype_files, *baselines.FILES]
+    finished = runs.is_finished(args, SETTINGS, completed=args.epochs, files=files, last_file="report.html")
     if finished:
         distributed.say(f"{args.resume} is finished")
     return finished
 
 
-def run_search(args, space, network, loaders, device, prog, bound):
-    """Open the run directory, search, and write what a run ends with; `bound` is what must be the same on resume."""
-    bound = {"kind": "search", "space": space.name, **bound}
+def run_search(args, space, network, loaders, device, prog, inputs):
+    """Open the run directory, search, and write what a run ends with.
+
+    `inputs` is what a resumed run must find unchanged besides its arguments, such as digests of the data.
+    """
+    inputs = {"kind": "search", "space": space.name, **inputs}
     costs = Costs(args, space, network.classifier.out_features, loaders[1].image_shape, device)
     costs.check()
     checked = None
     if self_check.is_needed(args, device):  # before there is a run directory
         checked = check_training_step(args, space, network, loaders[0])
     if args.resume:
-        run = runs.Run.resume(args.resume, args, **bound)
+        run = runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     else:
         name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir, name, args, prog, new_name=not args.run_name, **bound)
+        run = runs.Run.create(args.dir, name, args, prog, SETTINGS, inputs=inputs, new_name=not args.run_name)
     with run:
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
-        run.log(data.counts_text(bound["data"]))
+        run.log(data.counts_text(inputs["data"]))
         if checked:
             run.log(checked)
         state = search(args, space, network, *loaders, costs, run)
@@ -386,7 +394,7 @@ def run_search(args, space, network, loaders, device, prog, bound):
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: this one misses it by the least")
         save_cell(run, space, state.alphas[0])
-        loaders[1].generator = baselines.generator(args, "final validation images")
+        loaders[1].generator = baselines.generator(args, seed_roles.FINAL_VALIDATION_IMAGES)
         measure_again = functools.partial(measure, args, space, network, loader=loaders[1], where="the final weights")
         if not baselines.are_there(run):
             with run.saving_when_interrupted(state.state_dict):
@@ -407,18 +415,18 @@ def main(argv=None):
     parser.add_argument("--target_layers", type=number(int, 1, MOST.cells), default=CIFAR.layers, help="its cells")
     share = number(float, above=0, high=1)
     parser.add_argument("--train_portion", type=share, default=0.5, help="of the images trains, the rest validates")
-    args = runs.parse(parser, argv)
+    args = resume_args.parse(parser, argv, SETTINGS)
     check_search(args)
     if is_finished(args, S1):
         return
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     everything = tuple(genotypes.PRIMITIVES) * 14
     cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), everything, everything)
     memory.check_search(memory.supernet("s1", cells, args), args, loaders, device, 2 * len(everything))
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))
     run_search(args, S1(), network, loaders, device, parser.prog, {"data": data.describe(train=train, valid=valid)})

@@ -1,8 +1,6 @@
 """Draw cells as SVG or PNG, and rebuild the report of a run. matplotlib draws, without a display."""
 
-from support.cli import command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import command
 
 import argparse
 import os

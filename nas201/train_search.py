@@ -1,8 +1,6 @@
 """Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
 
-from support.cli import MOST, Published, command, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Published, command, number
 
 import argparse
 import math
@@ -12,6 +10,7 @@ import numpy as np
 import torch
 
 import memory
+import seed_roles
 from data import describe
 from loaders import inside
 from nas201 import benchmark, data, encoding, fast_search, model
@@ -19,7 +18,9 @@ from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
-from support import devices, distributed, runs, seeds
+from run_settings import SETTINGS
+from shared_flags import MOST
+from support import devices, distributed, resume_args, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import SearchSpace, check_search, is_finished, run_search, search_loaders, search_parser
 
@@ -171,7 +172,7 @@ def main(argv=None):
     group.add_argument("--trainval", action=Published)
     text = "a configuration of the published search: stop if its optimizer or loss is not the one used here"
     group.add_argument("--config_path", metavar="FILE", default=argparse.SUPPRESS, help=text)
-    args = runs.parse(parser, argv)
+    args = resume_args.parse(parser, argv, SETTINGS)
     check_search(args)
     if config_path := vars(args).pop("config_path", None):
         check_config(config_path, args)
@@ -185,7 +186,7 @@ def main(argv=None):
     if args.resume and not args.split_file:
         args.split = args.split or "seeded"  # before there was --split
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
@@ -194,13 +195,13 @@ def main(argv=None):
     everything = PRIMITIVES * len(EDGES)
     cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), everything)
     memory.check_search(memory.supernet("s2", cells, args), args, loaders, device, len(everything))
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
     network = network.to(device, memory_format=devices.memory_format(device))
-    bound = {"data": describe(train=train, valid=valid)}
-    bound |= {name: path and digest(path) for name, path in (("table", args.api_path), ("split", args.split_file))}
-    run_search(args, space, network, loaders, device, parser.prog, bound)
+    inputs = {"data": describe(train=train, valid=valid)}
+    inputs |= {name: path and digest(path) for name, path in (("table", args.api_path), ("split", args.split_file))}
+    run_search(args, space, network, loaders, device, parser.prog, inputs)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ METHOD = {
     "costs",
     "image_folder",
     "memory",
+    "run_settings",
+    "seed_roles",
     "shared_flags",
 }
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
