@@ -38,7 +38,12 @@ Loader = loaders.Loader | loaders.FileLoader
 # Help texts of flags that train.py and the test scripts have in common.
 ARCH = f"name of a cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
-DATA = "folder of the data set (default: ../data; for imagenet ../data/imagenet, for ImageNet16-120 ../data/ImageNet16)"
+
+
+def data_help(datasets: Sequence[str]) -> str:
+    """Return the help text of --data for these data sets."""
+    others = [f"for {name} {data.FOLDERS[name]}" for name in datasets if name in data.FOLDERS]
+    return f"folder of the data set (default: {', '.join(['../data', *others])})"
 
 
 # ---- cell, recipe and network
@@ -301,6 +306,7 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
 
 def test(
     prog: str,
+    description: str,
     datasets: Sequence[str],
     argv: Sequence[str] | None = None,
     *,
@@ -309,17 +315,16 @@ def test(
 ) -> dict:
     """Test weights on the test images of a data set: all that a test script does.
 
-    `prog` is the script's name, `datasets` are the data sets that it can test on, the first by
-    default, and `recipe` has the defaults for weights that nothing describes. Prints the figures and
-    returns them: see `run_test`. Raises UserError.
+    `prog` and `description` are the script's name and what its help says of it. `datasets` are the data
+    sets that it can test on, the first by default. `recipe` has the defaults for weights that nothing
+    describes. Prints the figures and returns them: see `run_test`. Raises UserError.
     """
-    args = make_test_parser(prog, datasets, recipe, batch_size).parse_args(argv)
+    args = make_test_parser(prog, description, datasets, recipe, batch_size).parse_args(argv)
     return run_test(resolve_test(args, recipe))
 
 
-def make_test_parser(prog: str, datasets: Sequence[str], recipe: Recipe, batch_size: int) -> Parser:
+def make_test_parser(prog: str, description: str, datasets: Sequence[str], recipe: Recipe, batch_size: int) -> Parser:
     """Return the parser of a test script; the arguments are those of `test`."""
-    description = f"Test the weights of a retrained network on {datasets[0]}, and print accuracy and size."
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("cell and weights")
     text = "directory of a retraining; its cell, network size and last weights are the defaults"
@@ -343,7 +348,7 @@ def make_test_parser(prog: str, datasets: Sequence[str], recipe: Recipe, batch_s
     group.add_argument("--auxiliary", action="store_true", help=text)
 
     group = parser.add_argument_group("data and device")
-    data.add_data_arguments(group, None, DATA)
+    data.add_data_arguments(group, None, data_help(datasets))
     text = "data set whose test images are used; folder: your own images in DATA/test/CLASS/ or DATA/val/CLASS/"
     group.add_argument("--dataset", default=datasets[0], choices=datasets, help=text)
     text = "images in a forward pass; lower it if memory runs out"

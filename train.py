@@ -1,7 +1,10 @@
 """Retrain a cell from scratch, with the paper's recipe or NAS-Bench-201's, and test it after each epoch.
 
 The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, a folder of your own or the digits.
-To use several GPUs or machines: torchrun --nproc_per_node=N train.py ...
+
+  python train.py --arch EvNASA --auxiliary --cutout --dir runs             the paper's first cell on CIFAR-10
+  python train.py --dir runs/search-20260101-120000 --auxiliary --cutout    the cell of a search
+  torchrun --nproc_per_node=4 train.py --arch EvNASA --dir runs ...         on four GPUs
 """
 
 from support.cli import Parser, Published, command, file_name, number
@@ -54,17 +57,16 @@ def make_parser() -> Parser:
     """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
 
     def default(name):
-        values = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
-        small, imagenet, nas201 = ("none" if value is None else value for value in values)
+        small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
         return f"(default: {small}; recipe imagenet: {imagenet}; recipe nas201: {nas201})"
 
     parser = Parser(prog="train.py", description=__doc__)
     add_cell_arguments(parser.add_argument_group("cell to retrain"))
 
     group = parser.add_argument_group("images")
-    data.add_data_arguments(group, None, retrained.DATA)
-    group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
+    data.add_data_arguments(group, None, retrained.data_help(datasets))
+    group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     text = "images to train and test on; folder: your own in DATA/train/CLASS/ and DATA/test/CLASS/"
     group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
     shared_flags.add_training_image_arguments(group)

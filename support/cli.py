@@ -75,8 +75,8 @@ def remedy(error):
     return None
 
 
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not None and False, which say nothing."""
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, but not None and False, which say nothing. Keeps the lines of the description."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)

@@ -377,7 +377,7 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
         assert history(run) == [line]
     assert "trained with 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
     for words, message in [
-        (["--recipe", "nas201"], "is not for this cell"),
+        (["--recipe", "nas201"], "does not fit this cell"),
         (["--recipe", "cifar"], "must all have one size"),
         (["--recipe", "imagenet", "--image_size", "40"], "both sides must be multiples of 32"),
         (["--image_size", "30"], "both sides must be multiples of 4"),
