@@ -6,9 +6,7 @@ compared with the network on test images.
 Example: python export.py runs/eval-EXP-20260101-120000 --format onnx --normalize
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import copy
 import importlib.util
@@ -27,7 +25,7 @@ import loaders
 import nas201.data
 import retrained
 from retrained import SavedWeights
-from support import distributed, runs
+from support import distributed, provenance
 from support.files import UserError, atomic_write, read_bytes, read_json
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # some versions of torch need a maximum
@@ -209,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "mean": about["mean"],
         "std": about["std"],
         "input": f"RGB, {input_values}, (batch, 3, {height}, {width})",
-        "versions": runs.versions() | {"git": runs.git_revision()},
+        "versions": provenance.versions() | {"git": provenance.git_revision()},
     }
 
     chosen = FORMATS[args.format]

@@ -3,9 +3,7 @@
 Example: python predict.py runs/eval-EXP-20260101-120000 picture.png folder/
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import json
 import os

@@ -3,10 +3,11 @@
 Example: python test_cifar.py --dir runs/eval-EXP-20260101-120000
 """
 
+from support.cli import command
+
 from collections.abc import Sequence
 
 import retrained
-from support.cli import command
 
 
 @command

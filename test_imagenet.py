@@ -4,11 +4,12 @@ Networks of NAS-Bench-201 can be tested on ImageNet16-120.
 Example: python test_imagenet.py --arch EvNASA --model_path EvNAS_A_imagenet_model_best.pth.tar
 """
 
+from support.cli import command
+
 from collections.abc import Sequence
 
 import retrained
 from recipes import IMAGENET
-from support.cli import command
 
 DATASETS = ["imagenet", "ImageNet16-120", "folder"]
 

@@ -5,9 +5,7 @@ python visualize.py runs/search-20260101-120000             draws the cell of a 
 python visualize.py --report runs/search-20260101-120000    rebuilds its report
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import os
 import sys
