@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import seed_roles
 from costs import Costs
 from evolution import VARIANTS, non_dominated
 from fitness import unique
@@ -19,14 +20,15 @@ from genotype_files import from_json, to_json
 from search_space import Group, SearchSetup, SearchSpace
 from support import distributed, seeds
 from support.files import UserError, read_json, write_json
-from support.runs import Run, shell_command
+from support.provenance import shell_command
+from support.runs import Run
 from training import TrainingState
 
 FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
 SEED = 2021  # for the random architectures, and for order and augmentation of the images: the same in every run
 
 
-def generator(args: argparse.Namespace, role: str) -> torch.Generator:
+def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
     """Return the generator of one role. Unlike other generators it ignores --seed."""
     return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
@@ -42,7 +44,7 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
     """
     args, space, costs = setup.args, setup.space, setup.costs
     searched, last = distinct_cells(space, state)
-    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, "random architectures"))
+    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, seed_roles.RANDOM_ARCHITECTURES))
     alphas = torch.cat([searched, drawn])  # (N, G, E, O)
     decoded = VARIANTS[args.variant].decoded_in_fitness
     fitness = measure(space.encoding.decode(alphas) if decoded else alphas)

@@ -14,15 +14,16 @@ import baselines
 import data
 import encoding
 import genotype_files
+import nas201.train_search
 import search_cli
 import search_state
+import seed_roles
 import train
 import train_search
 from evolution import non_dominated
 from fitness import measure_fitness
 from nas201 import benchmark
 from reporting import report
-from support import runs
 from support.files import write_json
 
 from helpers import (
@@ -31,6 +32,7 @@ from helpers import (
     S2_TRUTH,
     assert_same,
     history,
+    load_checkpoint,
     populations,
     s2_search,
     search,
@@ -89,7 +91,7 @@ def test_front_of_a_run_is_sorted_by_fitness(finished):
 
 def test_pareto_file_has_each_cell_of_population_and_archive_once(finished):
     last = populations(finished)[-1][0]
-    archive = runs.load_checkpoint(finished / "checkpoint.pt")["archive"]
+    archive = load_checkpoint(finished / "checkpoint.pt")["archive"]
     cells = {str(encoding.genotype(alphas)) for alphas in [*last, *archive.values()]}
     assert len(loaded(finished)[0]["individuals"]) == len(cells)
 
@@ -101,7 +103,7 @@ def test_winner_is_the_first_individual_and_the_saved_cell(finished):
 
 
 def test_archive_holds_the_front_of_each_generation(finished):
-    archive = runs.load_checkpoint(finished / "checkpoint.pt")["archive"]
+    archive = load_checkpoint(finished / "checkpoint.pt")["archive"]
     fixed, choices = train_search.s1_table(4, 4, 10, (3, 8, 8))
     expected = {}
     for alphas, fitness in populations(finished):
@@ -116,7 +118,7 @@ def test_archive_holds_the_front_of_each_generation(finished):
 def test_full_archive_keeps_the_newest_and_fittest(tmp_path, monkeypatch):
     monkeypatch.setattr(search_state, "ARCHIVED", 1)
     run = search(tmp_path, epochs=1, baselines=0)
-    (kept,) = runs.load_checkpoint(run / "checkpoint.pt")["archive"].values()
+    (kept,) = load_checkpoint(run / "checkpoint.pt")["archive"].values()
     alphas, fitness = populations(run)[-1]
     assert fitness[[torch.equal(kept, individual) for individual in alphas]].tolist() == [fitness[0]]
 
@@ -172,10 +174,10 @@ def test_random_architectures_are_measured_with_the_final_weights(finished):
     args.train_portion = 0.5
     train_split, valid, augmentation = data.search_splits(args)
     _, loader = search_cli.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
-    loader.generator = baselines.generator(args, "final validation images")
+    loader.generator = baselines.generator(args, seed_roles.FINAL_VALIDATION_IMAGES)
     network = train_search.Network(2, 10, 2)
     network.load_state_dict(torch.load(finished / "weights/weights.pt", weights_only=True))
-    drawn = encoding.random_alphas(5, generator=baselines.generator(args, "random architectures"))
+    drawn = encoding.random_alphas(5, generator=baselines.generator(args, seed_roles.RANDOM_ARCHITECTURES))
     fitness = measure_fitness(network, encoding.decode(drawn), loader, "batch", train_search.fast_search.Evaluator)
     assert result["random_fitness"] == fitness.tolist() and result["random_seed"] == baselines.SEED
 
@@ -196,7 +198,7 @@ def test_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, 
     run = search(tmp_path, **SEARCH, baselines=0, max_params=1000, max_mult_adds=1e5)
     lines = history(run)
     assert [line.pop("feasible") for line in lines] == [6, 6] and lines == history(finished)
-    state, expected = (runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, finished))
+    state, expected = (load_checkpoint(folder / "checkpoint.pt") for folder in (run, finished))
     other = {"bound": None, "history": None}
     assert_same(state | other, expected | other)
     pareto, result = loaded(run)
@@ -211,11 +213,20 @@ def test_interrupted_last_measurement_loses_nothing(finished, tmp_path, numbers)
     stop_at("the final weights: batch 1", numbers, train_search.main, argv)
     run = tmp_path / "run"
     assert not any((run / name).exists() for name in FILES)
-    states = [runs.load_checkpoint(folder / "checkpoint.pt") | {"history": None} for folder in (run, finished)]
+    states = [load_checkpoint(folder / "checkpoint.pt") | {"history": None} for folder in (run, finished)]
     assert_same(*states)
     train_search.main(["--resume", str(run)])
     assert contents(run)[0] == contents(finished)[0]
     assert loaded(run)[1] | {"retrain": None} == loaded(finished)[1] | {"retrain": None}
+
+
+def test_finished_search_without_its_last_files_is_measured_on_resume(tmp_path):
+    run = s2_search(tmp_path, "--epochs", 2)
+    before = loaded(run)
+    for name in FILES:
+        (run / name).unlink()
+    nas201.train_search.main(["--resume", str(run)])
+    assert loaded(run)[0] == before[0]
 
 
 # ---- the benchmark's baselines

@@ -16,10 +16,9 @@ from nas201 import benchmark
 from nas201.genotypes import from_arch_string
 from nas201.model import cost_table as s2_table
 from nas201.sources import ALLOWED, unpacked
-from support import runs
 from support.files import restricted_unpickle
 
-from helpers import S2_SEARCH_LINE, populations, s2_search, search, search_line
+from helpers import S2_SEARCH_LINE, load_checkpoint, populations, read_history, s2_search, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -118,7 +117,7 @@ def search_with_tight_budgets(folder, space, seed):
 def test_winners_meet_a_tight_budget(tmp_path, space, seed):
     run, budgets, counts = search_with_tight_budgets(tmp_path, space, seed)
     feasible = []
-    for (alphas, fitness), row in zip(populations(run), runs.read_history(run), strict=True):
+    for (alphas, fitness), row in zip(populations(run), read_history(run), strict=True):
         amounts = counts(alphas)
         meets = [all(a <= b for a, b in zip(individual, budgets, strict=True)) for individual in amounts]
         feasible.append(sum(meets))
@@ -159,7 +158,7 @@ def test_search_whose_budget_nothing_met_notes_it(tmp_path, capsys):
     flags = ["--max_mult_adds", 0.49, "--pop_size", 2, "--tsize", 1, "--epochs", 1]
     run = s2_search(tmp_path, *flags)
     assert "no individual of the last generation meets the budget" in capsys.readouterr().out
-    assert runs.read_history(run)[0]["feasible"] == 0
+    assert read_history(run)[0]["feasible"] == 0
 
 
 # ---- latency
@@ -181,9 +180,9 @@ def timed_cells(monkeypatch):
 def test_latency_is_measured_once_for_each_cell(tmp_path, timed_cells):
     run = search(tmp_path, max_latency=5.5, epochs=2)
     assert len(timed_cells) == len(set(timed_cells)) >= 4
-    saved = runs.load_checkpoint(run / "checkpoint.pt")["latency"]
+    saved = load_checkpoint(run / "checkpoint.pt")["latency"]
     assert saved == {cell: i + 1.0 for i, cell in enumerate(timed_cells)}
-    assert all(row["latency_ms"] <= 5.5 for row in runs.read_history(run))
+    assert all(row["latency_ms"] <= 5.5 for row in read_history(run))
 
 
 def test_resumed_search_keeps_the_measured_latency(tmp_path, timed_cells):
