@@ -124,7 +124,7 @@ def of_bytes(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisation:
 
 
 S1_SEARCH = "train_search.py"
-S2_SEARCH = "nas201.train_search"
+S2_SEARCH = "python -m nas201.train_search"
 TRAIN = "train.py"
 IMAGENET_NORMALISATION = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
@@ -174,6 +174,13 @@ DATASETS = {
 }
 
 
+def find(name: str) -> DataSet:
+    """Return the data set with this name. Raises UserError if there is none."""
+    if not isinstance(name, str) or name not in DATASETS:
+        raise UserError(f"unknown data set {name!r:.80}: give one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
 def offered_by(command: str) -> list[str]:
     """Return the names of the data sets that a command offers; the first is its default."""
     return [name for name, dataset in DATASETS.items() if command in dataset.commands]
@@ -199,9 +206,16 @@ def add_data_arguments(group: argparse._ArgumentGroup, command: str, *, folder: 
     group.add_argument("--image_cache", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
+def default_folder(command: str, name: str) -> str:
+    """Return where a data set is by default. Raises UserError if the command does not offer it."""
+    if name not in offered_by(command):
+        raise UserError(f"unknown data set {name!r:.80}: give one of {', '.join(offered_by(command))}")
+    return DATASETS[name].folder
+
+
 def find_folder(name: str, folder: str | None) -> str:
     """Return the folder of a data set: `folder`, or its own default if that is None."""
-    return folder or DATASETS[name].folder
+    return folder or find(name).folder
 
 
 def load_images(
@@ -219,7 +233,7 @@ def load_images(
     that are large or of different sizes stay Files. `workers` and `cache`: see
     `image_folder.read_images`. Raises UserError naming what is missing or unreadable.
     """
-    dataset = DATASETS[name]
+    dataset = find(name)
     if dataset.load is None:
         files = list_files(name, root, split, image_size=image_size)
         return image_folder.read_images(files, resize=image_size is not None, workers=workers, cache=cache)
@@ -233,7 +247,7 @@ def list_files(name: str, root: str | os.PathLike, split: str, *, image_size: in
 
     A network sees images of `image_size` pixels a side (default: 224). Raises UserError.
     """
-    dataset = DATASETS[name]
+    dataset = find(name)
     if dataset.load is not None:
         raise not_a_folder(name)
     files = image_folder.list_files(root, ["train"] if split == "train" else dataset.test_folders)
@@ -253,7 +267,7 @@ def stays_on_disk(name: str, image_size: int | None, recipe: str | None) -> bool
 
     The recipe decides. Without one (None) the data set does, or for your own images their size.
     """
-    recipe = recipe or DATASETS[name].recipe
+    recipe = recipe or find(name).recipe
     if recipe:
         return recipe == "imagenet"
     return image_size is not None and image_size > image_folder.SMALL
@@ -268,7 +282,7 @@ def augmentation(
     that was saved with a network ("mean" and "std" in `about`), else ImageNet's for Files, else
     that of the images `train`.
     """
-    dataset = DATASETS[name]
+    dataset = find(name)
     normalisation = dataset.normalisation
     if nas201 and dataset.nas201_normalisation:
         normalisation = dataset.nas201_normalisation
@@ -301,7 +315,7 @@ def search_splits(args: argparse.Namespace) -> SearchData:
     images = load_images(args.dataset, args.data, "train", image_size=args.image_size, cache=args.image_cache)
     image_folder.check_in_memory(images)
     generator = seeds.generator(args, "split")
-    in_file_order = DATASETS[args.dataset].halves_in_file_order
+    in_file_order = find(args.dataset).halves_in_file_order
     train, valid = split_train(images, args.train_portion, in_file_order, generator)
     check_classes(training=train, validation=valid)
     train = subsample(train, args.train_samples, generator)

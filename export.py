@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-import data
+import datasets
 import loaders
-import nas201.data
 import retrained
+import splits
+from augment import Augmentation
 from support import distributed, runs
 from support.files import UserError, atomic_write, read_bytes, read_json
 
@@ -105,9 +106,10 @@ def sample_images(root, path, about):
             raise UserError("nothing says where the test images lie, with which the file is compared: give --data")
     recipe = retrained.saved_recipe(about, about["genotype"], path)
     size = about["image_size"][0] if about.get("resized") else None
-    images = nas201.data.load(about.get("dataset"), root, "test", image_size=size, in_memory=recipe != "imagenet")
-    images = data.subsample(images, min(16, len(images)), torch.Generator().manual_seed(0))
-    augmentation = data.Augmentation(about["mean"], about["std"])
+    read = datasets.list_files if recipe == "imagenet" else datasets.load_images
+    images = read(about.get("dataset"), root, "test", image_size=size)
+    images = splits.subsample(images, min(16, len(images)), torch.Generator().manual_seed(0))
+    augmentation = Augmentation(about["mean"], about["std"])
     return next(iter(loaders.make_loader(images, 16, augmentation, torch.device("cpu"))))[0].contiguous()
 
 

@@ -175,7 +175,7 @@ def no_images(class_folder, inside):
 def report_not_read(folder, beside, nested, others):
     """Print a line on each kind of files that a folder of classes has and that are not read.
 
-    These are files that are not images, images beside the class folders, and folders inside class
+    These are files that are not images, images next to the class folders, and folders inside class
     folders (Nested).
     """
     start = f"note: not read in {folder}:"
@@ -183,7 +183,7 @@ def report_not_read(folder, beside, nested, others):
         files = f"{counted(len(others), 'file')} without the suffix of an image ({', '.join(SUFFIXES)})"
         distributed.say(f"{start} {files}, such as {others[0].relative_to(folder)}")
     if beside:
-        images = f"{counted(len(beside), 'image')} beside the class folders, such as {beside[0].name}"
+        images = f"{counted(len(beside), 'image')} next to the class folders, such as {beside[0].name}"
         distributed.say(f"{start} {images}. Move each into the folder of its class.")
     if nested:
         folders = f"{counted(len(nested), 'folder')} inside class folders"

@@ -300,9 +300,7 @@ def check_batch(batch_size: int, train: Split, auxiliary: bool = False) -> None:
     check_statistics("--batch_size", batch_size, train, distributed.world_size(), auxiliary)
 
 
-def check_statistics(
-    flag: str, batch_size: int, split: Split, processes: int = 1, auxiliary: bool = False
-) -> None:
+def check_statistics(flag: str, batch_size: int, split: Split, processes: int = 1, auxiliary: bool = False) -> None:
     """Raise UserError if BatchNorm would take statistics from one value per channel: one pixel of one image.
 
     `flag` is the name of the batch size on the command line. After all its reductions a network has

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 
-import data
+import augment
+import datasets
 import genotype_files
 import genotypes
+import image_folder
 import loaders
-import nas201.data
 import nas201.model
+import splits
 import utils
 from engine import evaluate
 from model import NetworkCIFAR, NetworkImageNet
@@ -63,13 +65,12 @@ def choose_recipe(genotype, images):
     """Return the family of networks: NAS-Bench-201's for an arch string, else the one that the images need."""
     if isinstance(genotype, str):
         return "nas201"
-    return "imagenet" if isinstance(images, data.Files) else "cifar"
+    return "imagenet" if isinstance(images, splits.Files) else "cifar"
 
 
 def choose_augmentation(genotype, dataset, images, about=None):
     """Return the Augmentation; arch strings have the benchmark's normalisation, and ImageNet16-120 no other."""
-    of_benchmark = nas201.data.AUGMENTATION if isinstance(genotype, str) or dataset not in data.AUGMENTATION else {}
-    return of_benchmark.get(dataset) or data.augmentation(dataset, images, about)
+    return datasets.augmentation(dataset, images, about, nas201=isinstance(genotype, str))
 
 
 def make_network(genotype, recipe, classes, image_size, args):
@@ -84,7 +85,7 @@ def make_network(genotype, recipe, classes, image_size, args):
         raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
     if recipe == "imagenet" and args.init_channels % 2:
         raise UserError(f"--init_channels {args.init_channels}: ImageNet's networks need an even number of channels")
-    data.check_sides(image_size, 32 if recipe == "imagenet" else 4)
+    splits.check_sides(image_size, 32 if recipe == "imagenet" else 4)
     if recipe == "nas201":
         return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
     network = NetworkImageNet if recipe == "imagenet" else NetworkCIFAR
@@ -149,11 +150,11 @@ def load(run_dir):
     recipe, size = saved_recipe(about, genotype, path), about["image_size"]
     without_head = argparse.Namespace(**(about | {"auxiliary": False}))
     network = load_network(path, genotype, recipe, len(about["classes"]), size, without_head)
-    normalisation = data.Augmentation(about["mean"], about["std"])
+    normalisation = augment.Augmentation(about["mean"], about["std"])
     if recipe == "imagenet":
-        steps = loaders.imagenet_transform(normalisation, False, size[0])
+        steps = augment.imagenet_transform(normalisation, False, size[0])
     else:
-        steps = loaders.small_transform(normalisation, size)
+        steps = augment.small_transform(normalisation, size)
 
     def transform(image):
         return steps(open_image(image) if isinstance(image, (str, os.PathLike)) else to_rgb(image))
@@ -161,9 +162,9 @@ def load(run_dir):
     return network.eval(), transform
 
 
-def test(prog, datasets, argv=None, default=CIFAR, batch_size=96):
+def test(prog, argv=None, default=CIFAR, batch_size=96):
     """Evaluate weights on the test split of a data set, print the figures and return them: all of a test script."""
-    dataset = datasets[0]
+    dataset = datasets.offered_by(prog)[0]
     parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
     cell = parser.add_argument_group("cell and weights")
     cell.add_argument("--dir", help="a retraining's run directory: cell, size and (last) weights come from there")
@@ -177,8 +178,7 @@ def test(prog, datasets, argv=None, default=CIFAR, batch_size=96):
     cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
     cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
     run = parser.add_argument_group("data and device")
-    data.add_data_arguments(run, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
-    run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
+    datasets.add_data_arguments(run, prog)
     run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
     run.add_argument(
         "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read large image files"
@@ -211,15 +211,19 @@ def test(prog, datasets, argv=None, default=CIFAR, batch_size=96):
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
     device = devices.choose_device(args)
 
-    args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
-    settings = dict(image_size=args.image_size, in_memory=recipe != "imagenet", cache=args.image_cache)
-    images = nas201.data.load(args.dataset, args.data, "test", **settings)
-    if recipe != "imagenet":
-        data.check_in_memory(images, "give --image_size, or test a network for ImageNet with test_imagenet.py")
-    found = data.describe(test=images)
-    data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
-    needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
-    train = data.load(args.dataset, args.data, "train", **settings) if needs_train else images
+    args.data = datasets.find_folder(args.dataset, args.data)
+    if recipe == "imagenet":
+        images = datasets.list_files(args.dataset, args.data, "test", image_size=args.image_size)
+    else:
+        settings = dict(image_size=args.image_size, cache=args.image_cache)
+        images = datasets.load_images(args.dataset, args.data, "test", **settings)
+        hint = "give --image_size, or test a network for ImageNet with test_imagenet.py"
+        image_folder.check_in_memory(images, hint)
+    found = splits.describe(test=images)
+    splits.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
+    train = images
+    if datasets.DATASETS[args.dataset].normalisation is None and "mean" not in about and recipe != "imagenet":
+        train = datasets.load_images(args.dataset, args.data, "train", **settings)  # to measure mean and std
     loader = loaders.make_loader(
         images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
     )

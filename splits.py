@@ -155,9 +155,7 @@ def subsample(split: Split, count: int | None, generator: torch.Generator) -> Sp
     return split.subset(stratified_order(split.labels, generator)[:count].sort().values)
 
 
-def split_train(
-    train: Split, portion: float, in_file_order: bool, generator: torch.Generator
-) -> tuple[Split, Split]:
+def split_train(train: Split, portion: float, in_file_order: bool, generator: torch.Generator) -> tuple[Split, Split]:
     """Divide the training images into (training, validation); `portion` is the share that trains.
 
     The training part comes first in file order, or in a stratified random order.

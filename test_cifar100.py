@@ -5,7 +5,7 @@ from functools import partial
 from retrained import test
 from support.cli import command
 
-main = command(partial(test, "test_cifar100.py", ["cifar100", "folder", "digits"]))
+main = command(partial(test, "test_cifar100.py"))
 
 if __name__ == "__main__":
     main()

@@ -6,8 +6,7 @@ from recipes import IMAGENET
 from retrained import test
 from support.cli import command
 
-datasets = ["imagenet", "ImageNet16-120", "folder"]
-main = command(partial(test, "test_imagenet.py", datasets, default=IMAGENET, batch_size=128))
+main = command(partial(test, "test_imagenet.py", default=IMAGENET, batch_size=128))
 
 if __name__ == "__main__":
     main()

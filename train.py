@@ -8,6 +8,7 @@ from support.cli import MOST, Parser, Published, command, file_name, number  # f
 # isort: split
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -19,13 +20,14 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import baselines
-import data
+import datasets
 import genotype_files
+import image_folder
 import loaders
 import memory
-import nas201.data
-import nas201.report  # registers arch strings with the drawings and the report
+import nas201.report  # noqa: F401, registers arch strings with the drawings and the report
 import shared_flags
+import splits
 import utils
 from engine import TrainingState, evaluate, train_one_epoch
 from nas201.genotypes import PRIMITIVES, from_arch_string
@@ -50,14 +52,13 @@ def make_parser():
     text = "retrain the N-th architecture of the front in DIR/pareto.json, the fittest first, instead of the winner"
     group.add_argument("--pick", type=number(int, 1), metavar="N", help=text)
     group = parser.add_argument_group("data")
-    data.add_data_arguments(group, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
+    datasets.add_data_arguments(group, parser.prog)
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
-    datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
-    group.add_argument("--dataset", default="cifar10", choices=datasets)
     shared_flags.add_training_image_arguments(group)
     shared_flags.add_workers(group)
     group = parser.add_argument_group("network")
-    text = f"the family of networks (default: cifar for images of at most {data.SMALL} pixels, nas201 for arch strings)"
+    small = f"cifar for images of at most {image_folder.SMALL} pixels"
+    text = f"the family of networks (default: {small}, nas201 for arch strings)"
     group.add_argument("--recipe", choices=RECIPES, help=text)
     text = f"channels of the first cells; more make a larger, slower network {default('init_channels')}"
     shared_flags.add_init_channels(group, text, low=2)
@@ -108,23 +109,27 @@ def load_splits(args, genotype):
         raise UserError(
             f"--recipe {args.recipe} is not for this cell: nas201 is for arch strings, and for nothing else"
         )
-    if args.data is None:
-        args.data = data.FOLDERS.get(args.dataset, "../data")
-    in_memory = True if isinstance(genotype, str) else args.recipe and args.recipe != "imagenet"
-    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
-    train, test = (nas201.data.load(args.dataset, args.data, split, **settings) for split in ("train", "test"))
-    large = isinstance(train, data.Files)
+    args.data = datasets.find_folder(args.dataset, args.data)
+    recipe = "nas201" if isinstance(genotype, str) else args.recipe
+    if datasets.stays_on_disk(args.dataset, args.image_size, recipe):
+        read = functools.partial(datasets.list_files, image_size=args.image_size)
+    else:
+        read = functools.partial(datasets.load_images, image_size=args.image_size, cache=args.image_cache)
+    train = read(args.dataset, args.data, "train")
+    test = read(args.dataset, args.data, "test")
+    large = isinstance(train, splits.Files)
     args.recipe = args.recipe or choose_recipe(genotype, train)
     if args.recipe != "imagenet":
-        data.check_in_memory(train)
-    both = data.describe(train=train), data.describe(test=test)
-    data.check_alike("the training images", both[0], f"the test images of {args.data}", both[1])
+        image_folder.check_in_memory(train)
+    of_train = splits.describe(train=train)
+    of_test = splits.describe(test=test)
+    splits.check_alike("the training images", of_train, f"the test images of {args.data}", of_test)
     for name, value in vars(RECIPES[args.recipe]).items():
         if name != "name" and getattr(args, name) is None:
             setattr(args, name, value)
     augment = choose_augmentation(genotype, args.dataset, train)
-    train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
-    data.check_batch(args.batch_size, train, args.auxiliary and not large)
+    train = splits.subsample(train, args.train_samples, seeds.generator(args, "split"))
+    loaders.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
     if args.drop_path_prob and args.recipe == "nas201":
@@ -210,7 +215,7 @@ def check_training_step(args, network, loader) -> str:
     def loss(network, x, y, compile):
         return training_loss(args, network, x, y, compile)[0]
 
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = network.classifier.out_features
     return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
 
@@ -218,7 +223,7 @@ def check_training_step(args, network, loader) -> str:
 def train_epoch(args, network, epoch, loader, state, *, where, log):
     """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
 
-    full_batch = loaders.images_per_process(loader)
+    full_batch = loader.full_batch
     first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
 
     def inputs_of(step):
@@ -271,7 +276,7 @@ def main(argv=None):
         check_parallel(device)
     runs.check_arguments_alike(args)
     train, test, augmentation = load_splits(args, genotype)
-    large = isinstance(train, data.Files)
+    large = isinstance(train, splits.Files)
     warmup = large and args.batch_size > 256
 
     generator = seeds.generator(args, "training images")
@@ -295,7 +300,7 @@ def main(argv=None):
         "std": augmentation.std,
         **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
     }
-    bound = {"kind": "eval", "cell": about["genotype"], "data": data.describe(train=train, test=test)}
+    bound = {"kind": "eval", "cell": about["genotype"], "data": splits.describe(train=train, test=test)}
     checked = None
     if self_check.is_needed(args, device):  # before there is a run directory
         checked = check_training_step(args, network, train_loader)
@@ -310,7 +315,7 @@ def main(argv=None):
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(f"the cell of {source}: {genotype}")
         parameters = utils.parameters_in_millions(network)
-        run.log(f"parameters {parameters:.2f} M, {data.counts_text(bound['data'])}")
+        run.log(f"parameters {parameters:.2f} M, {splits.counts_text(bound['data'])}")
         if checked:
             run.log(checked)
         retrain(args, network, train_loader, test_loader, warmup, about, run)

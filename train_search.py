@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 import baselines
-import data
+import datasets
 import encoding
 import fast_search
 import genotype_files
@@ -22,6 +22,7 @@ import genotypes
 import loaders
 import memory
 import shared_flags
+import splits
 import utils
 from costs import REPETITIONS, Costs, s1_table
 from engine import PlainEvaluator, TrainingState, measure_fitness, plain_forward, train_one_epoch, unique
@@ -205,7 +206,7 @@ def check_training_step(args, space, network, loader) -> str:
     def loss(network, x, y, compile):
         return F.cross_entropy(forward_of(args, space, compile)(network, x, alphas), y)
 
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = network.classifier.out_features
     return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
 
@@ -284,12 +285,11 @@ def cosine(high, low, progress):
 # ---- command line, shared with nas201.train_search
 
 
-def search_parser(prog, description, datasets, **defaults):
+def search_parser(prog, description, **defaults):
     """Make a parser with the flags both spaces have, in groups; the defaults are the paper's."""
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("data")
-    data.add_data_arguments(group, "../data", "where the data set lies or is downloaded to")
-    group.add_argument("--dataset", default="cifar10", choices=datasets, help="folder: own images in DATA/train/CLASS/")
+    datasets.add_data_arguments(group, prog, folder="../data")
     shared_flags.add_training_image_arguments(group)
     group.add_argument("--valid_samples", type=number(int, 1), help="measure on this many images only, drawn per class")
     group.add_argument("--valid_transform", choices=["train", "test"], default="train", help="of validation images")
@@ -339,11 +339,11 @@ def check_search(args):
 
 def search_loaders(args, train, valid, augmentation, device):
     """Return the training and the validation loader, each with a generator of its own."""
-    data.check_batch(args.batch_size, train)
+    loaders.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty")
     if args.bn == "batch":
-        data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
+        loaders.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
     first = dict(generator=seeds.generator(args, "training images"), cutout=cutout, augment=True)
     # Individuals are shared out for fitness, so each process needs every validation image.
@@ -377,7 +377,7 @@ def run_search(args, space, network, loaders, device, prog, bound):
         run = runs.Run.create(args.dir, name, args, prog, new_name=not args.run_name, **bound)
     with run:
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
-        run.log(data.counts_text(bound["data"]))
+        run.log(splits.counts_text(bound["data"]))
         if checked:
             run.log(checked)
         state = search(args, space, network, *loaders, costs, run)
@@ -396,7 +396,7 @@ def run_search(args, space, network, loaders, device, prog, bound):
 
 @command
 def main(argv=None):
-    parser = search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
+    parser = search_parser("train_search.py", __doc__)
     parser.add_argument("--layers", type=number(int, 1, MOST.cells), default=8, help="cells of the supernet")
     parser.add_argument(
         "--target_channels",
@@ -413,7 +413,7 @@ def main(argv=None):
         return
     device = devices.choose_device(args)
     runs.check_arguments_alike(args)
-    train, valid, augmentation = data.search_splits(args)
+    train, valid, augmentation = datasets.search_splits(args)
     loaders = search_loaders(args, train, valid, augmentation, device)
     everything = tuple(genotypes.PRIMITIVES) * 14
     cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), everything, everything)
@@ -421,7 +421,7 @@ def main(argv=None):
     torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))
-    run_search(args, S1(), network, loaders, device, parser.prog, {"data": data.describe(train=train, valid=valid)})
+    run_search(args, S1(), network, loaders, device, parser.prog, {"data": splits.describe(train=train, valid=valid)})
 
 
 if __name__ == "__main__":

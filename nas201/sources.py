@@ -11,7 +11,6 @@ import math
 import os
 import statistics
 
-
 from support.files import UserError, open_regular
 from support.numpy_pickles import Dtype, scalar
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import memory
-from data import describe
-from loaders import inside
+import splits
+from augment import inside
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
@@ -151,7 +151,7 @@ def cutout_text(loader):
 @command
 def main(argv=None):
     defaults = dict(bn="running", valid_transform="test", baselines=100)
-    parser = search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
+    parser = search_parser("python -m nas201.train_search", __doc__, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
     group.add_argument(
         "--num_cells", type=number(int, 1, MOST.cells), default=5, help="cells in each of the three stages"
@@ -198,7 +198,7 @@ def main(argv=None):
     track = args.track_running_stats
     network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
     network = network.to(device, memory_format=devices.memory_format(device))
-    bound = {"data": describe(train=train, valid=valid)}
+    bound = {"data": splits.describe(train=train, valid=valid)}
     bound |= {name: path and digest(path) for name, path in (("table", args.api_path), ("split", args.split_file))}
     run_search(args, space, network, loaders, device, parser.prog, bound)
 

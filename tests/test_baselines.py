@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import baselines
+import datasets
 import encoding
 import genotype_files
 import nas201.train_search
@@ -131,7 +132,7 @@ def test_random_architectures_on_the_same_weights_and_images(finished):
     result = loaded(finished)[1]
     args = train_search.search_parser("", "", ["digits"]).parse_known_args(search_line(**SEARCH))[0]
     args.train_portion = 0.5
-    train_split, valid, augmentation = train_search.data.search_splits(args)
+    train_split, valid, augmentation = datasets.search_splits(args)
     _, loader = train_search.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
     loader.generator = baselines.generator(args, "final validation images")
     network = train_search.Network(2, 10, 2)

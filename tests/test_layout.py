@@ -21,7 +21,13 @@ METHOD = {
     "fast_search",
     "fast_ops",
     "costs",
+    "datasets",
     "image_folder",
+    "imagenet16",
+    "class_names",
+    "splits",
+    "augment",
+    "loaders",
     "memory",
     "shared_flags",
 }

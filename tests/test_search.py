@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import baselines
+import datasets
 import encoding
 import evolution
 import genotype_files
@@ -151,7 +152,7 @@ def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     parser = train_search.search_parser("", "", ["digits"])
     args, _ = parser.parse_known_args(search_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
-    train, valid, augmentation = train_search.data.search_splits(args)
+    train, valid, augmentation = datasets.search_splits(args)
     loaders = train_search.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
     torch.manual_seed(seeds.derive(args.seed, "weights", 2))
     network = Network(args.init_channels, 10, SEARCH_SIZES["layers"])
