@@ -123,7 +123,7 @@ def main(argv=None):
     parser.add_argument("--output", metavar="FILE", help="(default: network.pt2 or network.onnx in RUN_DIR)")
     parser.add_argument("--data", help="where the test images for the comparison lie (default: where they did)")
     args = parser.parse_args(argv)
-    weights, about = retrained.read_about(args.run)
+    weights, about = retrained.find_weights(args.run)
     network, _ = retrained.load(args.run)
     inputs = sample_images(args.data, weights, about)
     expected, _ = network(inputs)

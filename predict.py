@@ -68,7 +68,7 @@ def main(argv=None):
     devices.add_device_arguments(parser)
     parser.set_defaults(amp=False, compile=False)
     args = parser.parse_args(argv)
-    _, about = retrained.read_about(args.run)
+    _, about = retrained.find_weights(args.run)
     network, transform = retrained.load(args.run)
     device = devices.choose_device(args)
     skipped = []

@@ -1,11 +1,15 @@
-"""Test weights of a retrained cell on CIFAR-10, an own image folder or the digits."""
+"""Test the weights of a retrained network on CIFAR-10, your own image folder or the digits."""
 
-from functools import partial
+from collections.abc import Sequence
 
-from retrained import test
+import retrained
 from support.cli import command
 
-main = command(partial(test, "test_cifar.py"))
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict:
+    return retrained.test("test_cifar.py", argv)
+
 
 if __name__ == "__main__":
     main()

@@ -1,12 +1,16 @@
-"""Test weights of a retrained cell on DATA/val/CLASS/ or an own folder, with the ImageNet network and transforms."""
+"""Test the weights of a network for ImageNet on DATA/val/CLASS/, ImageNet16-120 or your own image folder."""
 
-from functools import partial
+from collections.abc import Sequence
 
+import retrained
 from recipes import IMAGENET
-from retrained import test
 from support.cli import command
 
-main = command(partial(test, "test_imagenet.py", default=IMAGENET, batch_size=128))
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict:
+    return retrained.test("test_imagenet.py", argv, recipe=IMAGENET, batch_size=128)
+
 
 if __name__ == "__main__":
     main()

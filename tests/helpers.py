@@ -183,7 +183,8 @@ def retrained_run(folder, family, pictures, classes=CLASSES):
     }
     about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
     torch.manual_seed(0)
-    network = retrained.make_network(RETRAINED_CELLS[family], family, 3, [side, side], argparse.Namespace(**sizes))
+    settings = retrained.NetworkSettings(RETRAINED_CELLS[family], family, 3, [side, side], **sizes)
+    network = retrained.make_network(settings)
     for _ in range(3):  # running statistics
         network(torch.randn(8, 3, side, side))
     (folder / "weights").mkdir(parents=True)

@@ -333,7 +333,8 @@ def write_side_files(folder, first):
     sizes = {"init_channels": 4, "layers": 3, "auxiliary": False}
     about = {"family": "cifar", "genotype": genotype_files.to_json(genotypes.EvNASB), "classes": ["a", "b", "c"]}
     about |= {"image_size": [16, 16], "resized": True, "mean": [0.5] * 3, "std": [0.2] * 3, **sizes}
-    network = retrained.make_network(genotypes.EvNASB, "cifar", 3, [16, 16], argparse.Namespace(**sizes))
+    settings = retrained.NetworkSettings(genotypes.EvNASB, "cifar", 3, [16, 16], **sizes)
+    network = retrained.make_network(settings)
     weights.save_weights(network, folder / "weights.pt", about)
     retrained.load(folder / "weights.pt")
     about, cases = json.loads((folder / "weights.json").read_text()), list(side_files())

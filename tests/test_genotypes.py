@@ -191,7 +191,7 @@ def put(value, path, new):
 @pytest.mark.parametrize(
     "path, new, message",
     [
-        ((), [1, 2, 3, 4], "object with normal"),
+        ((), [1, 2, 3, 4], "keys normal"),
         (("normal",), [], "normal must"),
         (("normal",), "sep_conv_3x3", "normal must"),
         (("reduce",), [["skip_connect", 0]] * 3, "reduce must"),

@@ -80,4 +80,4 @@ def test_readme_leads_everywhere():
     readme = PAGES[ROOT / "README.md"]
     files = [ROOT.glob(pattern) for pattern in ("*.py", "*.sh", "*/[!_]*.py", "docs/*")]
     names = {str(path.relative_to(ROOT)) for paths in files for path in paths if path.parent.name not in LISTS}
-    assert names <= set(re.findall(r"[\w/]+\.\w+", readme))
+    assert names <= set(re.findall(r"[\w/-]+\.\w+", readme))

@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
@@ -54,7 +53,7 @@ def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
 
 def test_an_auxiliary_head_is_not_loaded(tmp_path, pictures):
     sizes = {"init_channels": 4, "layers": 3, "auxiliary": True}
-    original = retrained.make_network(genotypes.EvNASB, "cifar", 3, [32, 32], Namespace(**sizes))
+    original = retrained.make_network(retrained.NetworkSettings(genotypes.EvNASB, "cifar", 3, [32, 32], **sizes))
     about = {
         "genotype": genotype_files.to_json(genotypes.EvNASB),
         "classes": CLASSES,
@@ -62,7 +61,7 @@ def test_an_auxiliary_head_is_not_loaded(tmp_path, pictures):
         "std": STD,
         **sizes,
     }
-    weights.save_weights(original, tmp_path / "w.pt", about | {"image_size": [32, 32]})  # as an older version did
+    weights.save_weights(original, tmp_path / "w.pt", about | {"image_size": [32, 32], "family": "cifar"})
     network, _ = retrained.load(tmp_path / "w.pt")
     x = torch.randn(2, 3, 32, 32)
     assert network.auxiliary_head is None and torch.equal(network(x)[0], original.eval()(x)[0])
@@ -227,7 +226,7 @@ def test_the_logits_alone_can_be_traced(tmp_path, pictures, family):
     torch.testing.assert_close(traced(x), module(x))
 
 
-# ---- docs/use.md
+# ---- docs/your-data.md and docs/deploy.md
 
 
 @pytest.mark.slow
@@ -243,7 +242,8 @@ def test_the_walk_from_pictures_to_a_file(tmp_path, make_images):
     for path in ROOT.glob("[!.]*"):
         (tmp_path / path.name).symlink_to(path)
     folder.rename(tmp_path / "pictures")
-    blocks = dict(re.findall(r"^```(bash|python) pictures\n((?s:.*?))^```$", (ROOT / "docs/use.md").read_text(), re.M))
+    pages = (ROOT / "docs/your-data.md").read_text() + (ROOT / "docs/deploy.md").read_text()
+    blocks = dict(re.findall(r"^```(bash|python) pictures\n((?s:.*?))^```$", pages, re.M))
     assert len(blocks["bash"].splitlines()) == 6
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     settings = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
