@@ -18,6 +18,7 @@ import torch
 
 import image_folder
 import imagenet16
+import seed_roles
 from augment import Augmentation, Normalisation, measure_normalisation
 from splits import Files, Images, Split, check_classes, split_train, stratified_order, subsample
 from support import distributed, seeds
@@ -314,7 +315,7 @@ def search_splits(args: argparse.Namespace) -> SearchData:
     """
     images = load_images(args.dataset, args.data, "train", image_size=args.image_size, cache=args.image_cache)
     image_folder.check_in_memory(images)
-    generator = seeds.generator(args, "split")
+    generator = seeds.generator(args, seed_roles.SPLIT)
     in_file_order = find(args.dataset).halves_in_file_order
     train, valid = split_train(images, args.train_portion, in_file_order, generator)
     check_classes(training=train, validation=valid)

@@ -14,6 +14,7 @@ import torch
 
 import datasets
 import image_folder
+import seed_roles
 import splits
 from datasets import DATASETS, SearchData
 from support import seeds
@@ -37,7 +38,7 @@ def search_splits(args: argparse.Namespace) -> SearchData:
         raise UserError(f"--split_file and --split fixed are for {', '.join(FIXED)}, not for {args.dataset}")
     if not args.split_file:
         args.split = args.split or ("fixed" if rule else "seeded")
-    generator = seeds.generator(args, "split")
+    generator = seeds.generator(args, seed_roles.SPLIT)
     settings = dict(workers=args.workers, image_size=args.image_size, cache=args.image_cache)
     read = functools.partial(datasets.load_images, args.dataset, args.data, **settings)
     train = read("train")

@@ -31,6 +31,8 @@ METHOD = {
     "augment",
     "loaders",
     "memory",
+    "run_settings",
+    "seed_roles",
     "shared_flags",
 }
 SEARCHES = {"search_cli"}  # what the searches of both spaces share; it ends a run with its report
