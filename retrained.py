@@ -21,7 +21,6 @@ import nas201.data
 import nas201.model
 import shared_flags
 import utils
-from engine import evaluate
 from genotypes import Cell
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
@@ -30,6 +29,7 @@ from support import devices, distributed, weights
 from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
+from training import evaluate
 
 Loader = loaders.Loader | loaders.FileLoader
 

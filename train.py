@@ -32,7 +32,6 @@ import nas201.report  # registers arch strings with the drawings and the report
 import retrained
 import shared_flags
 import utils
-from engine import TrainingState, evaluate, train_one_epoch
 from genotypes import Cell
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
@@ -40,6 +39,7 @@ from reporting import report
 from retrained import CellChoice, Loader, NetworkSettings
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
+from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
 
 # Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
@@ -290,26 +290,27 @@ def retrain(
     `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and the weights.
     """
     device = next(network.parameters()).device
-    optimizer = utils.make_sgd(network.parameters(), args, device, args.nesterov)
-    state = RetrainingState(network, optimizer, train_loader)
+    optimizer = make_optimizer(network.parameters(), args, nesterov=args.nesterov)
+    state = RetrainingState(network, optimizer, train_loader, TrainingSettings.of(args))
     run.restore(state)
     if run.completed and state.partial is None:
         save_weights(run, network, about)  # those of the checkpoint, in case a crash came between the two
-    trained = parallel(network, about["family"]) if distributed.world_size() > 1 else network
+    if distributed.world_size() > 1:
+        state.trained = parallel(network, about["family"])
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"
         lr = learning_rate(args, epoch, warmup)
-        optimizer.param_groups[0]["lr"] = lr
+        set_learning_rate(optimizer, lr)
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         entry = {"epoch": epoch + 1, "lr": lr}
         with run.saving_when_interrupted(state.unfinished_state_dict):
-            entry |= train_epoch(args, trained, epoch, train_loader, state, where=where, log=run.log)
+            entry |= train_epoch(args, epoch, state, where=where, log=run.log)
             tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
-        entry |= utils.cost(train_loader.size + test_loader.size, state.progress.start, device)
+        entry |= utils.speed_and_memory(train_loader.size + test_loader.size, state.progress.start, device)
         run.record(epoch + 1, entry)
         run.save_checkpoint(epoch + 1, state.state_dict())
         save_weights(run, network, about)
@@ -360,16 +361,10 @@ def training_loss(
 
 
 def train_epoch(
-    args: argparse.Namespace,
-    network: nn.Module,
-    epoch: int,
-    loader: Loader,
-    state: RetrainingState,
-    *,
-    where: str,
-    log: Callable[[str], None],
+    args: argparse.Namespace, epoch: int, state: RetrainingState, *, where: str, log: Callable[[str], None]
 ) -> dict:
-    """Train `network`, or its DistributedDataParallel, on every batch of `loader` once; see `train_one_epoch`."""
+    """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
+    loader = state.train_loader
     full_batch = loaders.images_per_process(loader)
     first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
 
@@ -382,12 +377,10 @@ def train_epoch(
 
     def loss_of(x, y):
         # The last batch is smaller. It is not worth graphs of its own.
-        return training_loss(args, network, x, y, compile=args.compile and len(x) == full_batch)
+        return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
-    network.train()
-    return train_one_epoch(
-        loss_of, inputs_of, network, loader, state.optimizer, args, state.progress, where=where, log=log
-    )
+    state.trained.train()
+    return train_one_epoch(state, loss_of, inputs_of, where=where, log=log)
 
 
 def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Loader) -> str:

@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from costs import cost
+from costs import count
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
 from support.devices import cell_function
@@ -50,12 +50,12 @@ def cost_table(C, N, classes, image_shape):
     pixels, choices = image_shape[1] * image_shape[2], torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)
     with torch.device("meta"):
         network = Network(C, N, classes, to_arch_string([0] * len(EDGES)))
-    fixed = cost(network.stem, pixels) + cost(network.lastact, 1) + cost(network.classifier, 1)
+    fixed = count(network.stem, pixels) + count(network.lastact, 1) + count(network.classifier, 1)
     for part in network.cells:
         if isinstance(part, Cell):
             with torch.device("meta"):
-                choices += torch.stack([cost(OPS[name](C, True, True), pixels) for name in PRIMITIVES])
+                choices += torch.stack([count(OPS[name](C, True, True), pixels) for name in PRIMITIVES])
         else:  # a residual block
             C, pixels = 2 * C, pixels // 4
-            fixed += cost(part, pixels)
+            fixed += count(part, pixels)
     return fixed, choices.expand(1, len(EDGES), *choices.shape)

@@ -10,14 +10,18 @@ import pytest
 import torch
 
 import baselines
+import data
 import encoding
 import genotype_files
 import nas201.train_search
+import search_cli
+import search_state
 import train
 import train_search
-from engine import measure_fitness
 from evolution import non_dominated
+from fitness import measure_fitness
 from nas201 import benchmark
+from reporting import report
 from support import runs
 from support.files import write_json
 
@@ -51,7 +55,7 @@ def loaded(run):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_search.report, "finish", lambda run, cell: None)  # drawing takes longer than the search
+        patch.setattr(report, "finish", lambda run, cell: None)  # drawing takes longer than the search
         return search(tmp_path_factory.mktemp("finished"), **SEARCH, baselines=5)
 
 
@@ -76,7 +80,7 @@ def test_the_front_of_a_run(finished):
     last = populations(finished)[-1][0]
     archive = runs.load_checkpoint(finished / "checkpoint.pt")["archive"]
     cells = {str(encoding.genotype(alphas)) for alphas in [*last, *archive.values()]}
-    assert len(pareto["individuals"]) == len(cells) and len(archive) <= train_search.ARCHIVED
+    assert len(pareto["individuals"]) == len(cells) and len(archive) <= search_state.ARCHIVED
     assert result["winner"].items() >= pareto["individuals"][0].items()
     assert result["winner"]["genotype"] == json.loads((finished / "genotype.json").read_text())
 
@@ -94,7 +98,7 @@ def test_the_archive_holds_each_generations_front(finished):
 
 
 def test_only_the_newest_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_search, "ARCHIVED", 1)
+    monkeypatch.setattr(search_state, "ARCHIVED", 1)
     run = search(tmp_path, epochs=1, baselines=0)
     (kept,) = runs.load_checkpoint(run / "checkpoint.pt")["archive"].values()
     alphas, fitness = populations(run)[-1]
@@ -129,10 +133,10 @@ def test_bad_picks(finished, tmp_path, fails):
 
 def test_random_architectures_on_the_same_weights_and_images(finished):
     result = loaded(finished)[1]
-    args = train_search.search_parser("", "", ["digits"]).parse_known_args(search_line(**SEARCH))[0]
+    args = search_cli.search_parser("", "", ["digits"]).parse_known_args(search_line(**SEARCH))[0]
     args.train_portion = 0.5
-    train_split, valid, augmentation = train_search.data.search_splits(args)
-    _, loader = train_search.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
+    train_split, valid, augmentation = data.search_splits(args)
+    _, loader = search_cli.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
     loader.generator = baselines.generator(args, "final validation images")
     network = train_search.Network(2, 10, 2)
     network.load_state_dict(torch.load(finished / "weights/weights.pt", weights_only=True))
@@ -230,5 +234,5 @@ def test_what_a_search_of_nas_bench_201_is_worth(tmp_path, capsys):
     whole = {"winner": {}, "sentence": "", "retrain": ""}
     for damaged in ({}, {"winner": 3, "sentence": "x"}, [], whole | {"accuracy": 5}, whole | {"kendall_tau": "x"}):
         write_json(run / "baselines.json", damaged)
-        train_search.report.write_report(run)
+        report.write_report(run)
         assert "baselines.json or pareto.json is damaged" in (run / "report.html").read_text()

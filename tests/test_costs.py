@@ -8,6 +8,7 @@ import torch
 import costs
 import encoding
 import nas201.train_search
+import search_cli
 import train_search
 import utils
 from model import NetworkCIFAR
@@ -106,7 +107,7 @@ def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
 
 def test_the_smallest_network_meets_a_budget_of_its_own_size():
     """What the message names is exact: that budget is possible, one below it is not."""
-    args = train_search.search_parser("", "", ["digits"]).parse_args([])
+    args = search_cli.search_parser("", "", ["digits"]).parse_args([])
     args.target_channels, args.target_layers = 36, 20
     target = costs.Costs(args, train_search.S1(), 10, (3, 32, 32), torch.device("cpu"))
     for name, smallest in zip(target.names, (1.370134, 227.27232), strict=True):
@@ -146,12 +147,12 @@ def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
 
 def test_latency_of_a_network(tmp_path):
     state = torch.get_rng_state()
-    args = train_search.search_parser("", "", ["digits"]).parse_args(["--max_latency", "1000"])
+    args = search_cli.search_parser("", "", ["digits"]).parse_args(["--max_latency", "1000"])
     args.target_channels, args.target_layers = 4, 3
     target = costs.Costs(args, train_search.S1(), 10, (3, 8, 8), torch.device("cpu"))
     latency = {}
     alphas = encoding.random_alphas(2, generator=torch.Generator().manual_seed(0))
-    of = target.of(alphas[[0, 1, 0]], latency)
+    of = target.amounts(alphas[[0, 1, 0]], latency)
     assert len(latency) == 2 and of[:, 2].tolist() == [list(latency.values())[i] for i in (0, 1, 0)]
     assert all(0 < ms < 1000 and math.isfinite(ms) for ms in latency.values())
     assert torch.equal(torch.get_rng_state(), state)

@@ -21,10 +21,11 @@ import loaders
 import train
 import train_search
 from encoding import decode, random_alphas
-from engine import Progress, measure_fitness, train_one_epoch
+from fitness import measure_fitness
 from model_search import Network
 from support import devices, distributed, runs
 from support.files import UserError
+from training import TrainingSettings, TrainingState, train_one_epoch
 
 from helpers import checkpoint_bytes
 
@@ -88,16 +89,16 @@ def train_one_layer(wrapped):
     if wrapped:
         trained = DistributedDataParallel(network)
         trained.broadcast_buffers = False
-    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=1), Progress()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    state = TrainingState(network, optimizer, digits_loader(), TrainingSettings(report_freq=1))
+    state.trained = trained
 
     def loss_of(x, y):
         logits = trained(x)
         return nn.functional.cross_entropy(logits, y), logits
 
-    reports = dict(where="", log=lambda text: None)
-    train_one_epoch(loss_of, lambda step: (), trained, digits_loader(), optimizer, args, progress, **reports)
-    return torch.cat([network[0].running_mean, network[0].running_var]), progress.buffers
+    train_one_epoch(state, loss_of, lambda step: (), where="", log=lambda text: None)
+    return torch.cat([network[0].running_mean, network[0].running_var]), state.progress.buffers
 
 
 @pytest.mark.slow
@@ -117,8 +118,8 @@ def test_running_statistics_are_the_mean_of_the_processes(tmp_path, wrapped):
 def ruined(what):
     """What either process says where the loss, or the running statistics, of the second are not finite."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
-    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=9), Progress()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    state = TrainingState(network, optimizer, digits_loader(), TrainingSettings(report_freq=9))
 
     def loss_of(x, y):
         second = distributed.rank() == 1
@@ -127,8 +128,7 @@ def ruined(what):
         return loss * float("nan") if second and what == "loss" else loss, logits
 
     try:
-        reports = dict(where="epoch 1/1", log=lambda text: None)
-        train_one_epoch(loss_of, lambda step: (), network, digits_loader(), optimizer, args, progress, **reports)
+        train_one_epoch(state, loss_of, lambda step: (), where="epoch 1/1", log=lambda text: None)
     except UserError as error:
         return str(error)
 

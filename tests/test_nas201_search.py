@@ -14,7 +14,7 @@ from scipy import stats
 from torch import nn
 
 import data
-import train_search
+import search_cli
 from nas201 import encoding, summary
 from nas201.train_search import main
 from reporting.cells import load_architecture
@@ -201,7 +201,7 @@ def test_resume_keeps_what_differs_from_this_spaces_defaults(tmp_path):
 
 def test_defaults(tmp_path, monkeypatch):
     seen = {}
-    monkeypatch.setattr("nas201.train_search.run_search", lambda args, *rest: seen.update(vars(args), rest=rest))
+    monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: seen.update(vars(setup.args), setup=setup))
     main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4"])
     expected = dict(
         batch_size=64, valid_batch_size=1024, epochs=50, pop_size=50, tsize=10, num_elites=1, mutate_rate=0.1, seed=18,
@@ -209,14 +209,15 @@ def test_defaults(tmp_path, monkeypatch):
         max_nodes=4, track_running_stats=False, bn="running", valid_transform="test", cutout=False, workers=2,
     )  # fmt: skip
     assert expected.items() <= seen.items()
-    space, network, (train, valid), *_ = seen["rest"]
+    setup = seen["setup"]
+    space, network, train, valid = setup.space, setup.network, setup.train_loader, setup.valid_loader
     assert space.nesterov and len(network.cells) == 17 and (train.cutout, valid.augment) == (0, False)
     norms = {name: m.track_running_stats for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert all(tracked is ("edges" not in name) for name, tracked in norms.items())
     main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4", "--cutout", "--track_running_stats"])
-    norms = [m.track_running_stats for m in seen["rest"][1].modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m.track_running_stats for m in seen["setup"].network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert all(norms) and len(norms) == 15 * 6 * 2 + 1 + 4 + 1
-    assert seen["rest"][2][0].cutout == 4  # 16, held to a quarter of a digit's image
+    assert seen["setup"].train_loader.cutout == 4  # 16, held to a quarter of a digit's image
 
 
 @pytest.mark.parametrize("variant", ["rand", "nd", "ndt", "ndf", "mut", "cross"])
@@ -229,7 +230,7 @@ def test_variants(tmp_path, table, variant):
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
-    measure, checked = train_search.measure_fitness, []
+    measure, checked = search_cli.measure_fitness, []
 
     def check(network, *rest, **more):
         before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -239,7 +240,7 @@ def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
         checked.append(fitness)
         return fitness
 
-    monkeypatch.setattr(train_search, "measure_fitness", check)
+    monkeypatch.setattr(search_cli, "measure_fitness", check)
     s2_search(tmp_path, "--bn", bn, "--epochs", 2)
     assert len(checked) == 3  # two generations, and at the end the random architectures
 

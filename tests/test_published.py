@@ -21,6 +21,7 @@ import torchvision
 import genotype_files
 import genotypes
 import nas201.train_search
+import search_cli
 import train
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import to_arch_string
@@ -216,10 +217,10 @@ def test_command_that_waits_for_input(folder, table):
         ),
         ({"optim": ["str", "RMSprop"]}, "optim is RMSprop, but a search uses SGD"),
         ({"criterion": ["str", "SmoothSoftmax"]}, "criterion is SmoothSoftmax, but a search uses Softmax"),
-        ({"LR": 0.025}, '"LR" is 0.025, not ["float", "0.025"] or alike'),
-        ({"LR": ["float", "fast"]}, """"LR" is ['float', 'fast'], not"""),
+        ({"LR": 0.025}, '"LR" is 0.025; it must look like ["float", "0.025"]'),
+        ({"LR": ["float", "fast"]}, """"LR" is ['float', 'fast']; it must"""),
         ({"nesterov": ["bool", ["1"]]}, '"nesterov" is'),
-        ([], "holds no JSON object"),
+        ([], "not a JSON object"),
         (None, "cannot read"),
     ],
 )
@@ -235,7 +236,7 @@ def test_a_configuration_that_differs(folder, monkeypatch, capsys, changed, mess
 
 
 def test_flags_go_before_a_configuration(folder, monkeypatch):
-    monkeypatch.setattr(nas201.train_search, "run_search", lambda *args: None)
+    monkeypatch.setattr(search_cli, "run_search", lambda *args: None)
     path = folder / "configs/EvNAS.config"
     path.write_text(json.dumps(CONFIG | {"LR": ["float", "0.1"], "decay": ["float", "0"]}))
     flags = ["--learning_rate", "0.1", "--weight_decay", "0"]

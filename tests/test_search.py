@@ -13,14 +13,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import baselines
+import data
 import encoding
 import evolution
 import genotype_files
+import search_cli
 import train_search
-from engine import Progress, measure_fitness, train_one_epoch
+from fitness import measure_fitness
 from model_search import Network
 from support import runs, seeds, signals
 from support.files import UserError
+from training import TrainingSettings, TrainingState, train_one_epoch
 
 from helpers import SEARCH_SIZES, history, populations, search, search_line
 
@@ -148,11 +151,11 @@ def accuracy(network, alphas, batches, bn):
 )
 def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     run = search(tmp_path, *flags, **changed)
-    parser = train_search.search_parser("", "", ["digits"])
+    parser = search_cli.search_parser("", "", ["digits"])
     args, _ = parser.parse_known_args(search_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
-    train, valid, augmentation = train_search.data.search_splits(args)
-    loaders = train_search.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
+    train, valid, augmentation = data.search_splits(args)
+    loaders = search_cli.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
     torch.manual_seed(seeds.derive(args.seed, "weights", 2))
     network = Network(args.init_channels, 10, SEARCH_SIZES["layers"])
     plain = list(plain_search(args, network, *loaders))
@@ -169,7 +172,7 @@ def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
 
 
 def test_equal_fitness_keeps_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_search, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
+    monkeypatch.setattr(search_cli, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
     run = search(tmp_path, epochs=1)
     born = encoding.random_alphas(4, generator=seeds.generator(SEEDED, "population"))
     alphas, fitness = populations(run)[0]
@@ -341,16 +344,15 @@ def train_one_step(learning_rate=0.1, pixels=1.0):
     """An epoch of one step of a small network with BatchNorm, whose loss is finite."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 10))
     batches = Batches([(pixels * torch.randn(8, 3, 2, 2), torch.arange(8))])
-    batches.skip = 0
+    batches.generator = torch.Generator()
     optimizer = torch.optim.SGD(network.parameters(), learning_rate)
 
     def loss_of(x, y):
         logits = network(x)
         return 1000 * cross_entropy(logits, y), logits
 
-    settings = argparse.Namespace(grad_clip=None, amp=False, cuda_graph=False, report_freq=9)
-    reports = dict(where="epoch 1/1", log=lambda text: None)
-    train_one_epoch(loss_of, lambda step: (), network, batches, optimizer, settings, Progress(), **reports)
+    state = TrainingState(network, optimizer, batches, TrainingSettings(grad_clip=None, report_freq=9))
+    train_one_epoch(state, loss_of, lambda step: (), where="epoch 1/1", log=lambda text: None)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

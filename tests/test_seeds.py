@@ -7,6 +7,8 @@ import pytest
 import torch
 
 import baselines
+import search_cli
+import search_state
 import train
 import train_search
 from support import seeds
@@ -38,12 +40,12 @@ def test_the_derivation_stays():
 def begin_search(monkeypatch):
     """`begin_search(seed)`: what a search of the paper's size begins with, as (network, state)."""
     begun = []
-    monkeypatch.setattr(train_search, "run_search", lambda *args: begun.append(args))
+    monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: begun.append(setup))
 
     def begin(seed):
         train_search.main(["--dataset", "digits", "--device", "cpu", "--seed", str(seed)])
-        args, space, network, loaders, *_ = begun.pop()
-        return network, train_search.SearchState(args, space, network, *loaders)
+        setup = begun.pop()
+        return setup.network, search_state.SearchState(setup)
 
     return begin
 
@@ -70,7 +72,7 @@ def test_searches_with_the_papers_seeds_have_no_stream_in_common(begin_search):
 
 
 def test_random_architectures_and_the_images_they_see_are_the_same_for_every_seed():
-    args = [train_search.search_parser("", "", []).parse_args(["--seed", seed]) for seed in ("18", "2021")]
+    args = [search_cli.search_parser("", "", []).parse_args(["--seed", seed]) for seed in ("18", "2021")]
     drawn = [torch.rand(9, generator=baselines.generator(each, "random architectures")) for each in args]
     born = torch.rand(9, generator=seeds.generator(args[1], "population"))
     assert torch.equal(*drawn) and not torch.equal(drawn[0], born)
@@ -78,5 +80,5 @@ def test_random_architectures_and_the_images_they_see_are_the_same_for_every_see
 
 @pytest.mark.parametrize("script, line", [(train_search, search_line), (train, train_line)])
 def test_a_new_run_records_how_its_seeds_were_derived(script, line):
-    parser = train.make_parser() if script is train else train_search.search_parser("", "", ["digits"])
+    parser = train.make_parser() if script is train else search_cli.search_parser("", "", ["digits"])
     assert parser.parse_known_args(line())[0].seed_scheme == 2

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import data
-import engine
 import genotype_files
 import genotypes
 import loaders
@@ -24,6 +23,7 @@ import test_cifar
 import test_imagenet
 import train
 import train_search
+import training
 from model import NetworkCIFAR, NetworkImageNet
 from support import runs, seeds, weights
 
@@ -156,8 +156,8 @@ def test_linear_schedule_and_warmup():
 def test_each_epoch_trains_with_its_learning_rate_and_drop_path(tmp_path, monkeypatch):
     seen = []
 
-    def record(loss_of, inputs_of, network, loader, optimizer, args, progress, **kwargs):
-        seen.append((optimizer.param_groups[0]["lr"], network.drop_path_prob, network.training))
+    def record(state, *_, **__):
+        seen.append((state.optimizer.param_groups[0]["lr"], state.network.drop_path_prob, state.network.training))
         return {"train_loss": 0.0, "train_top1": 0.0}
 
     monkeypatch.setattr(train, "train_one_epoch", record)
@@ -228,7 +228,7 @@ def test_an_arch_string_is_trained_tested_and_resumed(tmp_path, fails):
 def evaluate_once(where, *args, **kwargs):
     if "epoch 2" in where:
         raise RuntimeError("stopped")
-    return engine.evaluate(*args, where=where, **kwargs)
+    return training.evaluate(*args, where=where, **kwargs)
 
 
 def smoothed_cross_entropy(logits, y, eps):
