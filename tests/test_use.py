@@ -236,7 +236,7 @@ def test_the_walk_from_pictures_to_a_file(tmp_path, make_images):
     for split in ("train", "test"):
         deep = np.random.RandomState(0).randint(0, 65536, (50, 41)).astype(np.uint16)
         Image.fromarray(deep).save(folder / split / "bee/0.png")
-    for path in ROOT.glob("[!.]*"):
+    for path in set(ROOT.glob("[!.]*")) - {ROOT / "runs"}:  # there the examples write
         (tmp_path / path.name).symlink_to(path)
     folder.rename(tmp_path / "pictures")
     pages = (ROOT / "docs/your-data.md").read_text() + (ROOT / "docs/deploy.md").read_text()
