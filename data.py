@@ -15,6 +15,7 @@ import torch
 
 import image_folder
 import memory
+import seed_roles
 from support import distributed, seeds
 from support.files import UserError, no_empty_folders
 from support.images import load_cache, open_image, save_cache, to_rgb, to_size
@@ -398,7 +399,7 @@ def search_splits(args):
     """Return (train, validation, Augmentation) of a search on the training images of args.dataset. Raises UserError."""
     images = load(args.dataset, args.data, "train", image_size=args.image_size, in_memory=True, cache=args.image_cache)
     check_in_memory(images)
-    generator = seeds.generator(args, "split")
+    generator = seeds.generator(args, seed_roles.SPLIT)
     train, valid = split_train(images, args.train_portion, args.dataset in ("cifar10", "cifar100"), generator)
     check_classes(training=train, validation=valid)
     augment = augmentation(args.dataset, images)

@@ -3,6 +3,8 @@
 `train.py`, the three test scripts, `predict.py` and `export.py` share this module.
 """
 
+from support.cli import Parser, Published, number
+
 import argparse
 import os
 from collections.abc import Callable, Sequence
@@ -25,8 +27,8 @@ from genotypes import Cell
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
 from recipes import CIFAR, NAS201, RECIPES, Recipe
+from shared_flags import MOST
 from support import devices, distributed, weights
-from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
 from training import evaluate
@@ -36,7 +38,12 @@ Loader = loaders.Loader | loaders.FileLoader
 # Help texts of flags that train.py and the test scripts have in common.
 ARCH = f"name of a cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
-DATA = "folder of the data set (default: ../data; for imagenet ../data/imagenet, for ImageNet16-120 ../data/ImageNet16)"
+
+
+def data_help(datasets: Sequence[str]) -> str:
+    """Return the help text of --data for these data sets."""
+    others = [f"for {name} {data.FOLDERS[name]}" for name in datasets if name in data.FOLDERS]
+    return f"folder of the data set (default: {', '.join(['../data', *others])})"
 
 
 # ---- cell, recipe and network
@@ -165,6 +172,50 @@ class SavedWeights(NamedTuple):
     about: dict
 
 
+# ---- what is saved about weights
+
+
+def is_whole(value: object, most: int) -> bool:
+    """Return whether `value` is an int from 1 to `most`."""
+    return type(value) is int and 0 < value <= most
+
+
+def are_sides(values: object) -> bool:
+    """Return whether `values` can be the height and width of an image, in pixels."""
+    return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
+
+
+def are_channels(values: object) -> bool:
+    """Return whether `values` can be the mean or the standard deviation of three channels."""
+    return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
+
+
+# Which values the fields of the JSON file next to the weights can have. A file that claims others is refused.
+POSSIBLE = {
+    "init_channels": lambda value: is_whole(value, MOST.channels),
+    "layers": lambda value: is_whole(value, MOST.cells),
+    "auxiliary": lambda value: isinstance(value, bool),
+    "family": lambda value: value in RECIPES,
+    "resized": lambda value: isinstance(value, bool),
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "image_size": are_sides,
+    "mean": are_channels,
+    "std": lambda value: are_channels(value) and min(value) > 0,
+}
+
+
+def read_info(path: str | os.PathLike) -> dict:
+    """Return what was saved about the weights at `path`, see `weights.read_info`.
+
+    Raises UserError, also for a value that a network or its normalisation cannot have.
+    """
+    about = weights.read_info(path)
+    for name, value in about.items():
+        if name in POSSIBLE and not POSSIBLE[name](value):
+            raise UserError(f'{weights.info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
+    return about
+
+
 def find_weights(run_dir: str | Path) -> SavedWeights:
     """Return the weights in a retraining's directory, the last ones; `run_dir` can also be a weights file.
 
@@ -175,7 +226,7 @@ def find_weights(run_dir: str | Path) -> SavedWeights:
         path = Path(weights.locate(path / "weights.pt"))
     if not path.is_file():
         raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
-    about = weights.read_info(path)
+    about = read_info(path)
     for name in ("family", "genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
         if name not in about:
             raise UserError(
@@ -215,7 +266,7 @@ def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
         )
     with torch.device("meta"):
         network = make_network(settings)
-    weights.load_state(network, state, path)
+    weights.load_state(network, state, path, optional=("auxiliary_head.",))
     return network
 
 
@@ -255,6 +306,7 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
 
 def test(
     prog: str,
+    description: str,
     datasets: Sequence[str],
     argv: Sequence[str] | None = None,
     *,
@@ -263,17 +315,16 @@ def test(
 ) -> dict:
     """Test weights on the test images of a data set: all that a test script does.
 
-    `prog` is the script's name, `datasets` are the data sets that it can test on, the first by
-    default, and `recipe` has the defaults for weights that nothing describes. Prints the figures and
-    returns them: see `run_test`. Raises UserError.
+    `prog` and `description` are the script's name and what its help says of it. `datasets` are the data
+    sets that it can test on, the first by default. `recipe` has the defaults for weights that nothing
+    describes. Prints the figures and returns them: see `run_test`. Raises UserError.
     """
-    args = make_test_parser(prog, datasets, recipe, batch_size).parse_args(argv)
+    args = make_test_parser(prog, description, datasets, recipe, batch_size).parse_args(argv)
     return run_test(resolve_test(args, recipe))
 
 
-def make_test_parser(prog: str, datasets: Sequence[str], recipe: Recipe, batch_size: int) -> Parser:
+def make_test_parser(prog: str, description: str, datasets: Sequence[str], recipe: Recipe, batch_size: int) -> Parser:
     """Return the parser of a test script; the arguments are those of `test`."""
-    description = f"Test the weights of a retrained network on {datasets[0]}, and print accuracy and size."
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("cell and weights")
     text = "directory of a retraining; its cell, network size and last weights are the defaults"
@@ -297,7 +348,7 @@ def make_test_parser(prog: str, datasets: Sequence[str], recipe: Recipe, batch_s
     group.add_argument("--auxiliary", action="store_true", help=text)
 
     group = parser.add_argument_group("data and device")
-    data.add_data_arguments(group, None, DATA)
+    data.add_data_arguments(group, None, data_help(datasets))
     text = "data set whose test images are used; folder: your own images in DATA/test/CLASS/ or DATA/val/CLASS/"
     group.add_argument("--dataset", default=datasets[0], choices=datasets, help=text)
     text = "images in a forward pass; lower it if memory runs out"
@@ -329,7 +380,7 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are given: add --model_path FILE or --dir RUN_DIR")
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
-    about = weights.read_info(args.model_path)
+    about = read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         source = weights.info_path(args.model_path)
         cell = genotype_files.from_json(about["genotype"], source)

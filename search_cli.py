@@ -1,5 +1,7 @@
 """What the searches of both spaces share: the description of a space, flags, loaders, set-up, result."""
 
+from support.cli import Parser, file_name, number
+
 import argparse
 import functools
 import time
@@ -15,6 +17,7 @@ from torch.nn import functional as F
 import baselines
 import data
 import loaders
+import seed_roles
 import shared_flags
 from baselines import Group
 from costs import COSTS, Costs
@@ -22,8 +25,9 @@ from evolution import VARIANTS
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
 from reporting import report
+from run_settings import SETTINGS
+from shared_flags import MOST
 from support import devices, distributed, runs, seeds, self_check
-from support.cli import MOST, Parser, file_name, number
 from support.files import UserError
 from training import plain_forward
 
@@ -231,7 +235,7 @@ def search_loaders(
         args.batch_size,
         augmentation,
         device,
-        generator=seeds.generator(args, "training images"),
+        generator=seeds.generator(args, seed_roles.TRAINING_IMAGES),
         cutout=cutout,
         augment=True,
     )
@@ -240,7 +244,7 @@ def search_loaders(
         args.valid_batch_size,
         augmentation,
         device,
-        generator=seeds.generator(args, "validation images"),
+        generator=seeds.generator(args, seed_roles.VALIDATION_IMAGES),
         cutout=cutout,
         augment=args.valid_transform == "train",
         shared=False,  # processes share the individuals, so each of them needs every validation image
@@ -266,25 +270,31 @@ def check_training_step(setup: SearchSetup) -> str:
 def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
     """Return whether --resume names a search that has come to its end, and if so, say it. Raises UserError."""
     files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
-    finished = runs.is_finished(args, [*files, *space.genotype_files, *baselines.FILES])
+    finished = runs.is_finished(
+        args,
+        SETTINGS,
+        completed=args.epochs,
+        files=[*files, *space.genotype_files, *baselines.FILES],
+        last_file="report.html",
+    )
     if finished:
         distributed.say(f"{args.resume} is finished")
     return finished
 
 
-def run_search(search: Callable, setup: SearchSetup, prog: str, bound: dict) -> None:
+def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
     """Open the run directory, call search(setup, run), and write what a finished search has.
 
-    `prog` is the script or module of the command line. `bound` holds what must be the same when the run is resumed,
+    `prog` is the script or module of the command line. `inputs` holds what must be the same when the run is resumed,
     such as its data. Raises UserError.
     """
     setup.costs.check()
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
-    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **bound}) as run:
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **inputs}) as run:
         run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
-        run.log(data.counts_text(bound["data"]))
+        run.log(data.counts_text(inputs["data"]))
         if checked:
             run.log(checked)
         state = search(setup, run)
@@ -294,17 +304,17 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, bound: dict) -> 
             run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
         if not baselines.are_there(run):
             # The same images for every run, so that results can be compared.
-            setup.valid_loader.generator = baselines.generator(setup.args, "final validation images")
+            setup.valid_loader.generator = baselines.generator(setup.args, seed_roles.FINAL_VALIDATION_IMAGES)
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
         report.finish(run, best)
 
 
-def open_run(setup: SearchSetup, prog: str, bound: dict) -> runs.Run:
+def open_run(setup: SearchSetup, prog: str, inputs: dict) -> runs.Run:
     """Make the run directory, or open the one that --resume names. Raises UserError."""
     args = setup.args
     if args.resume:
-        return runs.Run.resume(args.resume, args, **bound)
+        return runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
-    return runs.Run.create(args.dir, name, args, prog, new_name=not args.run_name, **bound)
+    return runs.Run.create(args.dir, name, args, prog, SETTINGS, inputs=inputs, new_name=not args.run_name)

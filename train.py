@@ -1,12 +1,13 @@
 """Retrain a cell from scratch, with the paper's recipe or NAS-Bench-201's, and test it after each epoch.
 
 The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, a folder of your own or the digits.
-To use several GPUs or machines: torchrun --nproc_per_node=N train.py ...
+
+  python train.py --arch EvNASA --auxiliary --cutout --dir runs             the paper's first cell on CIFAR-10
+  python train.py --dir runs/search-20260101-120000 --auxiliary --cutout    the cell of a search
+  torchrun --nproc_per_node=4 train.py --arch EvNASA --dir runs ...         on four GPUs
 """
 
-from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, Published, command, file_name, number
 
 import argparse
 import math
@@ -30,6 +31,7 @@ import memory
 import nas201.data
 import nas201.report  # registers arch strings with the drawings and the report
 import retrained
+import seed_roles
 import shared_flags
 import utils
 from genotypes import Cell
@@ -37,7 +39,9 @@ from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
 from retrained import CellChoice, Loader, NetworkSettings
-from support import devices, distributed, runs, seeds, self_check
+from run_settings import SETTINGS
+from shared_flags import MOST
+from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
 
@@ -53,17 +57,16 @@ def make_parser() -> Parser:
     """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
 
     def default(name):
-        values = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
-        small, imagenet, nas201 = ("none" if value is None else value for value in values)
+        small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
         return f"(default: {small}; recipe imagenet: {imagenet}; recipe nas201: {nas201})"
 
     parser = Parser(prog="train.py", description=__doc__)
     add_cell_arguments(parser.add_argument_group("cell to retrain"))
 
     group = parser.add_argument_group("images")
-    data.add_data_arguments(group, None, retrained.DATA)
-    group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
+    data.add_data_arguments(group, None, retrained.data_help(datasets))
+    group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
     text = "images to train and test on; folder: your own in DATA/train/CLASS/ and DATA/test/CLASS/"
     group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
     shared_flags.add_training_image_arguments(group)
@@ -135,7 +138,7 @@ def cell_to_retrain(args: argparse.Namespace) -> CellChoice:
     """Return the cell that the command line asks for. Raises UserError."""
     if args.resume:
         # A run has its own copy of the cell: the search that found it may have continued since.
-        with runs.required_file():
+        with resume_args.required_file():
             source = Path(args.resume) / "genotype.json"
             return CellChoice(genotype_files.load(source), source)
     if args.pick:
@@ -198,7 +201,7 @@ def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
     fill_in_recipe(args)
 
     augmentation = retrained.choose_augmentation(cell, args.dataset, train)
-    train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
+    train = data.subsample(train, args.train_samples, seeds.generator(args, seed_roles.SPLIT))
     large = isinstance(train, data.Files)
     data.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
@@ -222,7 +225,7 @@ def make_loaders(args: argparse.Namespace, splits: Splits, device: torch.device)
         args.batch_size,
         splits.augmentation,
         device,
-        generator=seeds.generator(args, "training images"),
+        generator=seeds.generator(args, seed_roles.TRAINING_IMAGES),
         augment=True,
         cutout=args.cutout and args.cutout_length,
         workers=args.workers,
@@ -366,7 +369,7 @@ def train_epoch(
     """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
     loader = state.train_loader
     full_batch = loaders.images_per_process(loader)
-    first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
+    first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
     def inputs_of(step):
         # Drop path draws from the device's global generator. It gets a seed of its own for each step and
@@ -399,12 +402,12 @@ def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Lo
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = runs.parse(make_parser(), argv)
+    args = resume_args.parse(make_parser(), argv, SETTINGS)
     cell, source = cell_to_retrain(args)
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
         check_parallel(device)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
 
     splits = load_splits(args, cell)
     large = isinstance(splits.train, data.Files)
@@ -419,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         auxiliary=args.auxiliary,
     )
     memory.check_training(estimate_memory(settings, args), args, (train_loader, test_loader), device)
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = retrained.make_network(settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
@@ -437,15 +440,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         "auxiliary": args.auxiliary,
     }
     description = data.describe(train=splits.train, test=splits.test)
-    bound = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
+    inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
     checked = None
     if self_check.is_needed(args, device):  # before the run directory is made
         checked = check_training_step(args, network, train_loader)
     if args.resume:
-        run = runs.Run.resume(args.resume, args, **bound)
+        run = runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     else:
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir or ".", name, args, "train.py", **bound)
+        run = runs.Run.create(args.dir or ".", name, args, "train.py", SETTINGS, inputs=inputs)
     with run:
         if run.writes and not run.state:
             genotype_files.save(cell, run.path / "genotype.json")

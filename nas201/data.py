@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 import data
+import seed_roles
 from data import Augmentation
 from nas201.imagenet16 import load_imagenet16
 from support import seeds
@@ -56,7 +57,7 @@ def search_splits(args):
         raise UserError(f"--split_file and --split fixed are for {', '.join(SPLIT_KEYS)}, not for {args.dataset}")
     if not args.split_file:
         args.split = args.split or ("fixed" if args.dataset in SPLIT_KEYS else "seeded")
-    generator = seeds.generator(args, "split")
+    generator = seeds.generator(args, seed_roles.SPLIT)
     settings = dict(workers=args.workers, image_size=args.image_size, in_memory=True, cache=args.image_cache)
     read = partial(load, args.dataset, args.data, **settings)
     train = read("train")

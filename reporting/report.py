@@ -13,6 +13,7 @@ import genotypes
 from reporting import cells
 from reporting.cells import COLOUR
 from reporting.charts import chart, column, finite_values, pairs, scatter, show, step_of, wide
+from run_settings import SETTINGS
 from support.files import (
     UserError,
     atomic_write,
@@ -263,7 +264,7 @@ def write_report(run_dir):
         missing.append(f"Settings are left out: {error}.")
         args = {}
     flags, space = args.get("args", {}), SPACES.get(str(args.get("space")))
-    rows = read_history(run_dir)
+    rows = read_history(run_dir, SETTINGS)
     step = step_of(rows) if rows else "epoch" if args.get("kind") == "eval" else "generation"
     rows = sorted({row[step]: row for row in rows}.values(), key=lambda row: row[step])
     if space is None:

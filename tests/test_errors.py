@@ -408,7 +408,7 @@ def test_float32_is_the_default_on_a_card(card, parser):
         ("--device meta", "device meta cannot be used"),
         ("--weight_decay 1e39", "--weight_decay: 1e39 is not a finite number"),
         ("--train_portion 1", "the validation split is empty"),
-        ("--dir /dev/null/x", "cannot make the run directory /dev/null/x"),
+        ("--dir /dev/null/x", "cannot make the run directory"),
     ],
 )
 def test_arguments(fails, flags, message):
@@ -460,12 +460,12 @@ def test_resume(fails, tmp_path):
     train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path)])
     retrained = next(tmp_path.glob("eval-*"))
     line = fails(train_search.main, ["--resume", "found", "--pop_size", "3"])
-    assert "--pop_size 3: found was started with 2; leave the argument out" in line
+    assert "--pop_size 3: found was started with 2" in line
     line = fails(train_search.main, ["--resume", "found", "--cutout"])
     assert "--cutout True: found was started with False" in line
     assert "--arch EvNASB: " in fails(train.main, ["--resume", retrained, "--arch", "EvNASB"])
-    assert "found holds no run of train.py" in fails(train.main, ["--resume", "found"])
-    assert "holds no run of train_search.py" in fails(train_search.main, ["--resume", retrained])
+    assert "found/args.json: this is not a run of train.py" in fails(train.main, ["--resume", "found"])
+    assert "not a run of train_search.py" in fails(train_search.main, ["--resume", retrained])
     assert "nowhere/args.json" in fails(train_search.main, ["--resume", "nowhere"])
     (tmp_path / "found/checkpoint.pt").write_text("")
     assert "checkpoint.pt" in fails(train_search.main, ["--resume", "found"])
@@ -651,7 +651,7 @@ def test_a_folder_of_a_run_that_is_a_link(fails, tmp_path, name):
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / name).symlink_to(tmp_path / "elsewhere")
     line = fails(train_search.main, [*SEARCH, "--valid_samples", "32", "--run_name", "found"])
-    assert f"found/{name} is a symbolic link, through which nothing is written: remove it" in line
+    assert f"found/{name}: " in line and "symbolic link" in line
 
 
 @pytest.fixture

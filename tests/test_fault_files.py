@@ -40,12 +40,12 @@ import visualize
 from nas201 import benchmark, imagenet16, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
 from reporting import report
-from support import files, images, runs, weights
+from support import files, images, weights
 from support.files import UserError
 
 import faults
 from faults import COUNTS, few, outcome, quick_report, saved
-from helpers import Call, bomb, reported_run
+from helpers import Call, bomb, load_checkpoint, reported_run
 
 counted, process = faults.counted, faults.process
 
@@ -184,7 +184,7 @@ READERS = {
     "genotype.pickle": genotype_files.load,
     "weights.pt": lambda path: weights.load_weights(torch.nn.Linear(3, 2), path),
     "weights.json": lambda path: retrained.load(path.with_name("weights.pt")),
-    "checkpoint.pt": runs.load_checkpoint,
+    "checkpoint.pt": load_checkpoint,
     "table.pth": benchmark.load,
     "table.csv.xz": benchmark.load,
     "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),

@@ -25,6 +25,8 @@ METHOD = {
     "costs",
     "image_folder",
     "memory",
+    "run_settings",
+    "seed_roles",
     "shared_flags",
 }
 SEARCHES = {"search_cli"}  # what the searches of both spaces share; it ends a run with its report

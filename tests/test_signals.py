@@ -13,7 +13,17 @@ import train
 import train_search
 from support import runs, signals
 
-from helpers import assert_same_run, interrupted_at, new_run, resumed_run, search, search_line, start, stop_at
+from helpers import (
+    assert_same_run,
+    interrupted_at,
+    load_checkpoint,
+    new_run,
+    resumed_run,
+    search,
+    search_line,
+    start,
+    stop_at,
+)
 
 
 @pytest.mark.slow
@@ -44,7 +54,7 @@ def test_a_second_signal_stops_at_once(tmp_path, capsys, numbers):
     stop_at("generation 1/3: batch 1", numbers, train_search.main, argv)
     how = f"continue with: python train_search.py --resume {tmp_path / 'run'}"
     assert capsys.readouterr().err == f"interrupted at once; {how}\n" and how in (tmp_path / "run/log.txt").read_text()
-    checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert checkpoint["completed"] == 0 and "partial" not in checkpoint
 
 

@@ -19,15 +19,16 @@ import genotype_files
 import genotypes
 import loaders
 import retrained
+import seed_roles
 import test_cifar
 import test_imagenet
 import train
 import train_search
 import training
 from model import NetworkCIFAR, NetworkImageNet
-from support import runs, seeds, weights
+from support import seeds, weights
 
-from helpers import ARCH_WITH_DEAD_END, history, retrain, train_line
+from helpers import ARCH_WITH_DEAD_END, history, load_checkpoint, retrain, train_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -246,11 +247,11 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
 
     images = data.load("folder", root, "train")
     seeded = Namespace(seed=18, seed_scheme=2)
-    images = data.subsample(images, 24, seeds.generator(seeded, "split"))
+    images = data.subsample(images, 24, seeds.generator(seeded, seed_roles.SPLIT))
     recipe = data.augmentation("folder", images)
-    generator = seeds.generator(seeded, "training images")
+    generator = seeds.generator(seeded, seed_roles.TRAINING_IMAGES)
     (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
-    torch.manual_seed(seeds.derive(18, "weights", 2))
+    torch.manual_seed(seeds.derive(18, seed_roles.WEIGHTS, 2))
     network = NetworkCIFAR(4, 3, 3, True, genotypes.EvNASB).to(memory_format=torch.channels_last)
     logits, logits_aux = network(x)
     loss = smoothed_cross_entropy(logits, y, label_smooth) + 0.25 * smoothed_cross_entropy(logits_aux, y, label_smooth)
@@ -272,7 +273,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails):
     line = fails(train.main, train_line(), new_files=True)
     assert "epoch 2/3, step 2: the loss is" in line
     run = next(tmp_path.glob("eval-*"))
-    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["completed"] == 1 and all(value.isfinite().all() for value in checkpoint["network"].values())
     assert len(history(run)) == 1
 
@@ -283,7 +284,7 @@ def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
     line = fails(train.main, argv, new_files=True)
     assert "error: epoch 1/1" in line and "--learning_rate" in line
     run = next(tmp_path.glob("eval-*"))
-    assert runs.load_checkpoint(run / "checkpoint.pt")["completed"] == 0
+    assert load_checkpoint(run / "checkpoint.pt")["completed"] == 0
     assert not {"weights", "history.jsonl"} & {path.name for path in run.iterdir()}
 
 
@@ -376,7 +377,7 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
         assert history(run) == [line]
     assert "trained with 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
     for words, message in [
-        (["--recipe", "nas201"], "is not for this cell"),
+        (["--recipe", "nas201"], "does not fit this cell"),
         (["--recipe", "cifar"], "must all have one size"),
         (["--recipe", "imagenet", "--image_size", "40"], "both sides must be multiples of 32"),
         (["--image_size", "30"], "both sides must be multiples of 4"),

@@ -165,7 +165,7 @@ def test_an_exported_file_needs_no_code_of_ours(
         pytest.importorskip("onnxscript")
         onnx, _ = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     network, side = retrained_run(tmp_path / "run", family, pictures), 32 if family == "imagenet" else 16
-    file = tmp_path / "run" / export.FORMATS[format][0]
+    file = tmp_path / "run" / export.FORMATS[format].file
     flags, source = ["--normalize"], tmp_path / "run"
     if not normalize:
         file, source = tmp_path / "own.file", tmp_path / "run/weights/weights.pt"
@@ -204,7 +204,7 @@ def test_an_exported_file_needs_no_code_of_ours(
 
 def test_a_file_that_computes_something_else_is_not_written(tmp_path, pictures, fails, monkeypatch):
     retrained_run(tmp_path / "run", "nas201", pictures)
-    broken = ("network.pt2", lambda *_: b"", lambda path, x: torch.zeros(len(x), 3))
+    broken = export.Format("network.pt2", lambda *_: b"", lambda path, x: torch.zeros(len(x), 3))
     monkeypatch.setitem(export.FORMATS, "torch", broken)
     assert "is not written" in fails(export.main, [tmp_path / "run", "--format", "torch"])
     (tmp_path / "run/args.json").write_text("[]")
