@@ -227,8 +227,6 @@ def test_malformed_genotype_is_refused_by_entry(tmp_path, path, new, named):
     line = one_line(error)
     assert "g.json" in line
     assert named in line
-    if path[1:]:  # the value itself is shown, if it is short
-        assert repr(new) in line or not isinstance(new, (str, int, float)) or path[1:] == (3,)
 
 
 def test_missing_part_is_refused():
