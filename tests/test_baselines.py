@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import baselines
-import data
+import datasets
 import encoding
 import genotype_files
 import nas201.train_search
@@ -136,7 +136,7 @@ def test_random_architectures_on_the_same_weights_and_images(finished):
     result = loaded(finished)[1]
     args = search_cli.search_parser("", "", ["digits"]).parse_known_args(search_line(**SEARCH))[0]
     args.train_portion = 0.5
-    train_split, valid, augmentation = data.search_splits(args)
+    train_split, valid, augmentation = datasets.search_splits(args)
     _, loader = search_cli.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))
     loader.generator = baselines.generator(args, seed_roles.FINAL_VALIDATION_IMAGES)
     network = train_search.Network(2, 10, 2)

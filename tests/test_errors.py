@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import datasets
 import genotype_files
 import genotypes
 import nas201.train_search
 import search_cli
+import splits
 import test_cifar
 import test_cifar100
 import test_imagenet
@@ -349,7 +350,7 @@ def test_an_image_of_another_size(fails, make_images, main, argv):
         main, [*argv, "--dataset", "folder", "--data", root]
     )
     Image.new("RGB", (16, 16)).save(root / split / "cat/2.jpg")
-    assert isinstance(data.load("folder", root, split), data.Files)
+    assert isinstance(datasets.load_images("folder", root, split), splits.Files)
 
 
 def test_a_link_to_nothing(fails, make_images):
@@ -665,9 +666,9 @@ def test_a_download_that_never_comes(fails, monkeypatch, capsys, silent_server):
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", silent_server)
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.2)
     said = []
-    monkeypatch.setattr(data.distributed, "say", said.append)
+    monkeypatch.setattr(datasets.distributed, "say", said.append)
     line = fails(train_search.main, ["--data", "no/where"])
     assert "cifar10 is not in no/where: downloading about 170 MB to it" in said
     assert "timed out" in line and "put the folder cifar-10-batches-py there" in line and "--dataset digits" in line

@@ -12,14 +12,16 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import datasets
 import export
 import genotype_files
 import genotypes
 import loaders
 import predict
 import retrained
+from augment import Augmentation
 from support import weights
+from support.files import UserError
 
 from helpers import CLASSES, MEAN, RETRAINED_CELLS, STD, retrained_run
 
@@ -38,8 +40,9 @@ def test_a_run_is_loaded_with_its_transform(tmp_path, pictures, family):
     network, transform = retrained.load(tmp_path / "run")
     assert not network.training
     side = 32 if family == "imagenet" else 16
-    split = data.load("folder", pictures, "test", image_size=side, in_memory=family != "imagenet")
-    loader = loaders.make_loader(split, 9, data.Augmentation(MEAN, STD), torch.device("cpu"))
+    read = datasets.list_files if family == "imagenet" else datasets.load_images
+    split = read("folder", pictures, "test", image_size=side)
+    loader = loaders.make_loader(split, 9, Augmentation(MEAN, STD), torch.device("cpu"))
     ((x, _),) = list(loader)
     paths = sorted(pictures.glob("test/*/*"))
     made = torch.stack([transform(path) for path in paths])
@@ -131,7 +134,7 @@ def test_an_image_that_cannot_be_read_is_skipped(tmp_path, pictures, capsys):
     ]
     assert all(line["classes"].keys() == set(CLASSES) for line in lines)
 
-    with pytest.raises(data.UserError, match="cannot read image"):  # from Python, unless asked to skip
+    with pytest.raises(UserError, match="cannot read image"):  # from Python, unless asked to skip
         list(predict.predict(*retrained.load(tmp_path / "run"), [pictures / "test/bee/1.png"], CLASSES, "cpu"))
 
 
