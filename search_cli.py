@@ -22,6 +22,7 @@ from evolution import VARIANTS
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
 from reporting import report
+from reporting.views import SpaceView
 from support import devices, distributed, runs, seeds, self_check
 from support.cli import MOST, Parser, file_name, number
 from support.files import UserError
@@ -43,7 +44,7 @@ class Remarks(NamedTuple):
 class SearchSpace:
     """What a search needs to know of its search space. One subclass describes one space."""
 
-    name: str  # in args.json and in the side file of the weights
+    view: SpaceView  # its name, and how drawings and reports show it
     encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
     fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
     genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
@@ -282,7 +283,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, bound: dict) -> 
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
-    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **bound}) as run:
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **bound}) as run:
         run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
         run.log(data.counts_text(bound["data"]))
         if checked:
@@ -298,7 +299,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, bound: dict) -> 
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
-        report.finish(run, best)
+        report.finish_run(run, best, setup.space.view)
 
 
 def open_run(setup: SearchSetup, prog: str, bound: dict) -> runs.Run:

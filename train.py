@@ -28,7 +28,6 @@ import genotype_files
 import loaders
 import memory
 import nas201.data
-import nas201.report  # registers arch strings with the drawings and the report
 import retrained
 import shared_flags
 import utils
@@ -36,10 +35,12 @@ from genotypes import Cell
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
+from reporting.views import view_of
 from retrained import CellChoice, Loader, NetworkSettings
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
+from views import VIEWS
 
 # Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
@@ -457,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.log(checked)
         warmup = large and args.batch_size > LARGE_BATCH
         retrain(args, network, train_loader, test_loader, warmup, about, run)
-        report.finish(run, cell)
+        report.finish_run(run, cell, view_of(cell, VIEWS))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from search_cli import SearchSetup, SearchSpace
 from search_state import SearchState, population_fields, restore_results, save_generation, speed_fields
 from support import devices, runs, seeds
 from training import set_learning_rate, train_one_epoch
+from views import DARTS
 
 
 def search(setup: SearchSetup, run: runs.Run) -> SearchState:
@@ -98,7 +99,7 @@ def cosine(high: float, low: float, progress: float) -> float:
 class S1(SearchSpace):
     """The DARTS space."""
 
-    name = "s1"
+    view = DARTS
     encoding = encoding
     fast = fast_search
     genotype_files = genotype_files.FILES

@@ -10,9 +10,9 @@ import sys
 
 import genotype_files
 import genotypes
-import nas201.report  # noqa: F401  registers its space
 from reporting import cells, report
 from support.files import UserError, emit
+from views import VIEWS
 
 
 def resolve(target):
@@ -20,9 +20,9 @@ def resolve(target):
     if target.lstrip().startswith("|"):
         return target.strip(), "", "."
     if os.path.isdir(target):
-        return cells.load_architecture(genotype_files.file_in(target)), "", target
+        return cells.load_cell(genotype_files.file_in(target), VIEWS), "", target
     if os.sep in target or target.endswith((".json", ".pickle")):
-        return cells.load_architecture(target), os.path.splitext(os.path.basename(target))[0], "."
+        return cells.load_cell(target, VIEWS), os.path.splitext(os.path.basename(target))[0], "."
     return genotypes.get(target), target, "."
 
 
@@ -38,10 +38,10 @@ def main(argv=None):
     if (args.target is None) == (args.report is None):
         raise UserError(f"give either {what}, or --report RUN_DIR")
     if args.report is not None:
-        paths = [report.write_report(args.report)]
+        paths = [report.write_report(args.report, VIEWS)]
     else:
         architecture, name, folder = resolve(args.target)
-        paths = cells.write_cells(args.output or folder, architecture, args.format, name)
+        paths = cells.write_cell(args.output or folder, architecture, VIEWS, args.format, name)
     for path in paths:
         emit(path, sys.stdout)
 

@@ -21,6 +21,7 @@ from loaders import Loader, inside
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
+from nas201.report import NAS_BENCH_201
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
 from search_cli import Remarks, SearchSetup, SearchSpace
@@ -56,7 +57,7 @@ class S2(SearchSpace):
     if the table does not have it.
     """
 
-    name = "s2"
+    view = NAS_BENCH_201
     encoding = encoding
     fast = fast_search
     genotype_files = ("genotype.json",)
