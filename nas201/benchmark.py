@@ -11,9 +11,7 @@ architecture was trained with; other training lengths never stand in for them. R
 contains. torch is imported for the .pth alone.
 """
 
-from support.cli import command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import command
 
 import functools
 import lzma

@@ -3,9 +3,7 @@
 python -m nas201.summary OUTPUT_DIR DATASET     reads OUTPUT_DIR/search-DATASET-seed*, writes OUTPUT_DIR/summary.json
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import statistics
 import sys
@@ -16,6 +14,7 @@ from nas201.genotypes import NUM_ARCHS
 from nas201.published import PUBLISHED, PUBLISHED_SECONDS
 from nas201.sources import COLUMNS, DATASETS, METRICS
 from reporting.charts import column, finite_values
+from run_settings import SETTINGS
 from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
@@ -36,7 +35,8 @@ def arguments(run):
 def finished(run):
     """Return the history of a run that has all its generations, baselines and report, else None. Raises UserError."""
     run = Path(run)
-    history = read_history(run) if all((run / name).exists() for name in ("report.html", "baselines.json")) else []
+    complete = all((run / name).exists() for name in ("report.html", "baselines.json"))
+    history = read_history(run, SETTINGS) if complete else []
     generations = [row.get("generation") for row in history]
     return history if history and generations == list(range(1, arguments(run)["epochs"] + 1)) else None
 

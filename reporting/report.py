@@ -31,6 +31,7 @@ from reporting.charts import (
     step_of,
 )
 from reporting.views import SpaceView, Views, drawings_of
+from run_settings import SETTINGS
 from support.files import (
     UserError,
     atomic_write,
@@ -135,7 +136,7 @@ def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
     except UserError as error:
         missing.append(f"The settings: {error}.")
         about = {}
-    rows = read_history(run_dir)
+    rows = read_history(run_dir, SETTINGS)
     if rows:
         step = step_of(rows)
     else:

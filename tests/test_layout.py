@@ -23,8 +23,16 @@ METHOD = {
     "fast_search",
     "fast_ops",
     "costs",
+    "datasets",
     "image_folder",
+    "imagenet16",
+    "class_names",
+    "splits",
+    "augment",
+    "loaders",
     "memory",
+    "run_settings",
+    "seed_roles",
     "shared_flags",
 }
 SEARCHES = {"search_cli"}  # what the searches of both spaces share; it ends a run with its report
