@@ -31,6 +31,7 @@ import train_search
 from model import NetworkCIFAR
 from reporting import report
 from support import cli, devices, files, weights
+from views import VIEWS
 
 from helpers import reported_run
 
@@ -633,7 +634,7 @@ def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)
-    page = Path(report.write_report(run)).read_text()
+    page = Path(report.write_report(run, VIEWS)).read_text()
     assert r"\x1b[31m\u202ered" in page and "\x1b" not in page and "\u202e" not in page
 
 
