@@ -26,6 +26,7 @@ from evolution import VARIANTS
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
 from reporting import report
+from reporting.views import SpaceView
 from run_settings import SETTINGS
 from shared_flags import MOST
 from splits import Images, counts_text
@@ -49,7 +50,7 @@ class Remarks(NamedTuple):
 class SearchSpace:
     """What a search needs to know of its search space. One subclass describes one space."""
 
-    name: str  # in args.json and in the side file of the weights
+    view: SpaceView  # its name, and how drawings and reports show it
     encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
     fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
     genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
@@ -292,7 +293,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
-    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **inputs}) as run:
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
         run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
         run.log(counts_text(inputs["data"]))
         if checked:
@@ -308,7 +309,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
-        report.finish(run, best)
+        report.finish_run(run, best, setup.space.view)
 
 
 def open_run(setup: SearchSetup, prog: str, inputs: dict) -> runs.Run:

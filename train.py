@@ -30,7 +30,6 @@ import genotype_files
 import image_folder
 import loaders
 import memory
-import nas201.report  # noqa: F401, registers arch strings with the drawings and the report
 import retrained
 import seed_roles
 import shared_flags
@@ -40,6 +39,7 @@ from genotypes import Cell
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
+from reporting.views import view_of
 from retrained import CellChoice, Loader, NetworkSettings
 from run_settings import SETTINGS
 from shared_flags import MOST
@@ -47,6 +47,7 @@ from splits import Files, Split, check_alike, counts_text, describe, subsample
 from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
+from views import VIEWS
 
 # Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
@@ -459,7 +460,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             run.log(checked)
         warmup = large and args.batch_size > LARGE_BATCH
         retrain(args, network, train_loader, test_loader, warmup, about, run)
-        report.finish(run, cell)
+        report.finish_run(run, cell, view_of(cell, VIEWS))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from shared_flags import MOST
 from splits import describe
 from support import devices, resume_args, runs, seeds
 from training import set_learning_rate, train_one_epoch
+from views import DARTS
 
 
 def search(setup: SearchSetup, run: runs.Run) -> SearchState:
@@ -100,7 +101,7 @@ def cosine(high: float, low: float, progress: float) -> float:
 class S1(SearchSpace):
     """The DARTS space."""
 
-    name = "s1"
+    view = DARTS
     encoding = encoding
     fast = fast_search
     genotype_files = genotype_files.FILES

@@ -20,6 +20,7 @@ from loaders import Loader
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
+from nas201.report import NAS_BENCH_201
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
 from run_settings import SETTINGS
@@ -58,7 +59,7 @@ class S2(SearchSpace):
     if the table does not have it.
     """
 
-    name = "s2"
+    view = NAS_BENCH_201
     encoding = encoding
     fast = fast_search
     genotype_files = ("genotype.json",)

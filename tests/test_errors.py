@@ -31,6 +31,7 @@ import train_search
 from model import NetworkCIFAR
 from reporting import report
 from support import cli, devices, files, weights
+from views import VIEWS
 
 from helpers import reported_run
 
@@ -380,7 +381,9 @@ def test_a_card_without_bfloat16(card, fails):
     assert "Tesla T4 does not compute with bfloat16: leave --amp out" in line
 
 
-@pytest.mark.parametrize("parser", [search_cli.search_parser("", "", []), train.make_parser()], ids=["search", "train"])
+@pytest.mark.parametrize(
+    "parser", [search_cli.search_parser("train_search.py", ""), train.make_parser()], ids=["search", "train"]
+)
 def test_float32_is_the_default_on_a_card(card, parser):
     args = parser.parse_args(["--device", "cuda", "--gpu", "3"])
     assert devices.choose_device(args) == torch.device("cuda:3") and args.amp is False
@@ -543,7 +546,7 @@ def test_a_gpu_that_is_not_there(fails):
     for number in (0, 5):
         line = fails(train_search.main, [*SEARCH, "--gpu", number])
         assert f"--gpu {number}: there is no CUDA device here; leave it out or give --device cpu" in line
-    parser = search_cli.search_parser("", "", [])
+    parser = search_cli.search_parser("train_search.py", "")
     assert devices.choose_device(parser.parse_args([])).type == "cpu"
     assert devices.choose_device(parser.parse_args(["--gpu", "1", "--device", "cpu"])).type == "cpu"
     resumed = parser.parse_args(["--gpu", "0", "--resume", "run"])  # older versions saved it, given or not
@@ -631,7 +634,7 @@ def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)
-    page = Path(report.write_report(run)).read_text()
+    page = Path(report.write_report(run, VIEWS)).read_text()
     assert r"\x1b[31m\u202ered" in page and "\x1b" not in page and "\u202e" not in page
 
 

@@ -19,8 +19,9 @@ import search_cli
 import splits
 from nas201 import encoding, summary
 from nas201.train_search import main
-from reporting.cells import load_architecture
+from reporting.cells import load_cell
 from support import runs
+from views import VIEWS
 
 from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, s2_search, write_table
 
@@ -79,7 +80,7 @@ def test_a_run_and_its_history(tmp_path, table, capsys):
         assert entry["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
         assert entry["spearman_rho"] == pytest.approx(stats.spearmanr(fitness, truth).statistic)
     assert json.loads((run / "genotype.json").read_text()) == {"arch": entries[-1]["best_genotype"]}
-    assert load_architecture(run / "genotype.json") == entries[-1]["best_genotype"]
+    assert load_cell(run / "genotype.json", VIEWS) == entries[-1]["best_genotype"]
     assert (run / "cell.svg").exists() and (run / "weights/weights.pt").exists()
     assert "True accuracy, CIFAR-10" in (run / "report.html").read_text()
     assert "cifar10 valid accuracy of the best" in (run / "log.txt").read_text()
