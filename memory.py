@@ -138,7 +138,7 @@ def check_training(network: Estimate, args: argparse.Namespace, loaders: Sequenc
     """
     activations = network.checkpointed if args.checkpoint else network.activations
     activations *= args.batch_size / distributed.world_size() * (0.5 if args.amp else 1)
-    images = sum(loader.windows.untyped_storage().nbytes() for loader in loaders if hasattr(loader, "windows"))
+    images = sum(loader.memory for loader in loaders)
     needs = {
         "weights, gradients and momentum": network.weights,
         "activations of a training step": activations,

@@ -8,23 +8,25 @@ from support.cli import Parser, file_name, number
 import argparse
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import baselines
-import data
+import datasets
 import loaders
 import seed_roles
 import shared_flags
+from augment import Augmentation
 from costs import COSTS
 from evolution import VARIANTS
 from reporting import report
 from run_settings import SETTINGS
 from search_space import SearchSetup, SearchSpace
 from shared_flags import MOST
+from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 
@@ -34,13 +36,13 @@ SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal nu
 # ---- flags
 
 
-def search_parser(prog: str, description: str, datasets: Sequence[str], **defaults: object) -> Parser:
+def search_parser(prog: str, description: str, **defaults: object) -> Parser:
     """Make a parser with the flags that both spaces have, in groups. The defaults are the paper's.
 
     `defaults` replaces those that differ in a space.
     """
     parser = Parser(prog=prog, description=description)
-    add_data_flags(parser.add_argument_group("data"), datasets)
+    add_data_flags(parser.add_argument_group("data"), prog)
     add_evolution_flags(parser.add_argument_group("genetic algorithm"))
     add_training_flags(parser.add_argument_group("training of the shared weights"))
     add_run_flags(parser.add_argument_group("run"))
@@ -48,11 +50,9 @@ def search_parser(prog: str, description: str, datasets: Sequence[str], **defaul
     return parser
 
 
-def add_data_flags(group: argparse._ArgumentGroup, datasets: Sequence[str]) -> None:
-    """Add the flags that say which images a search uses."""
-    data.add_data_arguments(group, "../data", "folder of the data set; CIFAR is downloaded to it if it is not there")
-    text = "data set to search on; folder: your own images in DATA/train/CLASS/"
-    group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
+def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
+    """Add the flags that say which images the search `prog` uses."""
+    datasets.add_data_arguments(group, prog, folder="../data")
     shared_flags.add_training_image_arguments(group)
     text = "measure fitness on this many validation images, drawn from each class in proportion (default: all)"
     group.add_argument("--valid_samples", type=number(int, 1), metavar="N", help=text)
@@ -129,9 +129,9 @@ def check_search(args: argparse.Namespace) -> None:
 
 def search_loaders(
     args: argparse.Namespace,
-    train: data.Images,
-    valid: data.Images,
-    augmentation: data.Augmentation,
+    train: Images,
+    valid: Images,
+    augmentation: Augmentation,
     device: torch.device,
 ) -> tuple[loaders.Loader, loaders.Loader]:
     """Return the training and the validation loader.
@@ -139,11 +139,11 @@ def search_loaders(
     Each has a random number generator of its own. Raises UserError for a split that is empty or too
     small for its batches.
     """
-    data.check_batch(args.batch_size, train)
+    loaders.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty: use a smaller --train_portion, or more images")
     if args.bn == "batch":
-        data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
+        loaders.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
     train_loader = loaders.make_loader(
         train,
@@ -180,7 +180,7 @@ def check_training_step(setup: SearchSetup) -> str:
         return F.cross_entropy(setup.forward(compile=compile)(network, x, alphas), y)
 
     loader = setup.train_loader
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = setup.network.classifier.out_features
     return self_check.self_check(setup.network, loss, images, loader.image_shape, classes, setup.args)
 
@@ -213,9 +213,9 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
-    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **inputs}) as run:
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
         run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
-        run.log(data.counts_text(inputs["data"]))
+        run.log(counts_text(inputs["data"]))
         if checked:
             run.log(checked)
         state = search(setup, run)
@@ -229,7 +229,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
-        report.finish(run, best)
+        report.finish_run(run, best, setup.space.view)
 
 
 def open_run(setup: SearchSetup, prog: str, inputs: dict) -> runs.Run:

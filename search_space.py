@@ -17,6 +17,7 @@ from torch import nn
 from costs import Costs
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
+from reporting.views import SpaceView
 from training import plain_forward
 
 
@@ -38,7 +39,7 @@ class Group(NamedTuple):
 class SearchSpace:
     """What a search needs to know of its search space. One subclass describes one space."""
 
-    name: str  # in args.json and in the side file of the weights
+    view: SpaceView  # its name, and how drawings and reports show it
     encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
     fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
     genotype_files: tuple[str, ...]  # the files of a run that hold the best cell

@@ -149,7 +149,7 @@ def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
         if "best_genotype" in run.rows[-1]:
             for name in space.genotype_files:
                 genotype_files.save(space.cell(state.alphas[0]), run.path / name)
-    run.save_weights(state.network, "weights.pt", {"space": space.name})
+    run.save_weights(state.network, "weights.pt", {"space": space.view.name})
 
 
 def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import data
+import datasets
 import encoding
 import fast_search
 import genotype_files
@@ -30,8 +30,10 @@ from run_settings import SETTINGS
 from search_space import SearchSetup, SearchSpace
 from search_state import SearchState, population_fields, restore_results, save_generation, speed_fields
 from shared_flags import MOST
+from splits import describe
 from support import devices, resume_args, runs, seeds
 from training import set_learning_rate, train_one_epoch
+from views import DARTS
 
 
 def search(setup: SearchSetup, run: runs.Run) -> SearchState:
@@ -105,7 +107,7 @@ def cosine(high: float, low: float, progress: float) -> float:
 class S1(SearchSpace):
     """The DARTS space."""
 
-    name = "s1"
+    view = DARTS
     encoding = encoding
     fast = fast_search
     genotype_files = genotype_files.FILES
@@ -137,7 +139,7 @@ class S1(SearchSpace):
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command: the flags of both spaces, and those of the DARTS space."""
-    parser = search_cli.search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
+    parser = search_cli.search_parser("train_search.py", __doc__)
     group = parser.add_argument_group("DARTS space")
     group.add_argument(
         "--layers", type=number(int, 1, MOST.cells), default=8, metavar="N", help="cells of the supernet"
@@ -162,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = devices.choose_device(args)
     runs.check_arguments_alike(args, SETTINGS)
-    train, valid, augmentation = data.search_splits(args)
+    train, valid, augmentation = datasets.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
     candidates = tuple(genotypes.PRIMITIVES) * 14  # of a cell: every operation on every edge
     cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), candidates, candidates)
@@ -171,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))
-    inputs = {"data": data.describe(train=train, valid=valid)}
+    inputs = {"data": describe(train=train, valid=valid)}
     setup = SearchSetup(args, S1(), network, train_loader, valid_loader)
     search_cli.run_search(search, setup, parser.prog, inputs)
 

@@ -11,14 +11,13 @@ from pathlib import Path
 
 from nas201.benchmark import baselines, load
 from nas201.genotypes import NUM_ARCHS
-from nas201.report import PUBLISHED, SPREAD
-from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
+from nas201.published import PUBLISHED, PUBLISHED_SECONDS
+from nas201.sources import COLUMNS, DATASETS, METRICS
 from reporting.charts import column, finite_values
 from run_settings import SETTINGS
 from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
-PUBLISHED_SECONDS = 20249.7
 
 
 def arguments(run):
@@ -73,11 +72,11 @@ def summarise(folder, dataset):
     space_figures = {} if table is None or table.table is None else baselines(table)
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):
-        at, label = SPLITS.index(split), label.removesuffix("_200")
+        label = label.removesuffix("_200")
         row = {"searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")), "published": None}
         if name == dataset:  # the published searches were on this data set
-            row["published"] = {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]}
-        row["optimum"] = PUBLISHED[name][1][at]
+            row["published"] = {"mean": PUBLISHED[name][split].evnas, "std": PUBLISHED[name][split].evnas_std}
+        row["optimum"] = PUBLISHED[name][split].best
         if label in space_figures:
             row |= {f"space_{key}": value for key, value in space_figures[label].items()}
             row["optimum"] = row.pop("space_best")

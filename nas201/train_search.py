@@ -17,16 +17,18 @@ from torch import nn
 import memory
 import search_cli
 import seed_roles
-from data import describe
-from loaders import Loader, inside
+from augment import inside
+from loaders import Loader
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
+from nas201.report import NAS_BENCH_201
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
 from run_settings import SETTINGS
 from search_space import Group, Remarks, SearchSetup, SearchSpace
 from shared_flags import MOST
+from splits import describe
 from support import devices, distributed, resume_args, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import search  # the loop of the paper
@@ -60,7 +62,7 @@ class S2(SearchSpace):
     None if the table does not have it.
     """
 
-    name = "s2"
+    view = NAS_BENCH_201
     encoding = encoding
     fast = fast_search
     genotype_files = ("genotype.json",)
@@ -219,7 +221,7 @@ def cutout_text(loader: Loader) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command: the flags of both spaces, and those of NAS-Bench-201."""
     defaults = {"bn": "running", "valid_transform": "test", "baselines": 100}
-    parser = search_cli.search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
+    parser = search_cli.search_parser("python -m nas201.train_search", __doc__, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
     text = "cells in each of the three stages of the supernet"
     group.add_argument("--num_cells", type=number(int, 1, MOST.cells), default=5, metavar="N", help=text)

@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import datasets
 import genotype_files
 import genotypes
 import nas201.train_search
 import search_cli
+import splits
 import test_cifar
 import test_cifar100
 import test_imagenet
@@ -30,6 +31,7 @@ import train_search
 from model import NetworkCIFAR
 from reporting import report
 from support import cli, devices, files, weights
+from views import VIEWS
 
 from helpers import reported_run
 
@@ -349,7 +351,7 @@ def test_an_image_of_another_size(fails, make_images, main, argv):
         main, [*argv, "--dataset", "folder", "--data", root]
     )
     Image.new("RGB", (16, 16)).save(root / split / "cat/2.jpg")
-    assert isinstance(data.load("folder", root, split), data.Files)
+    assert isinstance(datasets.load_images("folder", root, split), splits.Files)
 
 
 def test_a_link_to_nothing(fails, make_images):
@@ -379,7 +381,9 @@ def test_a_card_without_bfloat16(card, fails):
     assert "Tesla T4 does not compute with bfloat16: leave --amp out" in line
 
 
-@pytest.mark.parametrize("parser", [search_cli.search_parser("", "", []), train.make_parser()], ids=["search", "train"])
+@pytest.mark.parametrize(
+    "parser", [search_cli.search_parser("train_search.py", ""), train.make_parser()], ids=["search", "train"]
+)
 def test_float32_is_the_default_on_a_card(card, parser):
     args = parser.parse_args(["--device", "cuda", "--gpu", "3"])
     assert devices.choose_device(args) == torch.device("cuda:3") and args.amp is False
@@ -542,7 +546,7 @@ def test_a_gpu_that_is_not_there(fails):
     for number in (0, 5):
         line = fails(train_search.main, [*SEARCH, "--gpu", number])
         assert f"--gpu {number}: there is no CUDA device here; leave it out or give --device cpu" in line
-    parser = search_cli.search_parser("", "", [])
+    parser = search_cli.search_parser("train_search.py", "")
     assert devices.choose_device(parser.parse_args([])).type == "cpu"
     assert devices.choose_device(parser.parse_args(["--gpu", "1", "--device", "cpu"])).type == "cpu"
     resumed = parser.parse_args(["--gpu", "0", "--resume", "run"])  # older versions saved it, given or not
@@ -630,7 +634,7 @@ def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)
-    page = Path(report.write_report(run)).read_text()
+    page = Path(report.write_report(run, VIEWS)).read_text()
     assert r"\x1b[31m\u202ered" in page and "\x1b" not in page and "\u202e" not in page
 
 
@@ -665,9 +669,9 @@ def test_a_download_that_never_comes(fails, monkeypatch, capsys, silent_server):
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", silent_server)
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.2)
     said = []
-    monkeypatch.setattr(data.distributed, "say", said.append)
+    monkeypatch.setattr(datasets.distributed, "say", said.append)
     line = fails(train_search.main, ["--data", "no/where"])
     assert "cifar10 is not in no/where: downloading about 170 MB to it" in said
     assert "timed out" in line and "put the folder cifar-10-batches-py there" in line and "--dataset digits" in line

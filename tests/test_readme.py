@@ -40,7 +40,7 @@ def anchors(page):
 @pytest.mark.slow
 @pytest.mark.parametrize("block", blocks("bash run"))
 def test_block_runs(block, tmp_path):
-    for path in ROOT.glob("[!.]*"):
+    for path in set(ROOT.glob("[!.]*")) - {ROOT / "runs"}:  # there the examples write
         (tmp_path / path.name).symlink_to(path)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "-euc", block], cwd=tmp_path, env=environment, capture_output=True, text=True)

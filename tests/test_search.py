@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import baselines
-import data
+import datasets
 import encoding
 import evolution
 import genotype_files
@@ -167,10 +167,10 @@ def accuracy(network, alphas, batches, bn):
 )
 def test_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     run = search(tmp_path, *flags, **changed)
-    parser = search_cli.search_parser("", "", ["digits"])
+    parser = search_cli.search_parser("train_search.py", "")
     args, _ = parser.parse_known_args(search_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
-    train, valid, augmentation = data.search_splits(args)
+    train, valid, augmentation = datasets.search_splits(args)
     loaders = search_cli.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
     torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, 2))
     network = Network(args.init_channels, 10, SEARCH_SIZES["layers"])

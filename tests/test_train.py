@@ -14,12 +14,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import data
+import datasets
 import genotype_files
 import genotypes
 import loaders
 import retrained
 import seed_roles
+import splits
 import test_cifar
 import test_imagenet
 import train
@@ -79,9 +80,9 @@ def test_no_device_needs_float64(tmp_path):
 def test_reported_figures_are_those_of_a_plain_evaluation(finished):
     network = NetworkCIFAR(4, 10, 3, False, genotypes.EvNASB).eval()
     network.load_state_dict(torch.load(finished / "weights/weights.pt", weights_only=True))
-    pixels = data.load("digits", None, "train").images.double() / 255
+    pixels = datasets.load_images("digits", None, "train").images.double() / 255
     mean, std = pixels.mean((0, 2, 3)).view(3, 1, 1), pixels.std((0, 2, 3), correction=0).view(3, 1, 1)
-    test = data.load("digits", None, "test")
+    test = datasets.load_images("digits", None, "test")
     with torch.no_grad():
         logits, _ = network(((test.images.double() / 255 - mean) / std).float())
     wrong_before = (logits > logits.gather(1, test.labels.view(-1, 1))).sum(1)  # classes rated above the right one
@@ -245,10 +246,10 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     argv = dict(dataset="folder", data=root, train_samples=24, batch_size=24, epochs=1)
     run = retrain(tmp_path, "--auxiliary", auxiliary_weight=0.25, label_smooth=label_smooth, **argv)
 
-    images = data.load("folder", root, "train")
+    images = datasets.load_images("folder", root, "train")
     seeded = Namespace(seed=18, seed_scheme=2)
-    images = data.subsample(images, 24, seeds.generator(seeded, seed_roles.SPLIT))
-    recipe = data.augmentation("folder", images)
+    images = splits.subsample(images, 24, seeds.generator(seeded, seed_roles.SPLIT))
+    recipe = datasets.augmentation("folder", images)
     generator = seeds.generator(seeded, seed_roles.TRAINING_IMAGES)
     (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
     torch.manual_seed(seeds.derive(18, seed_roles.WEIGHTS, 2))
@@ -334,8 +335,8 @@ def test_imagenet_end_to_end(photos, tmp_path, capsys):
     argv = ["--model_path", str(weights), "--arch", "EvNASA", *size]
     tested = test_imagenet.main(argv)
     assert f"on {images} images" in capsys.readouterr().out
-    recipe = data.AUGMENTATION["imagenet"]
-    loader = loaders.make_loader(data.load("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
+    recipe = datasets.augmentation("imagenet")
+    loader = loaders.make_loader(datasets.list_files("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
     network.eval()
     with torch.no_grad():
         hits = [(network(x)[0].argmax(1) == y).tolist() for x, y in loader]
