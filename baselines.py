@@ -12,12 +12,14 @@ from typing import NamedTuple
 
 import torch
 
+import seed_roles
 from evolution import VARIANTS, non_dominated
 from fitness import unique
 from genotype_files import from_json, to_json
 from support import distributed, seeds
 from support.files import UserError, read_json, write_json
-from support.runs import Run, shell_command
+from support.provenance import shell_command
+from support.runs import Run
 
 FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
 SEED = 2021  # for the random architectures, and for order and augmentation of the images: the same in every run
@@ -31,7 +33,7 @@ class Group(NamedTuple):
     parameters: torch.Tensor  # (N,) of the retrained networks, in millions
 
 
-def generator(args: argparse.Namespace, role: str) -> torch.Generator:
+def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
     """Return the generator of one role. Unlike a run's other generators it does not depend on --seed."""
     return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
@@ -45,7 +47,7 @@ def conclude(setup, state, measure: Callable, run: Run) -> None:
     """
     args, space, costs = setup.args, setup.space, setup.costs
     searched, last = distinct_cells(space, state)
-    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, "random architectures"))
+    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, seed_roles.RANDOM_ARCHITECTURES))
     alphas = torch.cat([searched, drawn])  # (N, G, E, O)
     decoded = VARIANTS[args.variant].decoded_in_fitness
     fitness = measure(space.encoding.decode(alphas) if decoded else alphas)

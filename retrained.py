@@ -3,6 +3,8 @@
 `train.py`, the three test scripts, `predict.py` and `export.py` share this module.
 """
 
+from support.cli import Parser, Published, number
+
 import argparse
 import os
 from collections.abc import Callable, Sequence
@@ -13,20 +15,22 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-import data
+import augment
+import datasets
 import genotype_files
 import genotypes
+import image_folder
 import loaders
-import nas201.data
 import nas201.model
 import shared_flags
+import splits
 import utils
 from genotypes import Cell
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
 from recipes import CIFAR, NAS201, RECIPES, Recipe
+from shared_flags import MOST
 from support import devices, distributed, weights
-from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
 from training import evaluate
@@ -36,7 +40,6 @@ Loader = loaders.Loader | loaders.FileLoader
 # Help texts of flags that train.py and the test scripts have in common.
 ARCH = f"name of a cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
-DATA = "folder of the data set (default: ../data; for imagenet ../data/imagenet, for ImageNet16-120 ../data/ImageNet16)"
 
 
 # ---- cell, recipe and network
@@ -92,25 +95,22 @@ def folder_of_cell(run_dir: str | Path) -> Path:
     return search if genotype_files.files_in(search) else run_dir
 
 
-def choose_recipe(cell: Cell, images: data.Images | data.Files) -> str:
+def choose_recipe(cell: Cell, images: splits.Split) -> str:
     """Return the name of the recipe: NAS-Bench-201's for an arch string, else the one for such images."""
     if isinstance(cell, str):
         return "nas201"
-    return "imagenet" if isinstance(images, data.Files) else "cifar"
+    return "imagenet" if isinstance(images, splits.Files) else "cifar"
 
 
 def choose_augmentation(
-    cell: Cell, dataset: str, images: data.Images | data.Files | None, about: dict | None = None
-) -> data.Augmentation:
+    cell: Cell, dataset: str, images: splits.Split | None, about: dict | None = None
+) -> augment.Augmentation:
     """Return how the images of a data set are normalised and augmented.
 
     Arch strings use the benchmark's normalisation, and so does ImageNet16-120, which has no other.
     For your own images, mean and std come from `about`, see `find_weights`, or from `images`.
     """
-    use_benchmark = isinstance(cell, str) or dataset not in data.AUGMENTATION
-    if use_benchmark and dataset in nas201.data.AUGMENTATION:
-        return nas201.data.AUGMENTATION[dataset]
-    return data.augmentation(dataset, images, about)
+    return datasets.augmentation(dataset, images, about, nas201=isinstance(cell, str))
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def check_settings(settings: NetworkSettings) -> None:
         raise UserError(
             f"--init_channels {settings.init_channels}: networks for ImageNet need an even number of channels"
         )
-    data.check_sides(settings.image_size, 32 if imagenet else 4)
+    splits.check_sides(settings.image_size, 32 if imagenet else 4)
 
 
 def make_network(settings: NetworkSettings) -> nn.Module:
@@ -165,6 +165,50 @@ class SavedWeights(NamedTuple):
     about: dict
 
 
+# ---- what is saved about weights
+
+
+def is_whole(value: object, most: int) -> bool:
+    """Return whether `value` is an int from 1 to `most`."""
+    return type(value) is int and 0 < value <= most
+
+
+def are_sides(values: object) -> bool:
+    """Return whether `values` can be the height and width of an image, in pixels."""
+    return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
+
+
+def are_channels(values: object) -> bool:
+    """Return whether `values` can be the mean or the standard deviation of three channels."""
+    return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
+
+
+# Which values the fields of the JSON file next to the weights can have. A file that claims others is refused.
+POSSIBLE = {
+    "init_channels": lambda value: is_whole(value, MOST.channels),
+    "layers": lambda value: is_whole(value, MOST.cells),
+    "auxiliary": lambda value: isinstance(value, bool),
+    "family": lambda value: value in RECIPES,
+    "resized": lambda value: isinstance(value, bool),
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "image_size": are_sides,
+    "mean": are_channels,
+    "std": lambda value: are_channels(value) and min(value) > 0,
+}
+
+
+def read_info(path: str | os.PathLike) -> dict:
+    """Return what was saved about the weights at `path`, see `weights.read_info`.
+
+    Raises UserError, also for a value that a network or its normalisation cannot have.
+    """
+    about = weights.read_info(path)
+    for name, value in about.items():
+        if name in POSSIBLE and not POSSIBLE[name](value):
+            raise UserError(f'{weights.info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
+    return about
+
+
 def find_weights(run_dir: str | Path) -> SavedWeights:
     """Return the weights in a retraining's directory, the last ones; `run_dir` can also be a weights file.
 
@@ -175,7 +219,7 @@ def find_weights(run_dir: str | Path) -> SavedWeights:
         path = Path(weights.locate(path / "weights.pt"))
     if not path.is_file():
         raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
-    about = weights.read_info(path)
+    about = read_info(path)
     for name in ("family", "genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
         if name not in about:
             raise UserError(
@@ -215,7 +259,7 @@ def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
         )
     with torch.device("meta"):
         network = make_network(settings)
-    weights.load_state(network, state, path)
+    weights.load_state(network, state, path, optional=("auxiliary_head.",))
     return network
 
 
@@ -237,11 +281,11 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
         layers=about["layers"],
     )
     network = load_network(path, settings)
-    normalisation = data.Augmentation(about["mean"], about["std"])
+    normalisation = augment.Augmentation(about["mean"], about["std"])
     if settings.recipe == "imagenet":
-        to_input = loaders.imagenet_transform(normalisation, False, settings.image_size[0])
+        to_input = augment.imagenet_transform(normalisation, False, settings.image_size[0])
     else:
-        to_input = loaders.small_transform(normalisation, settings.image_size)
+        to_input = augment.small_transform(normalisation, settings.image_size)
 
     def transform(image):
         is_path = isinstance(image, (str, os.PathLike))
@@ -255,7 +299,7 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
 
 def test(
     prog: str,
-    datasets: Sequence[str],
+    description: str,
     argv: Sequence[str] | None = None,
     *,
     recipe: Recipe = CIFAR,
@@ -263,17 +307,16 @@ def test(
 ) -> dict:
     """Test weights on the test images of a data set: all that a test script does.
 
-    `prog` is the script's name, `datasets` are the data sets that it can test on, the first by
-    default, and `recipe` has the defaults for weights that nothing describes. Prints the figures and
-    returns them: see `run_test`. Raises UserError.
+    `prog` and `description` are the script's name and what its help says of it. The name also says
+    which data sets it can test on: see `datasets.offered_by`. `recipe` has the defaults for weights
+    that nothing describes. Prints the figures and returns them: see `run_test`. Raises UserError.
     """
-    args = make_test_parser(prog, datasets, recipe, batch_size).parse_args(argv)
+    args = make_test_parser(prog, description, recipe, batch_size).parse_args(argv)
     return run_test(resolve_test(args, recipe))
 
 
-def make_test_parser(prog: str, datasets: Sequence[str], recipe: Recipe, batch_size: int) -> Parser:
+def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: int) -> Parser:
     """Return the parser of a test script; the arguments are those of `test`."""
-    description = f"Test the weights of a retrained network on {datasets[0]}, and print accuracy and size."
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("cell and weights")
     text = "directory of a retraining; its cell, network size and last weights are the defaults"
@@ -297,9 +340,7 @@ def make_test_parser(prog: str, datasets: Sequence[str], recipe: Recipe, batch_s
     group.add_argument("--auxiliary", action="store_true", help=text)
 
     group = parser.add_argument_group("data and device")
-    data.add_data_arguments(group, None, DATA)
-    text = "data set whose test images are used; folder: your own images in DATA/test/CLASS/ or DATA/val/CLASS/"
-    group.add_argument("--dataset", default=datasets[0], choices=datasets, help=text)
+    datasets.add_data_arguments(group, prog)
     text = "images in a forward pass; lower it if memory runs out"
     group.add_argument("--batch_size", type=number(int, 1), default=batch_size, metavar="N", help=text)
     shared_flags.add_workers(group)
@@ -329,7 +370,7 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are given: add --model_path FILE or --dir RUN_DIR")
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
-    about = weights.read_info(args.model_path)
+    about = read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         source = weights.info_path(args.model_path)
         cell = genotype_files.from_json(about["genotype"], source)
@@ -352,7 +393,7 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
             )
         setattr(args, field, given or in_training or getattr(RECIPES[name], field, None))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
-    args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
+    args.data = datasets.find_folder(args.dataset, args.data)
     return TestJob(args, cell, source, name, about)
 
 
@@ -393,19 +434,21 @@ def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
     Raises UserError if they do not fit the network: other classes, another size, too large.
     """
     args, about = job.args, job.about
-    in_memory = job.recipe != "imagenet"
-    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
-    images = nas201.data.load(args.dataset, args.data, "test", **settings)
-    if in_memory:
-        data.check_in_memory(images, "give --image_size, or test a network for ImageNet with test_imagenet.py")
-    found = data.describe(test=images)
-    data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
+    if job.recipe == "imagenet":
+        images = datasets.list_files(args.dataset, args.data, "test", image_size=args.image_size)
+    else:
+        settings = dict(image_size=args.image_size, cache=args.image_cache)
+        images = datasets.load_images(args.dataset, args.data, "test", **settings)
+        hint = "give --image_size, or test a network for ImageNet with test_imagenet.py"
+        image_folder.check_in_memory(images, hint)
+    found = splits.describe(test=images)
+    splits.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
 
     # Mean and std of your own images are the training images', unless they were saved with the weights.
-    own_images = args.dataset in ("folder", "digits") and isinstance(images, data.Images)
+    measured = datasets.DATASETS[args.dataset].normalisation is None and isinstance(images, splits.Images)
     statistics_of = images
-    if own_images and "mean" not in about:
-        statistics_of = data.load(args.dataset, args.data, "train", **settings)
+    if measured and "mean" not in about:
+        statistics_of = datasets.load_images(args.dataset, args.data, "train", **settings)
     augmentation = choose_augmentation(job.cell, args.dataset, statistics_of, about)
     loader = loaders.make_loader(images, args.batch_size, augmentation, device, workers=args.workers)
     return loader, len(images.classes)

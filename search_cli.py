@@ -1,9 +1,11 @@
 """What the searches of both spaces share: the description of a space, flags, loaders, set-up, result."""
 
+from support.cli import Parser, file_name, number
+
 import argparse
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -13,17 +15,22 @@ from torch import nn
 from torch.nn import functional as F
 
 import baselines
-import data
+import datasets
 import loaders
+import seed_roles
 import shared_flags
+from augment import Augmentation
 from baselines import Group
 from costs import COSTS, Costs
 from evolution import VARIANTS
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
 from reporting import report
+from reporting.views import SpaceView
+from run_settings import SETTINGS
+from shared_flags import MOST
+from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
-from support.cli import MOST, Parser, file_name, number
 from support.files import UserError
 from training import plain_forward
 
@@ -43,7 +50,7 @@ class Remarks(NamedTuple):
 class SearchSpace:
     """What a search needs to know of its search space. One subclass describes one space."""
 
-    name: str  # in args.json and in the side file of the weights
+    view: SpaceView  # its name, and how drawings and reports show it
     encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
     fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
     genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
@@ -116,13 +123,13 @@ class SearchSetup:
 # ---- flags
 
 
-def search_parser(prog: str, description: str, datasets: Sequence[str], **defaults: object) -> Parser:
+def search_parser(prog: str, description: str, **defaults: object) -> Parser:
     """Make a parser with the flags that both spaces have, in groups. The defaults are the paper's.
 
     `defaults` replaces those that differ in a space.
     """
     parser = Parser(prog=prog, description=description)
-    add_data_flags(parser.add_argument_group("data"), datasets)
+    add_data_flags(parser.add_argument_group("data"), prog)
     add_evolution_flags(parser.add_argument_group("genetic algorithm"))
     add_training_flags(parser.add_argument_group("training of the shared weights"))
     add_run_flags(parser.add_argument_group("run"))
@@ -130,11 +137,9 @@ def search_parser(prog: str, description: str, datasets: Sequence[str], **defaul
     return parser
 
 
-def add_data_flags(group: argparse._ArgumentGroup, datasets: Sequence[str]) -> None:
-    """Add the flags that say which images a search uses."""
-    data.add_data_arguments(group, "../data", "folder of the data set; CIFAR is downloaded to it if it is not there")
-    text = "data set to search on; folder: your own images in DATA/train/CLASS/"
-    group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
+def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
+    """Add the flags that say which images the search `prog` uses."""
+    datasets.add_data_arguments(group, prog, folder="../data")
     shared_flags.add_training_image_arguments(group)
     text = "measure fitness on this many validation images, drawn from each class in proportion (default: all)"
     group.add_argument("--valid_samples", type=number(int, 1), metavar="N", help=text)
@@ -211,27 +216,27 @@ def check_search(args: argparse.Namespace) -> None:
 
 def search_loaders(
     args: argparse.Namespace,
-    train: data.Images,
-    valid: data.Images,
-    augmentation: data.Augmentation,
+    train: Images,
+    valid: Images,
+    augmentation: Augmentation,
     device: torch.device,
 ) -> tuple[loaders.Loader, loaders.Loader]:
     """Return the training and the validation loader, each with a random number generator of its own.
 
     Raises UserError for a split that is empty or too small for its batches.
     """
-    data.check_batch(args.batch_size, train)
+    loaders.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty: use a smaller --train_portion, or more images")
     if args.bn == "batch":
-        data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
+        loaders.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
     train_loader = loaders.make_loader(
         train,
         args.batch_size,
         augmentation,
         device,
-        generator=seeds.generator(args, "training images"),
+        generator=seeds.generator(args, seed_roles.TRAINING_IMAGES),
         cutout=cutout,
         augment=True,
     )
@@ -240,7 +245,7 @@ def search_loaders(
         args.valid_batch_size,
         augmentation,
         device,
-        generator=seeds.generator(args, "validation images"),
+        generator=seeds.generator(args, seed_roles.VALIDATION_IMAGES),
         cutout=cutout,
         augment=args.valid_transform == "train",
         shared=False,  # processes share the individuals, so each of them needs every validation image
@@ -258,7 +263,7 @@ def check_training_step(setup: SearchSetup) -> str:
         return F.cross_entropy(setup.forward(compile=compile)(network, x, alphas), y)
 
     loader = setup.train_loader
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = setup.network.classifier.out_features
     return self_check.self_check(setup.network, loss, images, loader.image_shape, classes, setup.args)
 
@@ -266,25 +271,31 @@ def check_training_step(setup: SearchSetup) -> str:
 def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
     """Return whether --resume names a search that has come to its end, and if so, say it. Raises UserError."""
     files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
-    finished = runs.is_finished(args, [*files, *space.genotype_files, *baselines.FILES])
+    finished = runs.is_finished(
+        args,
+        SETTINGS,
+        completed=args.epochs,
+        files=[*files, *space.genotype_files, *baselines.FILES],
+        last_file="report.html",
+    )
     if finished:
         distributed.say(f"{args.resume} is finished")
     return finished
 
 
-def run_search(search: Callable, setup: SearchSetup, prog: str, bound: dict) -> None:
+def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
     """Open the run directory, call search(setup, run), and write what a finished search has.
 
-    `prog` is the script or module of the command line. `bound` holds what must be the same when the run is resumed,
+    `prog` is the script or module of the command line. `inputs` holds what must be the same when the run is resumed,
     such as its data. Raises UserError.
     """
     setup.costs.check()
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
-    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **bound}) as run:
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
         run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
-        run.log(data.counts_text(bound["data"]))
+        run.log(counts_text(inputs["data"]))
         if checked:
             run.log(checked)
         state = search(setup, run)
@@ -294,17 +305,17 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, bound: dict) -> 
             run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
         if not baselines.are_there(run):
             # The same images for every run, so that results can be compared.
-            setup.valid_loader.generator = baselines.generator(setup.args, "final validation images")
+            setup.valid_loader.generator = baselines.generator(setup.args, seed_roles.FINAL_VALIDATION_IMAGES)
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
-        report.finish(run, best)
+        report.finish_run(run, best, setup.space.view)
 
 
-def open_run(setup: SearchSetup, prog: str, bound: dict) -> runs.Run:
+def open_run(setup: SearchSetup, prog: str, inputs: dict) -> runs.Run:
     """Make the run directory, or open the one that --resume names. Raises UserError."""
     args = setup.args
     if args.resume:
-        return runs.Run.resume(args.resume, args, **bound)
+        return runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
-    return runs.Run.create(args.dir, name, args, prog, new_name=not args.run_name, **bound)
+    return runs.Run.create(args.dir, name, args, prog, SETTINGS, inputs=inputs, new_name=not args.run_name)

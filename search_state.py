@@ -8,11 +8,12 @@ import torch
 
 import baselines
 import genotype_files
+import seed_roles
 import utils
 from costs import Costs
 from evolution import next_generation, non_dominated, ranks
 from search_cli import SearchSetup, SearchSpace
-from support import runs, seeds
+from support import checkpoints, runs, seeds
 from support.files import atomic_write, make_folder
 from training import TrainingSettings, TrainingState, make_optimizer
 
@@ -31,7 +32,7 @@ class SearchState(TrainingState):
 
     def __init__(self, setup: SearchSetup):
         args = setup.args
-        self.breeding = seeds.generator(args, "population")
+        self.breeding = seeds.generator(args, seed_roles.POPULATION)
         super().__init__(
             setup.network,
             make_optimizer(setup.network.parameters(), args, nesterov=setup.space.nesterov),
@@ -50,7 +51,8 @@ class SearchState(TrainingState):
         """Take over what `state_dict` returned. Raises ValueError, or what a dict and torch raise, if it cannot be."""
         super().load_state_dict(state)
         for alphas in [*self.alphas, *self.archive.values()]:
-            if runs.kind(alphas) != runs.kind(self.alphas[0]) or not ((alphas >= 0) & (alphas < 1)).all():
+            same_shape = checkpoints.shape_of(alphas) == checkpoints.shape_of(self.alphas[0])
+            if not same_shape or not ((alphas >= 0) & (alphas < 1)).all():
                 raise ValueError("an individual has another shape, or genes outside [0, 1)")
         if ((self.fitness < 0) | (self.fitness > 100)).any():
             raise ValueError("a fitness is outside 0 to 100 %")
@@ -137,7 +139,7 @@ def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
         if "best_genotype" in run.rows[-1]:
             for name in space.genotype_files:
                 genotype_files.save(space.cell(state.alphas[0]), run.path / name)
-    run.save_weights(state.network, "weights.pt", {"space": space.name})
+    run.save_weights(state.network, "weights.pt", {"space": space.view.name})
 
 
 def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> None:

@@ -1,14 +1,18 @@
-"""Test the weights of a retrained network on CIFAR-100, your own image folder or the digits."""
+"""Test the weights of a retrained network on CIFAR-100, on your own image folder or on the digits.
+
+Example: python test_cifar100.py --dir runs/eval-EXP-20260101-120000
+"""
+
+from support.cli import command
 
 from collections.abc import Sequence
 
 import retrained
-from support.cli import command
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict:
-    return retrained.test("test_cifar100.py", ["cifar100", "folder", "digits"], argv)
+    return retrained.test("test_cifar100.py", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
-"""Test the weights of a network for ImageNet on DATA/val/CLASS/, ImageNet16-120 or your own image folder."""
+"""Test the weights of a network for ImageNet on ImageNet, in DATA/val/CLASS/, or on your own image folder.
+
+Networks of NAS-Bench-201 can be tested on ImageNet16-120.
+Example: python test_imagenet.py --arch EvNASA --model_path EvNAS_A_imagenet_model_best.pth.tar
+"""
+
+from support.cli import command
 
 from collections.abc import Sequence
 
 import retrained
 from recipes import IMAGENET
-from support.cli import command
-
-DATASETS = ["imagenet", "ImageNet16-120", "folder"]
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict:
-    return retrained.test("test_imagenet.py", DATASETS, argv, recipe=IMAGENET, batch_size=128)
+    return retrained.test("test_imagenet.py", __doc__, argv, recipe=IMAGENET, batch_size=128)
 
 
 if __name__ == "__main__":

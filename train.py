@@ -1,14 +1,16 @@
 """Retrain a cell from scratch, with the paper's recipe or NAS-Bench-201's, and test it after each epoch.
 
 The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, a folder of your own or the digits.
-To use several GPUs or machines: torchrun --nproc_per_node=N train.py ...
+
+  python train.py --arch EvNASA --auxiliary --cutout --dir runs             the paper's first cell on CIFAR-10
+  python train.py --dir runs/search-20260101-120000 --auxiliary --cutout    the cell of a search
+  torchrun --nproc_per_node=4 train.py --arch EvNASA --dir runs ...         on four GPUs
 """
 
-from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, Published, command, file_name, number
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -23,23 +25,29 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import baselines
-import data
+import datasets
 import genotype_files
+import image_folder
 import loaders
 import memory
-import nas201.data
-import nas201.report  # registers arch strings with the drawings and the report
 import retrained
+import seed_roles
 import shared_flags
 import utils
+from augment import Augmentation
 from genotypes import Cell
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
+from reporting.views import view_of
 from retrained import CellChoice, Loader, NetworkSettings
-from support import devices, distributed, runs, seeds, self_check
+from run_settings import SETTINGS
+from shared_flags import MOST
+from splits import Files, Split, check_alike, counts_text, describe, subsample
+from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
+from views import VIEWS
 
 # Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
@@ -53,26 +61,22 @@ def make_parser() -> Parser:
     """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
 
     def default(name):
-        values = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
-        small, imagenet, nas201 = ("none" if value is None else value for value in values)
+        small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
         return f"(default: {small}; recipe imagenet: {imagenet}; recipe nas201: {nas201})"
 
     parser = Parser(prog="train.py", description=__doc__)
     add_cell_arguments(parser.add_argument_group("cell to retrain"))
 
     group = parser.add_argument_group("images")
-    data.add_data_arguments(group, None, retrained.DATA)
+    datasets.add_data_arguments(group, parser.prog)
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
-    datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
-    text = "images to train and test on; folder: your own in DATA/train/CLASS/ and DATA/test/CLASS/"
-    group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
     shared_flags.add_training_image_arguments(group)
     shared_flags.add_workers(group)
 
     group = parser.add_argument_group("network")
     text = (
-        f"network and defaults: cifar for images of up to {data.SMALL} pixels a side, imagenet for larger ones, "
-        "nas201 for arch strings (default: what the cell and the images need)"
+        f"network and defaults: cifar for images of up to {image_folder.SMALL} pixels a side, imagenet for larger "
+        "ones, nas201 for arch strings (default: what the cell and the images need)"
     )
     group.add_argument("--recipe", choices=RECIPES, help=text)
     text = f"channels of the first cells; more make a larger and slower network {default('init_channels')}"
@@ -135,7 +139,7 @@ def cell_to_retrain(args: argparse.Namespace) -> CellChoice:
     """Return the cell that the command line asks for. Raises UserError."""
     if args.resume:
         # A run has its own copy of the cell: the search that found it may have continued since.
-        with runs.required_file():
+        with resume_args.required_file():
             source = Path(args.resume) / "genotype.json"
             return CellChoice(genotype_files.load(source), source)
     if args.pick:
@@ -167,9 +171,9 @@ def check_parallel(device: torch.device) -> None:
 class Splits(NamedTuple):
     """The images of a retraining."""
 
-    train: data.Images | data.Files
-    test: data.Images | data.Files
-    augmentation: data.Augmentation
+    train: Split
+    test: Split
+    augmentation: Augmentation
 
 
 def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
@@ -179,28 +183,27 @@ def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
     """
     if args.recipe and (args.recipe == "nas201") != isinstance(cell, str):
         raise UserError(f"--recipe {args.recipe} does not fit this cell: arch strings need nas201, other cells do not")
-    if args.data is None:
-        args.data = data.FOLDERS.get(args.dataset, "../data")
-    if isinstance(cell, str) or args.recipe == "cifar":
-        in_memory = True
+    args.data = datasets.find_folder(args.dataset, args.data)
+    recipe = "nas201" if isinstance(cell, str) else args.recipe
+    if datasets.stays_on_disk(args.dataset, args.image_size, recipe):
+        read = functools.partial(datasets.list_files, image_size=args.image_size)
     else:
-        in_memory = None if args.recipe is None else False  # None: the images' size decides
-    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
-    train = nas201.data.load(args.dataset, args.data, "train", **settings)
-    test = nas201.data.load(args.dataset, args.data, "test", **settings)
+        read = functools.partial(datasets.load_images, image_size=args.image_size, cache=args.image_cache)
+    train = read(args.dataset, args.data, "train")
+    test = read(args.dataset, args.data, "test")
 
     args.recipe = args.recipe or retrained.choose_recipe(cell, train)
     if args.recipe != "imagenet":
-        data.check_in_memory(train)
-    train_description = data.describe(train=train)
-    test_description = data.describe(test=test)
-    data.check_alike("the training images", train_description, f"the test images of {args.data}", test_description)
+        image_folder.check_in_memory(train)
+    train_description = describe(train=train)
+    test_description = describe(test=test)
+    check_alike("the training images", train_description, f"the test images of {args.data}", test_description)
     fill_in_recipe(args)
 
     augmentation = retrained.choose_augmentation(cell, args.dataset, train)
-    train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
-    large = isinstance(train, data.Files)
-    data.check_batch(args.batch_size, train, args.auxiliary and not large)
+    train = subsample(train, args.train_samples, seeds.generator(args, seed_roles.SPLIT))
+    large = isinstance(train, Files)
+    loaders.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
         raise UserError("--cutout is for small images in memory: the ImageNet recipe has no cutout")
     if args.drop_path_prob and args.recipe == "nas201":
@@ -222,7 +225,7 @@ def make_loaders(args: argparse.Namespace, splits: Splits, device: torch.device)
         args.batch_size,
         splits.augmentation,
         device,
-        generator=seeds.generator(args, "training images"),
+        generator=seeds.generator(args, seed_roles.TRAINING_IMAGES),
         augment=True,
         cutout=args.cutout and args.cutout_length,
         workers=args.workers,
@@ -365,8 +368,8 @@ def train_epoch(
 ) -> dict:
     """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
     loader = state.train_loader
-    full_batch = loaders.images_per_process(loader)
-    first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
+    full_batch = loader.full_batch
+    first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
     def inputs_of(step):
         # Drop path draws from the device's global generator. It gets a seed of its own for each step and
@@ -389,7 +392,7 @@ def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Lo
     def loss(network, x, y, compile):
         return training_loss(args, network, x, y, compile)[0]
 
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = network.classifier.out_features
     return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
 
@@ -399,15 +402,15 @@ def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Lo
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = runs.parse(make_parser(), argv)
+    args = resume_args.parse(make_parser(), argv, SETTINGS)
     cell, source = cell_to_retrain(args)
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
         check_parallel(device)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
 
     splits = load_splits(args, cell)
-    large = isinstance(splits.train, data.Files)
+    large = isinstance(splits.train, Files)
     train_loader, test_loader = make_loaders(args, splits, device)
     settings = NetworkSettings(
         cell=cell,
@@ -419,7 +422,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         auxiliary=args.auxiliary,
     )
     memory.check_training(estimate_memory(settings, args), args, (train_loader, test_loader), device)
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = retrained.make_network(settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
@@ -436,28 +439,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         "layers": args.layers,
         "auxiliary": args.auxiliary,
     }
-    description = data.describe(train=splits.train, test=splits.test)
-    bound = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
+    description = describe(train=splits.train, test=splits.test)
+    inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
     checked = None
     if self_check.is_needed(args, device):  # before the run directory is made
         checked = check_training_step(args, network, train_loader)
     if args.resume:
-        run = runs.Run.resume(args.resume, args, **bound)
+        run = runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     else:
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir or ".", name, args, "train.py", **bound)
+        run = runs.Run.create(args.dir or ".", name, args, "train.py", SETTINGS, inputs=inputs)
     with run:
         if run.writes and not run.state:
             genotype_files.save(cell, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
         run.log(f"cell from {source}: {cell}")
         parameters = utils.parameters_in_millions(network)
-        run.log(f"parameters {parameters:.2f} M, {data.counts_text(description)}")
+        run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:
             run.log(checked)
         warmup = large and args.batch_size > LARGE_BATCH
         retrain(args, network, train_loader, test_loader, warmup, about, run)
-        report.finish(run, cell)
+        report.finish_run(run, cell, view_of(cell, VIEWS))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
 """Search for a cell in the DARTS space (S1) with EvNAS: a genetic algorithm over the shared weights of one supernet."""
 
-from support.cli import MOST, command, number  # first, so that Ctrl-C ends even the imports in one line
-
-# isort: split
+from support.cli import command, number
 
 import argparse
 import math
@@ -11,23 +9,28 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import data
+import datasets
 import encoding
 import fast_search
 import genotype_files
 import genotypes
 import memory
 import search_cli
+import seed_roles
 from costs import s1_table
 from evolution import VARIANTS
 from fitness import unique
 from model import NetworkCIFAR
 from model_search import Network
 from recipes import CIFAR
+from run_settings import SETTINGS
 from search_cli import SearchSetup, SearchSpace
 from search_state import SearchState, population_fields, restore_results, save_generation, speed_fields
-from support import devices, runs, seeds
+from shared_flags import MOST
+from splits import describe
+from support import devices, resume_args, runs, seeds
 from training import set_learning_rate, train_one_epoch
+from views import DARTS
 
 
 def search(setup: SearchSetup, run: runs.Run) -> SearchState:
@@ -98,7 +101,7 @@ def cosine(high: float, low: float, progress: float) -> float:
 class S1(SearchSpace):
     """The DARTS space."""
 
-    name = "s1"
+    view = DARTS
     encoding = encoding
     fast = fast_search
     genotype_files = genotype_files.FILES
@@ -127,7 +130,7 @@ class S1(SearchSpace):
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command: the flags of both spaces, and those of the DARTS space."""
-    parser = search_cli.search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
+    parser = search_cli.search_parser("train_search.py", __doc__)
     group = parser.add_argument_group("DARTS space")
     group.add_argument(
         "--layers", type=number(int, 1, MOST.cells), default=8, metavar="N", help="cells of the supernet"
@@ -146,24 +149,24 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Search in the DARTS space."""
     parser = make_parser()
-    args = runs.parse(parser, argv)
+    args = resume_args.parse(parser, argv, SETTINGS)
     search_cli.check_search(args)
     if search_cli.is_finished(args, S1):
         return
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args)
-    train, valid, augmentation = data.search_splits(args)
+    runs.check_arguments_alike(args, SETTINGS)
+    train, valid, augmentation = datasets.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
     candidates = tuple(genotypes.PRIMITIVES) * 14  # of a cell: every operation on every edge
     cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), candidates, candidates)
     needs = memory.supernet("s1", cells, args)
     memory.check_search(needs, args, [train_loader, valid_loader], device, 2 * len(candidates))
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))
-    bound = {"data": data.describe(train=train, valid=valid)}
+    inputs = {"data": describe(train=train, valid=valid)}
     setup = SearchSetup(args, S1(), network, train_loader, valid_loader)
-    search_cli.run_search(search, setup, parser.prog, bound)
+    search_cli.run_search(search, setup, parser.prog, inputs)
 
 
 if __name__ == "__main__":

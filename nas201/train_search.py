@@ -1,8 +1,6 @@
 """Search for a cell of NAS-Bench-201 (S2) with EvNAS; a benchmark table tells each generation's true accuracy."""
 
-from support.cli import MOST, Published, command, number  # first, so that Ctrl-C ends even the imports in one line
-
-# isort: split
+from support.cli import Published, command, number
 
 import argparse
 import math
@@ -15,16 +13,21 @@ from torch import nn
 
 import memory
 import search_cli
+import seed_roles
+from augment import inside
 from baselines import Group
-from data import describe
-from loaders import Loader, inside
+from loaders import Loader
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
+from nas201.report import NAS_BENCH_201
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
+from run_settings import SETTINGS
 from search_cli import Remarks, SearchSetup, SearchSpace
-from support import devices, distributed, runs, seeds
+from shared_flags import MOST
+from splits import describe
+from support import devices, distributed, resume_args, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import search  # the loop of the paper
 
@@ -56,7 +59,7 @@ class S2(SearchSpace):
     if the table does not have it.
     """
 
-    name = "s2"
+    view = NAS_BENCH_201
     encoding = encoding
     fast = fast_search
     genotype_files = ("genotype.json",)
@@ -199,7 +202,7 @@ def cutout_text(loader: Loader) -> str:
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command: the flags of both spaces, and those of NAS-Bench-201."""
     defaults = {"bn": "running", "valid_transform": "test", "baselines": 100}
-    parser = search_cli.search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
+    parser = search_cli.search_parser("python -m nas201.train_search", __doc__, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
     text = "cells in each of the three stages of the supernet"
     group.add_argument("--num_cells", type=number(int, 1, MOST.cells), default=5, metavar="N", help=text)
@@ -236,7 +239,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Search in the NAS-Bench-201 space."""
     parser = make_parser()
-    args = runs.parse(parser, argv)
+    args = resume_args.parse(parser, argv, SETTINGS)
     search_cli.check_search(args)
     if config_path := vars(args).pop("config_path", None):
         check_config(config_path, args)
@@ -248,7 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             distributed.say(f"no true accuracies: {PUBLISHED_TABLE} does not exist, and --api_path is not given")
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
@@ -258,18 +261,18 @@ def main(argv: list[str] | None = None) -> None:
     cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), candidates)
     needs = memory.supernet("s2", cells, args)
     memory.check_search(needs, args, [train_loader, valid_loader], device, len(candidates))
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = Network(
         args.init_channels, args.num_cells, len(train.classes), track_running_stats=args.track_running_stats
     )
     network = network.to(device, memory_format=devices.memory_format(device))
-    bound = {
+    inputs = {
         "data": describe(train=train, valid=valid),
         "table": digest(args.api_path) if args.api_path else args.api_path,
         "split": digest(args.split_file) if args.split_file else args.split_file,
     }
     setup = SearchSetup(args, space, network, train_loader, valid_loader)
-    search_cli.run_search(search, setup, parser.prog, bound)
+    search_cli.run_search(search, setup, parser.prog, inputs)
 
 
 if __name__ == "__main__":

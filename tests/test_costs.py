@@ -16,10 +16,9 @@ from nas201 import benchmark
 from nas201.genotypes import from_arch_string
 from nas201.model import cost_table as s2_table
 from nas201.sources import ALLOWED, unpacked
-from support import runs
 from support.files import restricted_unpickle
 
-from helpers import S2_SEARCH_LINE, populations, s2_search, search, search_line
+from helpers import S2_SEARCH_LINE, load_checkpoint, populations, read_history, s2_search, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -80,14 +79,14 @@ def test_winners_meet_a_tight_budget(tmp_path, space, seed):
         run = s2_search(tmp_path, *flags)
         limits, decode = (0.3, 3), nas201.train_search.encoding.decode
         fixed, choices = s2_table(16, 5, 10, (3, 8, 8))
-    for (alphas, fitness), line in zip(populations(run), runs.read_history(run), strict=True):
+    for (alphas, fitness), line in zip(populations(run), read_history(run), strict=True):
         counts = torch.stack([fixed + choices[one_hot.bool()].sum(0) for one_hot in decode(alphas)]).double() / 1e6
         excess = (counts / torch.tensor(limits, dtype=torch.float64) - 1).clamp(min=0).sum(1)
         ranked = sorted(zip(excess.tolist(), (-fitness).tolist(), strict=True))
         assert list(zip(excess.tolist(), (-fitness).tolist(), strict=True)) == ranked  # feasible first, then fitness
         assert line["feasible"] == (excess == 0).sum()
         assert [line["parameters_M"], line["mult_adds_M"]] == counts[0].tolist()
-    assert excess[0] == 0 and runs.read_history(run)[0]["feasible"] < len(excess)  # met at last, and it was tight
+    assert excess[0] == 0 and read_history(run)[0]["feasible"] < len(excess)  # met at last, and it was tight
 
 
 @pytest.mark.parametrize(
@@ -123,7 +122,7 @@ def test_a_search_says_that_nothing_met_its_budget(tmp_path, capsys):
     flags = ["--max_mult_adds", 0.49, "--pop_size", 2, "--tsize", 1, "--epochs", 1]
     run = s2_search(tmp_path, *flags)
     assert "no individual of the last generation meets the budget" in capsys.readouterr().out
-    assert runs.read_history(run)[0]["feasible"] == 0
+    assert read_history(run)[0]["feasible"] == 0
 
 
 def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
@@ -136,13 +135,13 @@ def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(costs.Costs, "measure_latency", measure)
     run = search(tmp_path, max_latency=5.5, epochs=2)
     assert len(measured) == len(set(measured)) >= 4  # each cell once
-    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["latency"] == {cell: i + 1.0 for i, cell in enumerate(measured)}
     before = list(measured)
     (run / "report.html").unlink()
     train_search.main(["--resume", str(run)])
     assert measured == before
-    assert all(line["latency_ms"] <= 5.5 for line in runs.read_history(run))
+    assert all(line["latency_ms"] <= 5.5 for line in read_history(run))
 
 
 def test_latency_of_a_network(tmp_path):

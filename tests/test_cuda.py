@@ -21,11 +21,11 @@ import nas201.fast_search
 import nas201.model_search
 import train_search
 from encoding import decode, random_alphas
-from support import devices, runs
+from support import devices
 from training import TrainingSettings, TrainingState, make_optimizer, plain_forward, train_one_epoch
 
 from golden import fill
-from helpers import history, retrain, search
+from helpers import history, load_checkpoint, retrain, search
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -121,7 +121,7 @@ def test_recorded_retraining_draws_the_same_drop_path(tmp_path):
 def test_a_search_on_a_card_is_resumed(tmp_path):
     whole = search(tmp_path, device="cuda", epochs=2)
     assert len(history(whole)) == 2
-    checkpoint = runs.load_checkpoint(whole / "checkpoint.prev.pt")
+    checkpoint = load_checkpoint(whole / "checkpoint.prev.pt")
     assert checkpoint["completed"] == 1
     (whole / "checkpoint.prev.pt").replace(whole / "checkpoint.pt")
     train_search.main(["--resume", str(whole)])

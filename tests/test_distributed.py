@@ -16,18 +16,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import data
+import datasets
 import loaders
 import train
 import train_search
 from encoding import decode, random_alphas
 from fitness import measure_fitness
 from model_search import Network
-from support import devices, distributed, runs
+from support import devices, distributed
 from support.files import UserError
 from training import TrainingSettings, TrainingState, train_one_epoch
 
-from helpers import checkpoint_bytes
+from helpers import checkpoint_bytes, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
@@ -78,8 +78,8 @@ def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
 
 
 def digits_loader(shared=True):
-    digits = data.load("digits", None, "test")
-    return loaders.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=shared)
+    digits = datasets.load_images("digits", None, "test")
+    return loaders.Loader(digits, 100, datasets.augmentation("digits", digits), torch.device("cpu"), shared=shared)
 
 
 def train_one_layer(wrapped):
@@ -178,7 +178,7 @@ def wait_for_lines(process, path, count):
 
 def finish(main, run, epochs):
     """Resumes a run, shortened so that the test ends, in this process."""
-    args, state = json.loads((run / "args.json").read_text()), runs.load_checkpoint(run / "checkpoint.pt")
+    args, state = json.loads((run / "args.json").read_text()), load_checkpoint(run / "checkpoint.pt")
     args["args"]["epochs"] = state["bound"]["args"]["epochs"] = epochs
     (run / "args.json").write_text(json.dumps(args))
     state |= {name: json.dumps(state[name]) for name in ("bound", "history")}
@@ -219,7 +219,7 @@ def test_torchrun_is_interrupted(tmp_path, script, argv, number):
     assert f"continue with: python {Path(script.__file__).name} --resume {history.parent}" in line
     completed, checkpoint = (
         len(history.read_text().splitlines()),
-        runs.load_checkpoint(history.parent / "checkpoint.pt"),
+        load_checkpoint(history.parent / "checkpoint.pt"),
     )
     assert checkpoint["completed"] == completed and checkpoint["partial"]["steps"] > 0
     finish(script.main, history.parent, completed + 1)

@@ -17,11 +17,12 @@ import pytest
 import torch
 from PIL import Image
 
-import data
+import datasets
 import genotype_files
 import genotypes
 import nas201.train_search
 import search_cli
+import splits
 import test_cifar
 import test_cifar100
 import test_imagenet
@@ -30,6 +31,7 @@ import train_search
 from model import NetworkCIFAR
 from reporting import report
 from support import cli, devices, files, weights
+from views import VIEWS
 
 from helpers import reported_run
 
@@ -349,7 +351,7 @@ def test_an_image_of_another_size(fails, make_images, main, argv):
         main, [*argv, "--dataset", "folder", "--data", root]
     )
     Image.new("RGB", (16, 16)).save(root / split / "cat/2.jpg")
-    assert isinstance(data.load("folder", root, split), data.Files)
+    assert isinstance(datasets.load_images("folder", root, split), splits.Files)
 
 
 def test_a_link_to_nothing(fails, make_images):
@@ -408,7 +410,7 @@ def test_float32_is_the_default_on_a_card(card, parser):
         ("--device meta", "device meta cannot be used"),
         ("--weight_decay 1e39", "--weight_decay: 1e39 is not a finite number"),
         ("--train_portion 1", "the validation split is empty"),
-        ("--dir /dev/null/x", "cannot make the run directory /dev/null/x"),
+        ("--dir /dev/null/x", "cannot make the run directory"),
     ],
 )
 def test_arguments(fails, flags, message):
@@ -460,12 +462,12 @@ def test_resume(fails, tmp_path):
     train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path)])
     retrained = next(tmp_path.glob("eval-*"))
     line = fails(train_search.main, ["--resume", "found", "--pop_size", "3"])
-    assert "--pop_size 3: found was started with 2; leave the argument out" in line
+    assert "--pop_size 3: found was started with 2" in line
     line = fails(train_search.main, ["--resume", "found", "--cutout"])
     assert "--cutout True: found was started with False" in line
     assert "--arch EvNASB: " in fails(train.main, ["--resume", retrained, "--arch", "EvNASB"])
-    assert "found holds no run of train.py" in fails(train.main, ["--resume", "found"])
-    assert "holds no run of train_search.py" in fails(train_search.main, ["--resume", retrained])
+    assert "found/args.json: this is not a run of train.py" in fails(train.main, ["--resume", "found"])
+    assert "not a run of train_search.py" in fails(train_search.main, ["--resume", retrained])
     assert "nowhere/args.json" in fails(train_search.main, ["--resume", "nowhere"])
     (tmp_path / "found/checkpoint.pt").write_text("")
     assert "checkpoint.pt" in fails(train_search.main, ["--resume", "found"])
@@ -630,7 +632,7 @@ def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)
-    page = Path(report.write_report(run)).read_text()
+    page = Path(report.write_report(run, VIEWS)).read_text()
     assert r"\x1b[31m\u202ered" in page and "\x1b" not in page and "\u202e" not in page
 
 
@@ -651,7 +653,7 @@ def test_a_folder_of_a_run_that_is_a_link(fails, tmp_path, name):
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / name).symlink_to(tmp_path / "elsewhere")
     line = fails(train_search.main, [*SEARCH, "--valid_samples", "32", "--run_name", "found"])
-    assert f"found/{name} is a symbolic link, through which nothing is written: remove it" in line
+    assert f"found/{name}: " in line and "symbolic link" in line
 
 
 @pytest.fixture
@@ -665,9 +667,9 @@ def test_a_download_that_never_comes(fails, monkeypatch, capsys, silent_server):
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", silent_server)
-    monkeypatch.setattr(data, "DOWNLOAD_TIMEOUT", 0.2)
+    monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.2)
     said = []
-    monkeypatch.setattr(data.distributed, "say", said.append)
+    monkeypatch.setattr(datasets.distributed, "say", said.append)
     line = fails(train_search.main, ["--data", "no/where"])
     assert "cifar10 is not in no/where: downloading about 170 MB to it" in said
     assert "timed out" in line and "put the folder cifar-10-batches-py there" in line and "--dataset digits" in line

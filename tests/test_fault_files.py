@@ -28,24 +28,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
 import genotype_files
 import genotypes
+import imagenet16
 import nas201.data
 import retrained
 import test_cifar
 import train
 import train_search
 import visualize
-from nas201 import benchmark, imagenet16, summary
+from nas201 import benchmark, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
 from reporting import report
-from support import files, images, runs, weights
+from support import files, images, weights
 from support.files import UserError
+from views import DARTS, VIEWS
 
 import faults
 from faults import COUNTS, few, outcome, quick_report, saved
-from helpers import Call, bomb, reported_run
+from helpers import Call, bomb, load_checkpoint, reported_run
 
 counted, process = faults.counted, faults.process
 
@@ -135,7 +136,7 @@ def valid_summary(name, folder):
         tau = {"random architectures": {"architectures": 3, "fitness": 0.3, "parameters": 0.5}}
         worth = {"winner": {"fitness": 9.5}, "sentence": "better", "retrain": "train.py", "kendall_tau": tau}
         files.write_json(run / "baselines.json", worth)
-        report.write_report(run)
+        report.write_report(run, VIEWS)
     return folder / "search-digits-seed19" / name, summary.main, [folder, "digits"]
 
 
@@ -184,13 +185,13 @@ READERS = {
     "genotype.pickle": genotype_files.load,
     "weights.pt": lambda path: weights.load_weights(torch.nn.Linear(3, 2), path),
     "weights.json": lambda path: retrained.load(path.with_name("weights.pt")),
-    "checkpoint.pt": runs.load_checkpoint,
+    "checkpoint.pt": load_checkpoint,
     "table.pth": benchmark.load,
     "table.csv.xz": benchmark.load,
     "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),
     "000001.pickle.pbz2": lambda path: benchmark.load(path.parent).accuracy(1, "cifar10", "test"),
-    "001.npz": lambda path: report.operation_shares(path, report.SPACES["s1"]),
-    "val_data": lambda path: imagenet16._read_batch(path.parent, path.name),
+    "001.npz": lambda path: report.operation_shares(path, DARTS),
+    "val_data": lambda path: imagenet16.read_batch(path.parent, path.name),
 }
 
 
@@ -444,7 +445,7 @@ def test_mutated_images(tmp_path, capfd):
         content = mutated(content, luck.choice(contents)[1], luck)
         path.write_bytes(with_checksums(content) if format == "PNG" and i % 2 else content)
         try:
-            image = data.open_image(path)
+            image = images.open_image(path)
             assert image.mode == "RGB"
             COUNTS[f"mutated image, {format}"]["read"] += 1
         except UserError as error:

@@ -14,20 +14,22 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import data
+import datasets
 import genotype_files
 import genotypes
 import loaders
 import retrained
+import seed_roles
+import splits
 import test_cifar
 import test_imagenet
 import train
 import train_search
 import training
 from model import NetworkCIFAR, NetworkImageNet
-from support import runs, seeds, weights
+from support import seeds, weights
 
-from helpers import ARCH_WITH_DEAD_END, history, retrain, train_line
+from helpers import ARCH_WITH_DEAD_END, history, load_checkpoint, retrain, train_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -78,9 +80,9 @@ def test_no_device_needs_float64(tmp_path):
 def test_reported_figures_are_those_of_a_plain_evaluation(finished):
     network = NetworkCIFAR(4, 10, 3, False, genotypes.EvNASB).eval()
     network.load_state_dict(torch.load(finished / "weights/weights.pt", weights_only=True))
-    pixels = data.load("digits", None, "train").images.double() / 255
+    pixels = datasets.load_images("digits", None, "train").images.double() / 255
     mean, std = pixels.mean((0, 2, 3)).view(3, 1, 1), pixels.std((0, 2, 3), correction=0).view(3, 1, 1)
-    test = data.load("digits", None, "test")
+    test = datasets.load_images("digits", None, "test")
     with torch.no_grad():
         logits, _ = network(((test.images.double() / 255 - mean) / std).float())
     wrong_before = (logits > logits.gather(1, test.labels.view(-1, 1))).sum(1)  # classes rated above the right one
@@ -244,13 +246,13 @@ def test_the_loss_has_smooth_labels_and_the_auxiliary_head(make_images, tmp_path
     argv = dict(dataset="folder", data=root, train_samples=24, batch_size=24, epochs=1)
     run = retrain(tmp_path, "--auxiliary", auxiliary_weight=0.25, label_smooth=label_smooth, **argv)
 
-    images = data.load("folder", root, "train")
+    images = datasets.load_images("folder", root, "train")
     seeded = Namespace(seed=18, seed_scheme=2)
-    images = data.subsample(images, 24, seeds.generator(seeded, "split"))
-    recipe = data.augmentation("folder", images)
-    generator = seeds.generator(seeded, "training images")
+    images = splits.subsample(images, 24, seeds.generator(seeded, seed_roles.SPLIT))
+    recipe = datasets.augmentation("folder", images)
+    generator = seeds.generator(seeded, seed_roles.TRAINING_IMAGES)
     (x, y), *_ = loaders.make_loader(images, 24, recipe, torch.device("cpu"), generator=generator, augment=True)
-    torch.manual_seed(seeds.derive(18, "weights", 2))
+    torch.manual_seed(seeds.derive(18, seed_roles.WEIGHTS, 2))
     network = NetworkCIFAR(4, 3, 3, True, genotypes.EvNASB).to(memory_format=torch.channels_last)
     logits, logits_aux = network(x)
     loss = smoothed_cross_entropy(logits, y, label_smooth) + 0.25 * smoothed_cross_entropy(logits_aux, y, label_smooth)
@@ -272,7 +274,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails):
     line = fails(train.main, train_line(), new_files=True)
     assert "epoch 2/3, step 2: the loss is" in line
     run = next(tmp_path.glob("eval-*"))
-    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["completed"] == 1 and all(value.isfinite().all() for value in checkpoint["network"].values())
     assert len(history(run)) == 1
 
@@ -283,7 +285,7 @@ def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
     line = fails(train.main, argv, new_files=True)
     assert "error: epoch 1/1" in line and "--learning_rate" in line
     run = next(tmp_path.glob("eval-*"))
-    assert runs.load_checkpoint(run / "checkpoint.pt")["completed"] == 0
+    assert load_checkpoint(run / "checkpoint.pt")["completed"] == 0
     assert not {"weights", "history.jsonl"} & {path.name for path in run.iterdir()}
 
 
@@ -333,8 +335,8 @@ def test_imagenet_end_to_end(photos, tmp_path, capsys):
     argv = ["--model_path", str(weights), "--arch", "EvNASA", *size]
     tested = test_imagenet.main(argv)
     assert f"on {images} images" in capsys.readouterr().out
-    recipe = data.AUGMENTATION["imagenet"]
-    loader = loaders.make_loader(data.load("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
+    recipe = datasets.augmentation("imagenet")
+    loader = loaders.make_loader(datasets.list_files("imagenet", photos, "test"), 9, recipe, torch.device("cpu"))
     network.eval()
     with torch.no_grad():
         hits = [(network(x)[0].argmax(1) == y).tolist() for x, y in loader]
@@ -376,7 +378,7 @@ def test_a_recipe_and_a_size_are_for_images_of_any_size(make_images, tmp_path, f
         assert history(run) == [line]
     assert "trained with 32" in fails(test_imagenet.main, [*argv, "--dir", run, "--image_size", "64"])
     for words, message in [
-        (["--recipe", "nas201"], "is not for this cell"),
+        (["--recipe", "nas201"], "does not fit this cell"),
         (["--recipe", "cifar"], "must all have one size"),
         (["--recipe", "imagenet", "--image_size", "40"], "both sides must be multiples of 32"),
         (["--image_size", "30"], "both sides must be multiples of 4"),
