@@ -381,7 +381,9 @@ def test_a_card_without_bfloat16(card, fails):
     assert "Tesla T4 does not compute with bfloat16: leave --amp out" in line
 
 
-@pytest.mark.parametrize("parser", [search_cli.search_parser("", "", []), train.make_parser()], ids=["search", "train"])
+@pytest.mark.parametrize(
+    "parser", [search_cli.search_parser("train_search.py", ""), train.make_parser()], ids=["search", "train"]
+)
 def test_float32_is_the_default_on_a_card(card, parser):
     args = parser.parse_args(["--device", "cuda", "--gpu", "3"])
     assert devices.choose_device(args) == torch.device("cuda:3") and args.amp is False
@@ -544,7 +546,7 @@ def test_a_gpu_that_is_not_there(fails):
     for number in (0, 5):
         line = fails(train_search.main, [*SEARCH, "--gpu", number])
         assert f"--gpu {number}: there is no CUDA device here; leave it out or give --device cpu" in line
-    parser = search_cli.search_parser("", "", [])
+    parser = search_cli.search_parser("train_search.py", "")
     assert devices.choose_device(parser.parse_args([])).type == "cpu"
     assert devices.choose_device(parser.parse_args(["--gpu", "1", "--device", "cpu"])).type == "cpu"
     resumed = parser.parse_args(["--gpu", "0", "--resume", "run"])  # older versions saved it, given or not
