@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +28,7 @@ import train
 import train_search
 import training
 from model import NetworkCIFAR, NetworkImageNet
-from support import seeds, weights
+from support import seeds
 
 from helpers import ARCH_WITH_DEAD_END, history, load_checkpoint, retrain, train_line
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, quick_reports):
     return retrain(tmp_path_factory.mktemp("finished"), "--cutout", drop_path_prob=0.3)
 
 
@@ -51,7 +52,7 @@ def on_digits(*argv):
 
 
 @pytest.fixture(scope="module")
-def worsened(tmp_path_factory):
+def worsened(tmp_path_factory, quick_reports):
     """A retraining whose last epoch spoils the network, so that its last and its best weights differ."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "learning_rate", lambda args, epoch, warmup: [0.1, 0.1, 9.0][epoch])
@@ -221,8 +222,8 @@ def test_warmup_scales_the_first_five_epochs():
     assert linear_rates(250, warmup=True) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("epochs", range(1, 8))
-def test_linear_schedule_of_few_epochs_falls_and_stays_positive(epochs):
+@pytest.mark.parametrize("epochs", range(1, 6))
+def test_linear_schedule_without_the_first_slope_falls_and_stays_positive(epochs):
     rates = linear_rates(epochs, warmup=False)
     assert rates == sorted(set(rates), reverse=True)
     assert min(rates) > 0
@@ -292,7 +293,7 @@ ARCH_SIZES = dict(arch=ARCH_WITH_DEAD_END, layers=1, momentum=0.8)
 
 
 @pytest.fixture(scope="module")
-def finished_arch(tmp_path_factory):
+def finished_arch(tmp_path_factory, quick_reports):
     return retrain(tmp_path_factory.mktemp("finished_arch"), **ARCH_SIZES)
 
 
@@ -345,13 +346,15 @@ def smoothed_cross_entropy(logits, y, eps):
 AUXILIARY_WEIGHT = 0.25
 
 
-@pytest.fixture(params=[0.0, 0.3], ids=lambda value: f"smooth {value}")
-def one_step(request, make_images, tmp_path):
+@pytest.fixture(scope="module", params=[0.0, 0.3], ids=lambda value: f"smooth {value}")
+def one_step(request, write_images, tmp_path_factory, quick_reports):
     """(run, images, label smoothing) of a retraining of one step with the auxiliary head."""
-    root = make_images("train", 8, [(32, 32)])
-    make_images("test", 3, [(32, 32)])
+    folder = tmp_path_factory.mktemp("one_step")
+    root = folder / "images"
+    write_images(root, "train", 8, [(32, 32)])
+    write_images(root, "test", 3, [(32, 32)])
     argv = dict(dataset="folder", data=root, train_samples=24, batch_size=24, epochs=1)
-    run = retrain(tmp_path, "--auxiliary", auxiliary_weight=AUXILIARY_WEIGHT, label_smooth=request.param, **argv)
+    run = retrain(folder, "--auxiliary", auxiliary_weight=AUXILIARY_WEIGHT, label_smooth=request.param, **argv)
     return run, root, request.param
 
 
@@ -386,11 +389,11 @@ def test_parameters_leave_the_auxiliary_head_out(one_step):
     assert tested["parameters_M"] * 1e6 == sum(p.numel() for p in network.parameters())
 
 
-def test_weights_without_a_description_use_the_training_images_statistics(one_step):
+def test_weights_without_a_description_use_the_training_images_statistics(one_step, tmp_path):
     """The network is built without the head, whose weights are in the file."""
     run, root, _ = one_step
-    weights.info_path(run / "weights/weights.pt").unlink()
-    argv = ["--model_path", run / "weights/weights.pt", "--arch", "EvNASB", "--init_channels", 4, "--layers", 3]
+    shutil.copy(run / "weights/weights.pt", tmp_path / "w.pt")
+    argv = ["--model_path", tmp_path / "w.pt", "--arch", "EvNASB", "--init_channels", 4, "--layers", 3]
     tested = test_cifar.main(["--dataset", "folder", "--data", str(root), *map(str, argv)])
     assert tested["top1"] == history(run)[0]["test_top1"]
 
@@ -501,10 +504,11 @@ def test_large_images_of_a_folder_get_the_imagenet_recipe(make_images, tmp_path)
 # ---- a folder of images of any size, with a recipe and a size
 
 
-@pytest.fixture
-def mixed_images(make_images):
-    root = make_images("train", 4, [(40, 30), (33, 50)])
-    make_images("test", 2, [(30, 31)])
+@pytest.fixture(scope="module")
+def mixed_images(write_images, tmp_path_factory):
+    root = tmp_path_factory.mktemp("mixed_images")
+    write_images(root, "train", 4, [(40, 30), (33, 50)])
+    write_images(root, "test", 2, [(30, 31)])
     return root
 
 
@@ -516,11 +520,11 @@ def mixed_sizes(root):
 SIDES = {"cifar": 12, "imagenet": 32}
 
 
-@pytest.fixture(params=SIDES)
-def resized(request, mixed_images, tmp_path):
+@pytest.fixture(scope="module", params=SIDES)
+def resized(request, mixed_images, tmp_path_factory, quick_reports):
     """(recipe, run, command line of its test) of a retraining on resized images."""
     recipe = request.param
-    run = retrain(tmp_path / recipe, recipe=recipe, image_size=SIDES[recipe], **mixed_sizes(mixed_images))
+    run = retrain(tmp_path_factory.mktemp(recipe), recipe=recipe, image_size=SIDES[recipe], **mixed_sizes(mixed_images))
     test = ["--dataset", "folder", "--data", str(mixed_images), "--device", "cpu", "--workers", "0", "--dir", str(run)]
     return recipe, run, test
 
