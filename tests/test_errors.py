@@ -324,7 +324,7 @@ def test_cutout_of_large_images(fails, make_images):
     root = make_images("train", 2, [(80, 70)])
     make_images("test", 1, [(80, 70)])
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root, "--train_samples", "6", "--batch_size", "6"]
-    assert "--cutout is for small images" in fails(train.main, [*argv, "--cutout"])
+    assert "--cutout is not part of the ImageNet recipe" in fails(train.main, [*argv, "--cutout"])
     argv = [*SEARCH, "--dataset", "folder", "--data", root]
     line = fails(train_search.main, argv)
     assert "must all have one size of at most 64 pixels" in line and f"{root}/train/ant/0.jpg 80x70" in line
