@@ -431,7 +431,7 @@ def test_a_single_pixel_that_batch_norm_would_normalise(fails, make_images, tmp_
     s2 = [*argv, "--num_cells", 1, "--pop_size", 2, "--tsize", 2, "--batch_size", 5]  # 6 and 6 of them
     assert "--batch_size 5 " in fails(nas201.train_search.main, s2)
     retraining = [*argv, *EVNASA, "--layers", 3, "--batch_size"]
-    assert "4x4 pixels cannot train on one image" in fails(train.main, [*retraining, 11])
+    assert "4x4 pixels" in fails(train.main, [*retraining, 11])
     train.main([str(word) for word in [*retraining, 10, "--dir", tmp_path]])
     train_search.main([str(word) for word in [*search, "--batch_size", 5, "--bn", "running", "--dir", tmp_path]])
 
