@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_report")
 
 def costs_of(channels, layers, image_shape, *flags):
     """Return the Costs of a search of the DARTS space whose retrained network has this size."""
-    args = search_cli.search_parser("", "").parse_args(list(flags))
+    args = search_cli.search_parser("train_search.py", "").parse_args(list(flags))
     args.target_channels = channels
     args.target_layers = layers
     return costs.Costs(args, train_search.S1(), 10, image_shape, torch.device("cpu"))
