@@ -1,66 +1,117 @@
-"""What a search's result is worth: the front of fitness and costs, and random architectures, on the final weights."""
+"""What the result of a search is worth, on the final weights: random architectures, and the front of fitness and costs.
 
+`conclude` writes pareto.json and baselines.json into the run directory.
+"""
+
+import argparse
 import contextlib
 import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from engine import unique
-from evolution import non_dominated
+import seed_roles
+from evolution import VARIANTS, non_dominated
+from fitness import unique
 from genotype_files import from_json, to_json
 from support import distributed, seeds
 from support.files import UserError, read_json, write_json
-from support.runs import shell_command
+from support.provenance import shell_command
+from support.runs import Run
 
 FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
-SEED = 2021  # of the random architectures and of the images' order and augmentation: the same whatever the run's seed
+SEED = 2021  # for the random architectures, and for order and augmentation of the images: the same in every run
 
 
-def generator(args, role: str) -> torch.Generator:
-    """Return the generator of one role; unlike a run's own ones it does not depend on --seed."""
+class Group(NamedTuple):
+    """Individuals that are compared with the winner."""
+
+    alphas: torch.Tensor  # (N, G, E, O) raw
+    fitness: torch.Tensor  # (N,) percent, on the final weights
+    parameters: torch.Tensor  # (N,) of the retrained networks, in millions
+
+
+def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
+    """Return the generator of one role. Unlike a run's other generators it does not depend on --seed."""
     return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
 
-def conclude(args, space, costs, state, measure, run):
-    """Write pareto.json and baselines.json; log in a sentence what the winner is worth, and how to retrain it.
+def conclude(setup, state, measure: Callable, run: Run) -> None:
+    """Measure the candidates again with the final weights, write pareto.json and baselines.json, log one sentence.
 
-    The last population, the fronts of all generations and `args.baselines` random architectures go to `measure`, which
-    returns their fitness (N,), in one call, so on the same images. Raises Interrupted.
+    The candidates are the last population, the fronts of all generations and --baselines random architectures.
+    `measure(alphas)` gets all of them in one call, so that they see the same images, and returns their fitness (N,).
+    `setup` is a search_cli.SearchSetup, `state` a search_state.SearchState. Raises Interrupted.
     """
-    searched = torch.cat([state.alphas, *(alphas[None] for alphas in reversed(state.archive.values()))])
-    index = unique(space.encoding.decode(searched))[1].tolist()
-    searched = searched[[index.index(i) for i in range(max(index) + 1)]]  # each cell once, the winner first
-    last = max(index[: len(state.alphas)]) + 1  # distinct cells of the last population
-    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, "random architectures"))
-    alphas = torch.cat([searched, drawn])
-    fitness = measure(alphas if args.variant in ("nd", "ndf") else space.encoding.decode(alphas))
-
-    pareto = front_of(space, costs, searched, fitness[: len(searched)], state.latency)
-    winner = pareto["individuals"][0] | {"genotype": to_json(space.cell(searched[0]))}
-    random = fitness[len(searched) :].tolist()
-    result = {"winner": winner, "feasible": state.violation[0].item() == 0}
-    result |= {"random_fitness": random, "random_seed": SEED}
-    text = "the winner's network has {parameters_M:.2f} M parameters, {mult_adds_M:.1f} M mult-adds".format(**winner)
-    if random:
-        better = sum(value < winner["fitness"] for value in random)
-        result |= {"better_than": better, "random_mean": statistics.fmean(random), "random_best": max(random)}
-        text = f"better than {better} of {len(random)} random architectures on the shared weights; {text}"
+    args, space, costs = setup.args, setup.space, setup.costs
+    searched, last = distinct_cells(space, state)
+    drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, seed_roles.RANDOM_ARCHITECTURES))
+    alphas = torch.cat([searched, drawn])  # (N, G, E, O)
+    decoded = VARIANTS[args.variant].decoded_in_fitness
+    fitness = measure(space.encoding.decode(alphas) if decoded else alphas)
     parameters = costs.counts(alphas)[:, 0]
-    parts = {"last population": slice(last), "random architectures": slice(len(searched), None)}
-    fields, remarks = space.worth({name: (alphas[i], fitness[i], parameters[i]) for name, i in parts.items()})
-    words = ["--dir", run.path, "--dataset", args.dataset, "--data", args.data]
-    words += ["--image_size", args.image_size] if args.image_size else []
-    command = shell_command("train.py", *words, *space.retraining(args, costs.image_shape))
-    result |= fields | {"sentence": text + remarks, "retrain": command}
+    count = len(searched)
+    groups = {
+        "last population": Group(alphas[:last], fitness[:last], parameters[:last]),
+        "random architectures": Group(alphas[count:], fitness[count:], parameters[count:]),
+    }
+
+    pareto = front_of(space, costs, searched, fitness[:count], state.latency)
+    winner = pareto["individuals"][0] | {"genotype": to_json(space.cell(searched[0]))}
+    result, sentence = compare(winner, fitness[count:].tolist(), feasible=state.violation[0].item() == 0)
+    remarks = space.remarks_on_result(groups)
+    sentence += remarks.text
+    command = retrain_command(args, run.path, space.retraining_flags(args, costs.image_shape))
+    result |= remarks.fields | {"sentence": sentence, "retrain": command}
     if run.writes:
         write_json(run.path / "pareto.json", pareto)
         write_json(run.path / "baselines.json", result)
-    run.log(result["sentence"])
+    run.log(sentence)
     run.log(f"to retrain the winner: {command}")
 
 
-def are_there(run) -> bool:
-    """Tell, in every process, whether `conclude` has already been done for this run; if so, it is not done again."""
+def distinct_cells(space, state) -> tuple[torch.Tensor, int]:
+    """Return the individuals of the last population and of all fronts, each cell once; and how many are of the former.
+
+    The individuals are raw (N, G, E, O): first the last population, winner first, then the fronts, newest first.
+    """
+    archived = [alphas.unsqueeze(0) for alphas in reversed(state.archive.values())]
+    searched = torch.cat([state.alphas, *archived])
+    distinct = unique(space.encoding.decode(searched))
+    last = sum(position < len(state.alphas) for position in distinct.first)
+    return searched[distinct.first], last
+
+
+def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tuple[dict, str]:
+    """Compare the winner with random architectures; return the fields for baselines.json, and the log's sentence.
+
+    `winner` holds the winner's fitness and costs. `feasible` says whether it meets the budgets.
+    """
+    fields = {"winner": winner, "feasible": feasible, "random_fitness": random_fitness, "random_seed": SEED}
+    size = f"{winner['parameters_M']:.2f} M parameters, {winner['mult_adds_M']:.1f} M mult-adds"
+    sentence = f"the winner's network has {size}"
+    if random_fitness:
+        better = sum(value < winner["fitness"] for value in random_fitness)
+        fields["better_than"] = better
+        fields["random_mean"] = statistics.fmean(random_fitness)
+        fields["random_best"] = max(random_fitness)
+        number = len(random_fitness)
+        sentence = f"better than {better} of {number} random architectures on the shared weights; {sentence}"
+    return fields, sentence
+
+
+def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
+    """Return the shell command that retrains the winner of the search in `path` with these flags."""
+    words = ["--dir", path, "--dataset", args.dataset, "--data", args.data]
+    if args.image_size:
+        words += ["--image_size", args.image_size]
+    return shell_command("train.py", *words, *flags)
+
+
+def are_there(run: Run) -> bool:
+    """Return, in every process, whether `conclude` has been done for this run, so that it is not done again."""
     there = False
     if run.writes:
         with contextlib.suppress(UserError):
@@ -68,28 +119,29 @@ def are_there(run) -> bool:
     return bool(distributed.sum_over_ranks(torch.tensor(float(there))).item())
 
 
-def front_of(space, costs, alphas, fitness, latency):
-    """Return what becomes pareto.json of individuals (N, G, E, O): all, and the non-dominated, fittest first."""
-    of = costs.of(alphas, latency)
+def front_of(space, costs, alphas: torch.Tensor, fitness: torch.Tensor, latency: dict[str, float]) -> dict:
+    """Return the content of pareto.json for individuals (N, G, E, O): all of them, and the front, fittest first."""
+    amounts = costs.amounts(alphas, latency)  # (N, costs)
     names = ["fitness", *costs.names]
-    values = torch.cat([fitness.unsqueeze(1), of], dim=1).tolist()
+    values = torch.cat([fitness.unsqueeze(1), amounts], dim=1).tolist()
     individuals = [dict(zip(names, row, strict=True)) for row in values]
-    best = non_dominated(torch.cat([-fitness.unsqueeze(1), of], dim=1)).nonzero().flatten().tolist()
-    best = sorted(best, key=lambda i: -values[i][0])
+    points = torch.cat([-fitness.unsqueeze(1), amounts], dim=1)
+    front = non_dominated(points).nonzero().flatten().tolist()
+    front.sort(key=lambda i: -individuals[i]["fitness"])
     return {
         "about": "the last population and the front of each generation, measured again with the final weights",
         "individuals": individuals,
-        "front": [individuals[i] | {"genotype": to_json(space.cell(alphas[i]))} for i in best],
+        "front": [individuals[i] | {"genotype": to_json(space.cell(alphas[i]))} for i in front],
     }
 
 
-def pick(run_dir, number):
-    """Return the cell that is `number`, from 1, in the front of a search, and where it stands. Raises UserError."""
+def pick(run_dir: str | Path, number: int) -> tuple:
+    """Return the cell that is `number`, from 1, in the front of a search, and where it was found. Raises UserError."""
     path = f"{run_dir}/pareto.json"
     content = read_json(path)
     front = content.get("front") if isinstance(content, dict) else None
     if not isinstance(front, list) or not all(isinstance(entry, dict) for entry in front):
-        raise UserError(f"{path} holds no front of a search")
+        raise UserError(f"{path} does not hold the front of a search; resume the search to write it again")
     if number > len(front):
         raise UserError(f"--pick {number}: the front in {path} has {len(front)} architectures")
     where = f"{path}, front, number {number}"

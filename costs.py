@@ -1,12 +1,14 @@
-"""What the networks that would be retrained cost (parameters, multiply-adds, latency), and budgets of that.
+"""What a retrained network would cost (parameters, mult-adds, latency), and the budgets for it.
 
-What an individual's choice on one edge costs depends on no other edge: the counts of a population are one product of
-its decoded alphas with a table, exact in whole numbers. Every edge can have an operation without weights, so the rest
-of the network is the smallest cost there is.
+The cost of an operation on one edge does not depend on the other edges. So the parameters and mult-adds of a whole
+population are one product of its decoded alphas with a table, exact in whole numbers. Every edge can have an operation
+without weights, so the smallest possible cost is that of the network without its cells' operations.
 """
 
+import argparse
 import statistics
 import time
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -18,85 +20,155 @@ from operations import OPS
 from support import devices, distributed, signals
 from support.files import UserError
 
-NAMES = {"parameters_M": "M parameters", "mult_adds_M": "M mult-adds", "latency_ms": "ms"}
-FLAGS = ("max_params", "max_mult_adds", "max_latency")  # in the order of NAMES
-WARM_UP, REPETITIONS = 3, 10  # forward passes of one image
+# Forward passes of one image, for its latency.
+WARM_UP = 3
+REPETITIONS = 10
 
 
-def cost(module, pixels):
-    """Count (2,) int64: parameters, and multiply-adds of a module whose convolutions all put out so many pixels."""
+class Cost(NamedTuple):
+    """One kind of cost. `--FLAG` sets a budget for it."""
+
+    name: str  # in the history, in pareto.json and in baselines.json
+    flag: str
+    unit: str  # after a number, in messages
+    axis: str  # label of a chart's axis
+    help: str  # help text of the flag
+
+
+PARAMETERS = Cost(
+    name="parameters_M",
+    flag="max_params",
+    unit="M parameters",
+    axis="parameters, M",
+    help="parameter budget for the retrained network, in millions",
+)
+MULT_ADDS = Cost(
+    name="mult_adds_M",
+    flag="max_mult_adds",
+    unit="M mult-adds",
+    axis="mult-adds, M",
+    help="mult-adds budget for the retrained network, in millions per image",
+)
+LATENCY = Cost(
+    name="latency_ms",
+    flag="max_latency",
+    unit="ms",
+    axis="latency, ms",
+    help="latency budget for the retrained network, in ms: median time of "
+    f"{REPETITIONS} forward passes of one image, on this device and with this many threads",
+)
+COSTS = (PARAMETERS, MULT_ADDS, LATENCY)
+COUNTED = (PARAMETERS, MULT_ADDS)  # the columns of a cost table; latency has to be measured
+
+
+def count(module: nn.Module, pixels: int) -> torch.Tensor:
+    """Return [parameters, mult-adds], int64, of a module whose convolutions all have outputs of so many pixels."""
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     parameters = sum(p.numel() for p in module.parameters())
     return torch.tensor([parameters, weights * pixels], device="cpu")  # also while modules are made without storage
 
 
-def s1_table(C, layers, classes, image_shape):
+def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `NetworkCIFAR(C, classes, layers, False, genotype)` costs on an image (3, H, W).
 
-    (2,) is the cost without the cells' operations, (2, 14, 8, 2) that of an operation on an edge, all cells together.
+    Returns two int64 tensors whose last axis is [parameters, mult-adds]: (2,) of the network without its cells'
+    operations, and (2, 14, 8, 2) of each operation on each edge, over all cells of the network.
     """
-    pools, concat = [("max_pool_3x3", 0), ("max_pool_3x3", 1)] * 4, [2, 3, 4, 5]
-    edge_inputs = torch.tensor([j for node in range(4) for j in range(2 + node)])
-    pixels, choices = image_shape[1] * image_shape[2], torch.zeros(2, len(edge_inputs), len(PRIMITIVES), 2).long()
+    pools = [("max_pool_3x3", 0), ("max_pool_3x3", 1)] * 4  # operations without weights
+    concat = [2, 3, 4, 5]
+    edge_inputs = torch.tensor([j for node in range(4) for j in range(2 + node)])  # (14,)
+    pixels = image_shape[1] * image_shape[2]
+    choices = torch.zeros(2, len(edge_inputs), len(PRIMITIVES), 2, dtype=torch.int64)
     with torch.device("meta"):
         network = NetworkCIFAR(C, classes, layers, False, Genotype(pools, concat, pools, concat))
-        modules = [OPS[name] for name in PRIMITIVES]
-    fixed = cost(network.stem, pixels) + cost(network.classifier, 1)
+    fixed = count(network.stem, pixels) + count(network.classifier, 1)
     for cell in network.cells:
-        fixed += cost(cell.preprocess0, pixels) + cost(cell.preprocess1, pixels)
-        stride, C = cell._ops[0].stride, cell.channels // len(concat)
+        fixed += count(cell.preprocess0, pixels) + count(cell.preprocess1, pixels)
+        stride = cell._ops[0].stride  # of the edges from the cell's two inputs: 2 in a reduction cell
+        C = cell.channels // len(concat)
         pixels //= stride**2
-        for o, make in enumerate(modules):
+        for o, name in enumerate(PRIMITIVES):
             with torch.device("meta"):
-                first, later = cost(make(C, stride, True), pixels), cost(make(C, 1, True), pixels)
-            choices[stride - 1, edge_inputs < 2, o] += first
-            choices[stride - 1, edge_inputs >= 2, o] += later
+                from_input = count(OPS[name](C, stride, True), pixels)
+                from_node = count(OPS[name](C, 1, True), pixels)
+            choices[stride - 1, edge_inputs < 2, o] += from_input
+            choices[stride - 1, edge_inputs >= 2, o] += from_node
     return fixed, choices
 
 
 class Costs:
-    """The costs of individuals, as networks that would be retrained on images (3, H, W), and the budgets of `args`."""
+    """The costs of individuals as networks retrained on images (3, H, W), and the budgets of the command line.
 
-    def __init__(self, args, space, classes, image_shape, device):
-        self.args, self.space, self.classes, self.image_shape, self.device = args, space, classes, image_shape, device
+    `space` is the search space, see search_cli.SearchSpace. `measured` lists the kinds of cost that this search knows:
+    latency only if it has a budget. `limits` holds the budgets by name, None where there is none.
+    """
+
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        space: object,
+        classes: int,
+        image_shape: tuple[int, int, int],
+        device: torch.device,
+    ):
+        self.args = args
+        self.space = space
+        self.classes = classes
+        self.image_shape = image_shape
+        self.device = device
         self.fixed, self.choices = space.cost_table(args, classes, image_shape)
-        self.limits = dict(zip(NAMES, (getattr(args, flag) for flag in FLAGS), strict=True))
-        self.names = list(NAMES) if args.max_latency else list(NAMES)[:2]
+        self.limits = {cost.name: getattr(args, cost.flag) for cost in COSTS}
+        self.measured = COSTS if args.max_latency else COUNTED
 
-    def check(self):
-        """Raise UserError for a budget that no architecture meets, or for networks too large to be measured."""
+    @property
+    def names(self) -> list[str]:
+        """The names of the costs that this search knows, in the order of `amounts`."""
+        return [cost.name for cost in self.measured]
+
+    def check(self) -> None:
+        """Raise UserError for a budget that no architecture meets, or for a network too large to time."""
         if self.args.max_latency:
             advice = "make the network smaller, or leave --max_latency out"
             memory.check({"the network that is timed": 4 * self.fixed[0].item()}, self.device, advice)
-        for name, flag, smallest in zip(self.names, FLAGS, (self.fixed.double() / 1e6).tolist(), strict=False):
-            if self.limits[name] is not None and self.limits[name] < smallest:
-                least = f"the smallest network has {smallest} {NAMES[name]}"
-                raise UserError(f"--{flag} {self.limits[name]:g}: no architecture meets it, {least}")
+        for cost, smallest in zip(COUNTED, (self.fixed.double() / 1e6).tolist(), strict=True):
+            limit = self.limits[cost.name]
+            if limit is not None and limit < smallest:
+                raise UserError(
+                    f"--{cost.flag} {limit:g}: no architecture meets this budget, because the smallest network has "
+                    f"{smallest} {cost.unit}; give more"
+                )
 
-    def counts(self, alphas):
-        """Return parameters and multiply-adds, (P, 2) float64 in millions, of raw alphas (P, G, E, O)."""
+    def counts(self, alphas: torch.Tensor) -> torch.Tensor:
+        """Return parameters and mult-adds, (P, 2) float64 in millions, of raw alphas (P, G, E, O)."""
         chosen = self.space.encoding.decode(alphas).long()
         return (self.fixed + torch.einsum("pgeo,geoc->pc", chosen, self.choices)).double() / 1e6
 
-    def of(self, alphas, latency):
-        """Return (P, `names`) float64 of raw alphas (P, G, E, O); `latency` {cell: ms} takes up what is measured."""
+    def amounts(self, alphas: torch.Tensor, latency: dict[str, float]) -> torch.Tensor:
+        """Return (P, len(names)) float64, the costs of raw alphas (P, G, E, O).
+
+        `latency` holds the milliseconds of cells that have been measured; cells that are not in it are measured and
+        added. Raises Interrupted after a signal.
+        """
         counts = self.counts(alphas)
-        if "latency_ms" not in self.names:
+        if LATENCY not in self.measured:
             return counts
         cells = [self.space.cell(individual) for individual in alphas]
-        for text, cell in {str(cell): cell for cell in cells}.items():
-            if text not in latency:
-                latency[text] = self.measure_latency(cell)
-        measured = torch.tensor([[latency[str(cell)]] for cell in cells], dtype=torch.float64)
-        return torch.cat([counts, measured], dim=1)
+        for cell in cells:
+            if str(cell) not in latency:
+                latency[str(cell)] = self.measure_latency(cell)
+        milliseconds = torch.tensor([[latency[str(cell)]] for cell in cells], dtype=torch.float64)  # (P, 1)
+        return torch.cat([counts, milliseconds], dim=1)
 
-    def violation(self, amounts):
-        """Return (P,) float64 of what `of` returns: by what share of each budget the costs exceed it, added up."""
+    def violation(self, amounts: torch.Tensor) -> torch.Tensor:
+        """Return the violation (P,) float64 of what `amounts` returns, 0 where all budgets are met.
+
+        It is the sum, over the budgets, of the share by which the cost exceeds the budget.
+        """
         limits = torch.tensor([self.limits[name] or float("inf") for name in self.names], dtype=torch.float64)
         return (amounts / limits - 1).clamp(min=0).sum(1)
 
     @torch.no_grad()
-    def measure_latency(self, cell):
+    def measure_latency(self, cell: object) -> float:
         """Return the median time, in ms, of forward passes of one image; rank 0 measures. Raises Interrupted."""
         if signals.stop_requested(self.device):
             raise signals.Interrupted("the measurement of latency")
@@ -111,7 +183,7 @@ class Costs:
             for _ in range(WARM_UP + REPETITIONS):
                 start = time.perf_counter()
                 with devices.autocast(self.device, self.args.amp):
-                    network(x)[0].sum().item()  # read, so that the device is done
+                    network(x)[0].sum().item()  # reading the number waits for the device
                 seconds.append(time.perf_counter() - start)
             median += 1000 * statistics.median(seconds[WARM_UP:])
         return distributed.sum_over_ranks(median).item()

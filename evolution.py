@@ -1,71 +1,117 @@
-"""The genetic algorithm of EvNAS (section 3.3): tournament, crossover, mutation. It knows nothing of networks.
+"""The genetic algorithm of EvNAS (paper, section 3.3): tournament, crossover, mutation. It knows nothing of networks.
 
-All random numbers come from the generator that is passed in; it and the results are on the CPU.
+All random numbers come from the generator that is passed in. The generator and all results are on the CPU.
 """
+
+from typing import NamedTuple
 
 import torch
 
-VARIANTS = ("evnas", "rand", "nd", "ndt", "ndf", "mut", "cross")
+
+class Variant(NamedTuple):
+    """What one variant of the paper's ablation does. `--variant` names it."""
+
+    decoded_in_training: bool  # the shared weights train with decoded alphas, not with raw ones
+    decoded_in_fitness: bool  # fitness is measured with decoded alphas, not with raw ones
+    crossover: bool  # a child has two parents, not one
+    mutation: bool  # a child mutates
+    selection: bool  # each generation is measured and bred from; otherwise it is a fresh random population
 
 
-def merit(fitness, violation):
-    """Return (P,) by which individuals compare: smaller violation first, then fitness; equal for equals (Deb, 2000)."""
+VARIANTS = {
+    #                training, fitness, crossover, mutation, selection
+    "evnas": Variant(True, True, True, True, True),
+    "rand": Variant(True, True, False, False, False),
+    "nd": Variant(False, False, True, True, True),
+    "ndt": Variant(False, True, True, True, True),
+    "ndf": Variant(True, False, True, True, True),
+    "mut": Variant(True, True, False, True, True),
+    "cross": Variant(True, True, True, False, True),
+}
+
+
+def ranks(fitness: torch.Tensor, violation: torch.Tensor | None) -> torch.Tensor:
+    """Return ranks (P,), higher is better: smaller violation first, then fitness; ties share a rank (Deb, 2000).
+
+    Without a violation the fitness (P,) itself is returned, because it gives the same order.
+    """
     if violation is None:
         return fitness
-    # Rows are sorted by their first, then by their second column; what is returned is each one's place.
-    return torch.stack([-violation, fitness.to(violation)], dim=1).unique(dim=0, return_inverse=True)[1]
+    rows = torch.stack([-violation, fitness.to(violation)], dim=1)  # (P, 2)
+    # `unique` sorts the distinct rows by the first column, then by the second. The inverse index says at which place
+    # each individual's row is in that order, which is its rank.
+    _, rank = rows.unique(dim=0, return_inverse=True)
+    return rank
 
 
-def non_dominated(points):
-    """Tell (N,) which of (N, K) points, the smaller the better, no unequal one is at least as good as in everything."""
-    no_worse = (points[:, None] <= points).all(-1)  # [i, j]: i nowhere worse than j
-    return ~(no_worse & ~no_worse.T).any(0)
+def non_dominated(points: torch.Tensor) -> torch.Tensor:
+    """Return a mask (N,) of the non-dominated points of (N, K), where smaller is better in every column.
 
-
-def tournament(fitness, tsize, count, generator):
-    """Return `count` winners, (count,): each the fittest of `tsize` distinct individuals drawn uniformly from all P.
-
-    Among equally fit entrants the first drawn wins, so each is as likely to.
+    A point is dominated if another one is nowhere worse and somewhere better. Equal points do not dominate each other.
     """
-    # The order of P uniform numbers is a uniform order of drawing; the first tsize enter.
-    entrants = torch.rand(count, len(fitness), generator=generator, dtype=torch.float64).argsort(dim=1)[:, :tsize]
-    # argmax promises the first of equals.
-    return entrants.gather(1, fitness[entrants].argmax(dim=1, keepdim=True)).squeeze(1)
+    nowhere_worse = (points[:, None] <= points).all(-1)  # [i, j]: point i is nowhere worse than point j
+    dominates = nowhere_worse & ~nowhere_worse.T
+    return ~dominates.any(0)
 
 
-def crossover(parent1, parent2, generator):
+def tournament(fitness: torch.Tensor, tsize: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """Return the winners (count,) of as many tournaments among P individuals.
+
+    A winner is the fittest of `tsize` distinct individuals, drawn uniformly from all P. Among equally fit ones the
+    first that was drawn wins, so each of them is equally likely to.
+    """
+    # Sorting P uniform numbers gives a uniform order of drawing; the first `tsize` enter the tournament.
+    draws = torch.rand(count, len(fitness), generator=generator, dtype=torch.float64)
+    entrants = draws.argsort(dim=1)[:, :tsize]  # (count, tsize)
+    fittest = fitness[entrants].argmax(dim=1, keepdim=True)  # argmax promises the first of equals
+    return entrants.gather(1, fittest).squeeze(1)
+
+
+def crossover(parent1: torch.Tensor, parent2: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return children (N, G, E, O): each of the G * E rows comes whole from parent 1 or 2, with probability 1/2."""
-    take_first = torch.rand(parent1.shape[:-1], generator=generator) < 0.5
+    take_first = torch.rand(parent1.shape[:-1], generator=generator) < 0.5  # (N, G, E)
     return torch.where(take_first.unsqueeze(-1), parent1, parent2)
 
 
-def mutate(alphas, mutate_rate, generator):
-    """Replace each row (O,) of (N, G, E, O), with probability `mutate_rate`, by fresh uniform [0, 1) values."""
-    hit = torch.rand(alphas.shape[:-1], generator=generator) < mutate_rate
+def mutate(alphas: torch.Tensor, mutate_rate: float, generator: torch.Generator) -> torch.Tensor:
+    """Replace each row (O,) of (N, G, E, O), with probability `mutate_rate`, by fresh uniform values in [0, 1)."""
+    hit = torch.rand(alphas.shape[:-1], generator=generator) < mutate_rate  # (N, G, E)
     return torch.where(hit.unsqueeze(-1), torch.rand(alphas.shape, generator=generator), alphas)
 
 
-def next_generation(alphas, fitness, *, num_elites, tsize, mutate_rate, generator, variant="evnas", violation=None):
-    """Breed the next population.
+def next_generation(
+    alphas: torch.Tensor,
+    fitness: torch.Tensor | None,
+    *,
+    num_elites: int,
+    tsize: int,
+    mutate_rate: float,
+    generator: torch.Generator,
+    variant: str = "evnas",
+    violation: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Breed the next population (P, G, E, O), raw, from a raw one of the same shape and its fitness (P,), in any order.
 
-    alphas (P, G, E, O) raw, fitness (P,), in any order -> (P, G, E, O) raw: the `num_elites` fittest unchanged, best
-    first, then children of tournament winners. variant="mut" leaves out crossover, "cross" mutation; "rand" returns a
-    fresh uniform population (fitness may be None). With `violation` (P,), 0 where a budget is met, individuals compare
-    by `merit`. Raises ValueError for sizes that do not fit the population.
+    The `num_elites` fittest come first, unchanged and best first, then the children of tournament winners. `variant`
+    is a row of VARIANTS; one without selection returns a fresh uniform population and needs no fitness. `violation`
+    (P,) says by how much individuals exceed the budgets, 0 where they meet them; see `ranks`.
+
+    Raises ValueError for sizes that do not fit the population, and KeyError for a variant that does not exist.
     """
+    plan = VARIANTS[variant]
     P = len(alphas)
-    if variant == "rand":
+    if not plan.selection:
         return torch.rand(alphas.shape, generator=generator)
     if not (0 <= num_elites <= P and 1 <= tsize <= P and len(fitness) == P):
-        raise ValueError(f"num_elites {num_elites}, tsize {tsize} or {len(fitness)} fitness do not fit {P} individuals")
-    fitness = merit(fitness, violation)
-    elites = alphas[torch.sort(fitness, descending=True, stable=True).indices[:num_elites]]
-    parents = [alphas[tournament(fitness, tsize, P - num_elites, generator)]]
-    if variant == "mut":
-        children = parents[0]
-    else:
-        parents.append(alphas[tournament(fitness, tsize, P - num_elites, generator)])
-        children = crossover(*parents, generator)
-    if variant != "cross":
+        raise ValueError(
+            f"num_elites {num_elites}, tsize {tsize} or {len(fitness)} fitness values do not fit {P} individuals"
+        )
+    rank = ranks(fitness, violation)
+    elites = alphas[torch.sort(rank, descending=True, stable=True).indices[:num_elites]]
+    children = alphas[tournament(rank, tsize, P - num_elites, generator)]
+    if plan.crossover:
+        others = alphas[tournament(rank, tsize, P - num_elites, generator)]
+        children = crossover(children, others, generator)
+    if plan.mutation:
         children = mutate(children, mutate_rate, generator)
     return torch.cat([elites, children])

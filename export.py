@@ -1,149 +1,235 @@
-"""Write a retrained network to a file that needs none of this code: torch.export or ONNX, any batch, logits out.
+"""Export a retrained network to a file that needs none of this code: a torch.export or an ONNX file.
 
-The file is loaded again and compared on test images before it takes its place.
+The file takes any number of images and returns logits. Before it is kept, it is loaded again and
+compared with the network on test images.
+
+Example: python export.py runs/eval-EXP-20260101-120000 --format onnx --normalize
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import copy
 import importlib.util
 import io
 import json
 import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-import data
+import datasets
 import loaders
-import nas201.data
 import retrained
-from support import distributed, runs
+from augment import Augmentation
+from retrained import SavedWeights
+from splits import subsample
+from support import distributed, provenance
 from support.files import UserError, atomic_write, read_bytes, read_json
 
-ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # older versions of torch need an end
-TOLERANCE = 1e-5  # of the largest logit, in float32
+ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # some versions of torch need a maximum
+TOLERANCE = 1e-5  # as a share of the largest logit, in float32
+SAMPLES = 16  # test images on which the file is compared with the network
 
 
 class Logits(nn.Module):
     """A network without what only training needs: images (B, 3, H, W) to logits (B, num_classes).
 
-    With `mean` and `std`, of three channels, it takes pixels in [0, 1] and normalises them, else normalised images.
+    With `mean` and `std`, of three channels, it takes pixels in [0, 1] and normalises them. Without,
+    it takes normalised images.
     """
 
-    def __init__(self, network, mean=None, std=None):
+    def __init__(self, network: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         super().__init__()
         self.network = copy.deepcopy(network)
-        # A plain Linear: a Classifier leaves autocast, which would be part of the file, and older versions cannot read.
-        linear, self.network.classifier = network.classifier, nn.Linear(*network.classifier.weight.shape[::-1])
-        self.network.classifier.load_state_dict(linear.state_dict())
+        # Our Classifier switches autocast off. That would become part of the file, and some versions of
+        # torch and ONNX cannot read it. A plain Linear computes the same in float32.
+        classifier = network.classifier
+        self.network.classifier = nn.Linear(classifier.in_features, classifier.out_features)
+        self.network.classifier.load_state_dict(classifier.state_dict())
         self.normalize = mean is not None
         if self.normalize:
             self.register_buffer("pixel_mean", torch.tensor(mean).view(3, 1, 1))
             self.register_buffer("pixel_std", torch.tensor(std).view(3, 1, 1))
 
-    def forward(self, images):
-        return self.network((images - self.pixel_mean) / self.pixel_std if self.normalize else images)[0]
+    def forward(self, images: Tensor) -> Tensor:
+        if self.normalize:
+            images = (images - self.pixel_mean) / self.pixel_std
+        logits, _ = self.network(images)
+        return logits
 
 
-def to_torch(module, x, metadata):
-    """Return the bytes of a file of torch.export with `metadata` in its metadata.json; x (B, 3, H, W) is an example."""
+# ---- file formats
+
+
+def to_torch(module: Logits, x: Tensor, metadata: dict) -> bytes:
+    """Return the bytes of a torch.export file.
+
+    Its metadata.json holds `metadata`. `x` is an example of the images (B, 3, H, W).
+    """
     program = torch.export.export(module, (x,), dynamic_shapes=ANY_BATCH, strict=False)
     content = io.BytesIO()
     torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
     return content.getvalue()
 
 
-def run_torch(path, x):
+def run_torch(path: str | Path, x: Tensor) -> Tensor:
+    """Return the logits that a torch.export file computes for images (B, 3, H, W)."""
     with open(path, "rb") as file:
         return torch.export.load(file).module()(x)
 
 
-def to_onnx(module, x, metadata):
-    """Return the bytes of an ONNX file with `metadata`, each value as JSON, among its properties. Raises UserError."""
+def to_onnx(module: Logits, x: Tensor, metadata: dict) -> bytes:
+    """Return the bytes of an ONNX file; the values of `metadata` are properties of the model, as JSON.
+
+    `x` is an example of the images (B, 3, H, W). Raises UserError if a package is not installed.
+    """
     packages = ("onnx", "onnxscript", "onnxruntime")
-    if missing := [name for name in packages if importlib.util.find_spec(name) is None]:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
         raise UserError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(packages)}")
     import onnx
 
-    names = dict(input_names=["images"], output_names=["logits"])
-    program = torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes=ANY_BATCH, verbose=False, **names)
+    program = torch.onnx.export(
+        module,
+        (x,),
+        dynamo=True,
+        dynamic_shapes=ANY_BATCH,
+        verbose=False,
+        input_names=["images"],
+        output_names=["logits"],
+    )
     model = program.model_proto
     onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in metadata.items()})
     return model.SerializeToString()
 
 
-def run_onnx(path, x):
+def run_onnx(path: str | Path, x: Tensor) -> Tensor:
+    """Return the logits that an ONNX file computes for images (B, 3, H, W)."""
     import onnxruntime
 
-    # As bytes: it takes no path that is not UTF-8.
+    # From bytes, because onnxruntime takes no path that is not UTF-8.
     session = onnxruntime.InferenceSession(read_bytes(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
 
-def difference(logits, expected):
+class Format(NamedTuple):
+    """A file format."""
+
+    file: str  # default name of the file
+    write: Callable[[Logits, Tensor, dict], bytes]
+    run: Callable[[str | Path, Tensor], Tensor]
+
+
+FORMATS = {"torch": Format("network.pt2", to_torch, run_torch), "onnx": Format("network.onnx", to_onnx, run_onnx)}
+
+
+# ---- comparison
+
+
+def relative_error(logits: Tensor, expected: Tensor) -> float:
+    """Return the largest difference between logits, as a share of the largest expected logit."""
     return ((logits - expected).abs().max() / expected.abs().max()).item()
 
 
-FORMATS = {"torch": ("network.pt2", to_torch, run_torch), "onnx": ("network.onnx", to_onnx, run_onnx)}
+def sample_images(root: str | None, saved: SavedWeights) -> Tensor:
+    """Return up to 16 test images (B, 3, H, W), normalised, of the data set that the network was retrained on.
 
-
-def sample_images(root, path, about):
-    """Return up to 16 test images, (B, 3, H, W), normalised, of the retraining that left the weights at `path`.
-
-    Its data lie at `root`, or if that is None where its args.json says. Raises UserError where they do not.
+    `root` is the folder of the data set; if it is None, it is taken from the run's args.json. Raises
+    UserError if neither says where the data set is.
     """
+    path, about = saved
     if root is None and about.get("dataset") != "digits":
-        file = path.parent.parent / "args.json"
-        saved = read_json(file) if file.is_file() else None
-        saved = saved.get("args") if isinstance(saved, dict) else None
-        root = saved.get("data") if isinstance(saved, dict) else None
-        if not isinstance(root, str):
-            raise UserError("nothing says where the test images lie, with which the file is compared: give --data")
+        root = saved_data_folder(path)
     recipe = retrained.saved_recipe(about, about["genotype"], path)
     size = about["image_size"][0] if about.get("resized") else None
-    images = nas201.data.load(about.get("dataset"), root, "test", image_size=size, in_memory=recipe != "imagenet")
-    images = data.subsample(images, min(16, len(images)), torch.Generator().manual_seed(0))
-    augmentation = data.Augmentation(about["mean"], about["std"])
-    return next(iter(loaders.make_loader(images, 16, augmentation, torch.device("cpu"))))[0].contiguous()
+    read = datasets.list_files if recipe == "imagenet" else datasets.load_images
+    images = read(about.get("dataset"), root, "test", image_size=size)
+    images = subsample(images, min(SAMPLES, len(images)), torch.Generator().manual_seed(0))
+    augmentation = Augmentation(about["mean"], about["std"])
+    x, _ = next(iter(loaders.make_loader(images, SAMPLES, augmentation, torch.device("cpu"))))
+    return x.contiguous()
+
+
+def saved_data_folder(weights: Path) -> str:
+    """Return --data of the run that these weights belong to. Raises UserError if it is not known."""
+    file = weights.parent.parent / "args.json"
+    content = read_json(file) if file.is_file() else None
+    args = content.get("args") if isinstance(content, dict) else None
+    folder = args.get("data") if isinstance(args, dict) else None
+    if not isinstance(folder, str):
+        raise UserError(
+            f"{file} does not say where the test images are, which the exported file is checked on: give --data DIR"
+        )
+    return folder
+
+
+# ---- command line
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="export.py", description=__doc__)
+    text = "directory of a retraining, whose last weights are exported, or a weights file in it"
+    parser.add_argument("run", metavar="RUN_DIR", help=text)
+    text = "torch: a file for torch.export.load; onnx: a file for ONNX Runtime and other engines"
+    parser.add_argument("--format", required=True, choices=FORMATS, help=text)
+    text = "put the normalisation into the file, which then takes pixels in [0, 1] instead of normalised images"
+    parser.add_argument("--normalize", action="store_true", help=text)
+    text = "file to write (default: network.pt2 or network.onnx in RUN_DIR)"
+    parser.add_argument("--output", metavar="FILE", help=text)
+    text = "folder of the data set, whose test images the file is checked on (default: where it was in training)"
+    parser.add_argument("--data", metavar="DIR", help=text)
+    return parser
 
 
 @command
 @torch.no_grad()
-def main(argv=None):
-    parser = Parser(prog="export.py", description=__doc__)
-    parser.add_argument("run", metavar="RUN_DIR", help="a retraining's directory (its last weights), or a weights file")
-    parser.add_argument("--format", required=True, choices=FORMATS, help="torch.export's, or ONNX")
-    parser.add_argument("--normalize", action="store_true", help="take pixels in [0, 1], and normalise them inside")
-    parser.add_argument("--output", metavar="FILE", help="(default: network.pt2 or network.onnx in RUN_DIR)")
-    parser.add_argument("--data", help="where the test images for the comparison lie (default: where they did)")
-    args = parser.parse_args(argv)
-    weights, about = retrained.read_about(args.run)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    saved = retrained.find_weights(args.run)
+    about = saved.about
     network, _ = retrained.load(args.run)
-    inputs = sample_images(args.data, weights, about)
-    expected, _ = network(inputs)
-    normalisation = [about["mean"], about["std"]] if args.normalize else []
-    module = Logits(network, *normalisation).eval().requires_grad_(False)
-    x = inputs * module.pixel_std + module.pixel_mean if args.normalize else inputs
+    images = sample_images(args.data, saved)
+    expected, _ = network(images)
+    if args.normalize:
+        module = Logits(network, about["mean"], about["std"])
+        x = images * module.pixel_std + module.pixel_mean  # pixels in [0, 1]
+        input_values = "in [0, 1]"
+    else:
+        module = Logits(network)
+        x = images
+        input_values = "normalised"
+    module = module.eval().requires_grad_(False)
     height, width = about["image_size"]
-    metadata = {name: about[name] for name in ("classes", "genotype", "mean", "std")}
-    metadata["input"] = f"RGB, {'in [0, 1]' if args.normalize else 'normalised'}, (batch, 3, {height}, {width})"
-    metadata["versions"] = runs.versions() | {"git": runs.git_revision()}
+    metadata = {
+        "classes": about["classes"],
+        "genotype": about["genotype"],
+        "mean": about["mean"],
+        "std": about["std"],
+        "input": f"RGB, {input_values}, (batch, 3, {height}, {width})",
+        "versions": provenance.versions() | {"git": provenance.git_revision()},
+    }
 
-    name, write, read = FORMATS[args.format]
-    path = Path(args.output or os.path.join(args.run if os.path.isdir(args.run) else weights.parent, name))
-    content = write(module, x[:1].repeat(2, 1, 1, 1), metadata)  # of a batch of 1 the size would be fixed
+    chosen = FORMATS[args.format]
+    folder = args.run if os.path.isdir(args.run) else saved.path.parent
+    path = Path(args.output or os.path.join(folder, chosen.file))
+    example = x[:1].repeat(2, 1, 1, 1)  # a batch of 1 would be exported as a fixed size
+    content = chosen.write(module, example, metadata)
     with atomic_write(path) as file:
         file.write(content)
         file.flush()
-        worst = max(difference(read(file.name, x[:n]), expected[:n]) for n in (len(x), 1))
-        if not worst <= TOLERANCE:
-            raise UserError(f"{path} is not written: its logits differ by {worst:.0e} of the largest")
-    size, images = len(content) / 1e6, f"{len(x)} test images"
-    distributed.say(f"{path}: {size:.1f} MB; logits of {images} equal the network's to {worst:.0e} of the largest")
+        errors = [relative_error(chosen.run(file.name, x[:n]), expected[:n]) for n in (len(x), 1)]
+        if not all(error <= TOLERANCE for error in errors):  # not if it is NaN
+            raise UserError(
+                f"{path} is not written: its logits differ from the network's by {max(errors):.0e} of the largest "
+                f"logit, and at most {TOLERANCE:.0e} is allowed. Try another version of torch or the other --format"
+            )
+    distributed.say(
+        f"{path}: {len(content) / 1e6:.1f} MB; on {len(x)} test images its logits differ from the network's "
+        f"by at most {max(errors):.0e} of the largest logit"
+    )
 
 
 if __name__ == "__main__":

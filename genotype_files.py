@@ -1,107 +1,151 @@
-"""Read and write genotype files safely: genotype.json, and the genotype.pickle of the published scripts. No torch."""
+"""Read and write cells: genotype.json, and the genotype.pickle of the published scripts. No torch here.
+
+Files come from strangers. Nothing in a file is executed, and a cell is checked entry by entry
+before anything is built from it.
+"""
 
 import pickle
 from pathlib import Path
 
-from genotypes import OPERATIONS, Genotype
+from genotypes import OPERATIONS, Cell, Genotype
 from support.files import UserError, atomic_write, read_bytes, read_json, restricted_unpickle, write_json
 
-FILES = ("genotype.json", "genotype.pickle")  # in a run directory; the second is the published scripts'
+FILES = ("genotype.json", "genotype.pickle")  # in a run directory; the published scripts read the pickle
+MOST_PAIRS = 40  # (operation, input) pairs of a cell; the largest named cell has ten
 
 
-def _show(value):
-    """Shorten `value` for a message: a hostile file can hold nested values whose repr never ends."""
-    if isinstance(value, str):
-        return repr(value[:80])
-    short = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 10**9)
-    return repr(value) if short else f"<{type(value).__name__}>"
+# ---- files
 
 
-def validate(genotype, source="genotype"):
-    """Return the cell with plain lists and tuples. Raises UserError saying which entry of `source` is impossible."""
-    if not (isinstance(genotype, tuple) and len(genotype) == 4):
-        raise UserError(f"{source}: a genotype has the four parts {', '.join(Genotype._fields)}")
-    parts = []
-    for kind, pairs, concat in (("normal", *genotype[:2]), ("reduce", *genotype[2:])):
-        if not isinstance(pairs, (list, tuple)) or len(pairs) < 2 or len(pairs) % 2 or len(pairs) > 40:
-            raise UserError(f"{source}: {kind} must be a list of (operation, input) pairs, two a node")
-        for i, pair in enumerate(pairs):
-            where = f"{source}: {kind}[{i}]"
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-                raise UserError(f"{where} is {_show(pair)}, not an (operation, input) pair")
-            op, node = pair
-            last = i // 2 + 1
-            if op not in OPERATIONS:
-                raise UserError(f"{where} has the unknown operation {_show(op)}; known are {', '.join(OPERATIONS)}")
-            if type(node) is not int or not 0 <= node <= last:
-                raise UserError(f"{where} has the impossible input {_show(node)}; node {last - 1} can use 0 to {last}")
-        nodes = range(2, len(pairs) // 2 + 2)
-        if isinstance(concat, range):
-            concat = list(concat[: len(nodes) + 1])  # len() fails on the largest ranges
-        if not isinstance(concat, (list, tuple)) or not 0 < len(concat) <= len(nodes):
-            raise UserError(f"{source}: {kind}_concat must list some of the nodes 2 to {nodes[-1]}")
-        if any(type(node) is not int or node not in nodes for node in concat) or len(set(concat)) < len(concat):
-            found = ", ".join(map(_show, concat))
-            raise UserError(f"{source}: {kind}_concat must list distinct nodes from 2 to {nodes[-1]}, not {found}")
-        parts += [[(op, node) for op, node in pairs], list(concat)]
-    return Genotype(*parts)
+def load(path: str | Path) -> Cell:
+    """Read a cell from a genotype.json, or from a genotype.pickle of the published scripts.
 
-
-def to_dict(genotype):
-    """Return the form that is written as JSON."""
-    parts = genotype._asdict().items()
-    return {field: [list(v) if isinstance(v, tuple) else v for v in values] for field, values in parts}
-
-
-def to_json(cell):
-    """Return the JSON form of a Genotype, or the arch string (of another space) as it is."""
-    return cell if isinstance(cell, str) else to_dict(cell)
-
-
-def from_json(value, source="genotype"):
-    """Return the cell of which `to_json` made `value`; an arch string is not checked here. Raises UserError."""
-    return value if isinstance(value, str) else from_dict(value, source)
-
-
-def from_dict(value, source="genotype"):
-    """Return the Genotype of its JSON form. Raises UserError."""
-    if not isinstance(value, dict) or set(value) != set(Genotype._fields):
-        raise UserError(f"{source}: a genotype is an object with {', '.join(Genotype._fields)}")
-    return validate(Genotype(**value), source)
-
-
-def load(path):
-    """Read a Genotype from `genotype.json` or from the `genotype.pickle` of the published scripts.
-
-    Of a JSON file of another space: its arch string, unchecked. Raises UserError naming the file.
+    A JSON file can also hold an arch string of NAS-Bench-201, which is returned unchecked.
+    Raises UserError, which names the file.
     """
     if str(path).endswith(".json"):
         value = read_json(path)
-        return from_json(value["arch"] if isinstance(value, dict) and set(value) == {"arch"} else value, path)
-    allowed = {
-        ("genotypes", "Genotype"): Genotype,
-        ("builtins", "range"): range,
-    }
-    # BUILD could set attributes of the class Genotype; hashing the keys of dictionaries and sets can take for ever.
+        is_arch = isinstance(value, dict) and set(value) == {"arch"}
+        return from_json(value["arch"] if is_arch else value, path)
+    allowed = {("genotypes", "Genotype"): Genotype, ("builtins", "range"): range}
+    # BUILD could set attributes of the class Genotype. Dictionaries and sets hash their keys, which
+    # can take for ever with nested tuples.
     refused = ("BUILD", "DICT", "EMPTY_DICT", "EMPTY_SET", "FROZENSET")
     return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
 
 
-def files_in(run_dir):
-    """Return the genotype files of a run, genotype.json before the legacy genotype.pickle."""
-    return [path for path in map(Path(run_dir).joinpath, FILES) if path.is_file()]
-
-
-def file_in(run_dir):
-    """Return the first of them. Raises UserError where there is none."""
-    for path in files_in(run_dir):
-        return path
-    raise UserError(f"{run_dir} has neither {' nor '.join(FILES)}: it is no run, or its first step is not over")
-
-
-def save(cell, path):
-    """Write a Genotype or an arch string as JSON, or to a .pickle what the published scripts read (Python 3.6 too)."""
+def save(cell: Cell, path: str | Path) -> None:
+    """Write a cell as JSON or, where `path` ends in .pickle, as a pickle for the published scripts."""
     if str(path).endswith(".json"):
-        return write_json(path, {"arch": cell} if isinstance(cell, str) else to_dict(cell))
+        write_json(path, {"arch": cell} if isinstance(cell, str) else to_dict(cell))
+        return
     with atomic_write(path) as file:
-        pickle.dump(cell, file, protocol=3)
+        pickle.dump(cell, file, protocol=3)  # Python 3.6 reads it
+
+
+def files_in(run_dir: str | Path) -> list[Path]:
+    """Return the genotype files of a run, genotype.json before genotype.pickle."""
+    paths = [Path(run_dir) / name for name in FILES]
+    return [path for path in paths if path.is_file()]
+
+
+def file_in(run_dir: str | Path) -> Path:
+    """Return the genotype file of a run, preferably the JSON file. Raises UserError if there is none."""
+    paths = files_in(run_dir)
+    if not paths:
+        raise UserError(
+            f"{run_dir} has neither {' nor '.join(FILES)}: it is not a run directory, "
+            "or its first generation or epoch is not finished"
+        )
+    return paths[0]
+
+
+# ---- the JSON form
+
+
+def to_json(cell: Cell) -> dict | str:
+    """Return the JSON form of a cell; an arch string is its own."""
+    return cell if isinstance(cell, str) else to_dict(cell)
+
+
+def from_json(value: object, source: str | Path = "genotype") -> Cell:
+    """Return the cell whose JSON form is `value`. Arch strings are not checked here. Raises UserError."""
+    return value if isinstance(value, str) else from_dict(value, source)
+
+
+def to_dict(genotype: Genotype) -> dict:
+    """Return the JSON form of a Genotype, a dictionary of its four parts."""
+    return {
+        "normal": [list(pair) for pair in genotype.normal],
+        "normal_concat": list(genotype.normal_concat),
+        "reduce": [list(pair) for pair in genotype.reduce],
+        "reduce_concat": list(genotype.reduce_concat),
+    }
+
+
+def from_dict(value: object, source: str | Path = "genotype") -> Genotype:
+    """Return the Genotype whose JSON form is `value`. Raises UserError, which names `source`."""
+    if not isinstance(value, dict) or set(value) != set(Genotype._fields):
+        raise UserError(f"{source}: a genotype is an object with the keys {', '.join(Genotype._fields)}")
+    return validate(Genotype(**value), source)
+
+
+# ---- checks
+
+
+def validate(genotype: object, source: str | Path = "genotype") -> Genotype:
+    """Return the genotype, made of plain lists and tuples.
+
+    Raises UserError, which says which entry of `source` is impossible.
+    """
+    if not (isinstance(genotype, tuple) and len(genotype) == 4):
+        raise UserError(f"{source}: a genotype has the four parts {', '.join(Genotype._fields)}")
+    normal, normal_concat, reduce, reduce_concat = genotype
+    normal = validate_pairs(normal, f"{source}: normal")
+    normal_concat = validate_concat(normal_concat, len(normal) // 2, f"{source}: normal_concat")
+    reduce = validate_pairs(reduce, f"{source}: reduce")
+    reduce_concat = validate_concat(reduce_concat, len(reduce) // 2, f"{source}: reduce_concat")
+    return Genotype(normal, normal_concat, reduce, reduce_concat)
+
+
+def validate_pairs(pairs: object, where: str) -> list[tuple[str, int]]:
+    """Return the (operation, input) pairs of a cell as a list of tuples. Raises UserError."""
+    if not isinstance(pairs, (list, tuple)) or not 2 <= len(pairs) <= MOST_PAIRS or len(pairs) % 2:
+        raise UserError(f"{where} must be a list of (operation, input) pairs, two for each node")
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise UserError(f"{where}[{i}] is {shortened(pair)}, not an (operation, input) pair")
+        operation, source = pair
+        node = i // 2  # the node that the pair belongs to; its inputs are 0, 1 and the nodes before it
+        if operation not in OPERATIONS:
+            known = ", ".join(OPERATIONS)
+            raise UserError(f"{where}[{i}] has the unknown operation {shortened(operation)}; known are {known}")
+        if type(source) is not int or not 0 <= source <= node + 1:
+            raise UserError(
+                f"{where}[{i}] has the impossible input {shortened(source)}; node {node} can use 0 to {node + 1}"
+            )
+    return [(operation, source) for operation, source in pairs]
+
+
+def validate_concat(concat: object, nodes: int, where: str) -> list[int]:
+    """Return the list of nodes that make up the output of a cell with `nodes` nodes. Raises UserError."""
+    possible = range(2, nodes + 2)
+    if isinstance(concat, range):
+        concat = list(concat[: nodes + 1])  # one too many is enough to refuse it; a range can be huge
+    if not isinstance(concat, (list, tuple)) or not 0 < len(concat) <= nodes:
+        raise UserError(f"{where} must list some of the nodes 2 to {possible[-1]}")
+    if any(type(node) is not int or node not in possible for node in concat) or len(set(concat)) < len(concat):
+        found = ", ".join(shortened(node) for node in concat)
+        raise UserError(f"{where} must list distinct nodes from 2 to {possible[-1]}, not {found}")
+    return list(concat)
+
+
+def shortened(value: object) -> str:
+    """Return `value` as text for a message. A hostile file can hold nested values whose repr never ends."""
+    if isinstance(value, str):
+        return repr(value[:80])
+    if value is None or isinstance(value, float):
+        return repr(value)
+    if isinstance(value, int) and abs(value) < 10**9:
+        return repr(value)
+    return f"<{type(value).__name__}>"

@@ -1,18 +1,30 @@
-"""Discrete cells of the DARTS search space: the Genotype type, the named cells, JSON and legacy files. No torch here.
+"""Cells of the DARTS search space (S1): the Genotype type and the named cells. No torch here.
 
-A cell is a list of (operation, input) pairs, two for each intermediate node. Input 0 is the output of cell k-2, 1 the
-output of cell k-1, 2 and up are the earlier nodes. The nodes in `*_concat` make up the cell's output.
+A cell is a list of (operation, input) pairs, two for each intermediate node. Input 0 is the output
+of the cell before the last one (k-2), input 1 is the output of the last cell (k-1), and inputs 2
+and up are the earlier nodes of the same cell. The cell's output concatenates the nodes that
+`*_concat` lists.
 """
 
-from collections import namedtuple
+from typing import NamedTuple
 
 from support.files import UserError
 
-Genotype = namedtuple("Genotype", "normal normal_concat reduce reduce_concat")
+
+class Genotype(NamedTuple):
+    """A normal cell, which keeps the resolution, and a reduction cell, which halves it."""
+
+    normal: list[tuple[str, int]]  # (operation, input) pairs, two for each node
+    normal_concat: list[int]  # the nodes that make up the output
+    reduce: list[tuple[str, int]]
+    reduce_concat: list[int]
+
+
+Cell = Genotype | str  # of the DARTS space, or an arch string of NAS-Bench-201
 
 # The order is part of the method: it is the last axis of the architecture parameters.
 PRIMITIVES = "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
-OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur in NASNet and AmoebaNet only
+OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur only in NASNet and AmoebaNet
 
 # fmt: off
 # Found by EvNAS (Sinha & Chen, GECCO 2021).
@@ -78,8 +90,8 @@ AmoebaNet = Genotype(
 NAMED = {name: value for name, value in globals().items() if isinstance(value, Genotype)}
 
 
-def get(name):
-    """Return the named cell. Raises UserError listing the names."""
+def get(name: str) -> Genotype:
+    """Return the cell called `name`, such as "EvNASA". Raises UserError, which lists the names."""
     if name not in NAMED:
-        raise UserError(f"unknown architecture {name!r}; known are {', '.join(NAMED)}")
+        raise UserError(f"unknown cell {name!r}; the named cells are {', '.join(NAMED)}")
     return NAMED[name]

@@ -105,7 +105,7 @@ def check_training(network: Estimate, args, loaders, device) -> None:
     processes, here = distributed.world_size(), 1 if device.type == "cuda" else distributed.local_world_size()
     activations = network.checkpointed if args.checkpoint else network.activations
     activations *= args.batch_size / processes * (0.5 if args.amp else 1)
-    images = sum(loader.windows.untyped_storage().nbytes() for loader in loaders if hasattr(loader, "windows"))
+    images = sum(loader.memory for loader in loaders)
     needs = {"weights, gradients and momentum": network.weights, "activations of a training step": activations}
     needs = {what: size * here for what, size in (needs | {"images": images}).items()}
     advice = "make --init_channels, the number of cells or --batch_size smaller"

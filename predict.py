@@ -1,16 +1,18 @@
-"""Classify images with a retrained network: the five best classes of each, with their probabilities."""
+"""Classify images with a retrained network: print the five best classes of each image and their probabilities.
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
+Example: python predict.py runs/eval-EXP-20260101-120000 picture.png folder/
+"""
 
-# isort: split
+from support.cli import Parser, command
 
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 import image_folder
 import retrained
@@ -18,13 +20,14 @@ from support import devices, distributed
 from support.files import UserError
 from support.images import SUFFIXES
 
+BEST = 5  # classes that are printed of each image
+
 
 def images_in(path: str) -> tuple[list[Path], list[str]]:
-    """Return the images that an argument names, in the order of their paths.
+    """Return the images that an argument names, sorted by path, and a message for each folder that is unreadable.
 
-    These are the file itself, whatever its suffix, or the images in the folder and in all folders
-    below it: see `image_folder.walk`. The second list has an error message for each folder or link
-    that cannot be read. Raises UserError for a folder without images.
+    The argument is an image file, with any suffix, or a folder that is searched to any depth: see
+    `image_folder.walk`. Raises UserError for a folder without images.
     """
     if not os.path.isdir(path):
         return [Path(path)], []
@@ -32,50 +35,73 @@ def images_in(path: str) -> tuple[list[Path], list[str]]:
     images = sorted(image for listing in listings for image in listing.images)
     unreadable = [message for listing in listings for message in listing.unreadable.values()]
     if not images:
-        reason = f": {unreadable[0]}" if unreadable else f" ({', '.join(SUFFIXES)})"
-        raise UserError(f"folder {path} has no images{reason}")
+        reason = unreadable[0] if unreadable else f"their names end in {', '.join(SUFFIXES)}"
+        raise UserError(f"folder {path} has no images: {reason}")
     return images, unreadable
 
 
 @torch.no_grad()
-def predict(network, transform, paths, classes, device, skip: Callable[[str], None] | None = None):
-    """Yield the path of each image, and its five best (class, probability), best first.
+def predict(
+    network: nn.Module,
+    transform: Callable,
+    paths: Iterable[str | Path],
+    classes: Sequence[str],
+    device: torch.device | str,
+    skip: Callable[[str], None] | None = None,
+) -> Iterator[tuple[str | Path, list[tuple[str, float]]]]:
+    """Yield the path of each image and its best classes, as (class, probability), the most probable first.
 
-    If an image cannot be read, `skip` is called with the error message, and the next image follows.
-    Without `skip`, UserError is raised. So it is for an image whose logits are not finite.
+    `network` and `transform` are what `retrained.load` returns; the network is already on `device`.
+    If an image cannot be read, `skip` is called with the message and the next image follows; without
+    `skip`, UserError is raised. Raises UserError if the logits of an image are not finite.
     """
     for path in paths:
         try:
-            x = transform(path)[None].to(device)
+            x = transform(path).unsqueeze(0).to(device)  # (1, 3, H, W)
         except UserError as error:
             if skip is None:
                 raise
             skip(str(error))
             continue
-        logits, _ = network(x)
+        logits, _ = network(x)  # (1, classes)
         if not logits.isfinite().all():
-            raise UserError(f"{path}: the network's logits are not finite, so there is no answer; retrain the network")
-        probabilities, labels = logits[0].softmax(0).topk(min(5, len(classes)))
-        yield path, [(classes[label], p) for label, p in zip(labels.tolist(), probabilities.tolist(), strict=True)]
+            raise UserError(f"{path}: the network's logits are not finite, so it has no answer. Retrain the network")
+        probabilities, labels = logits[0].softmax(0).topk(min(BEST, len(classes)))
+        names = [classes[label] for label in labels.tolist()]
+        yield path, list(zip(names, probabilities.tolist(), strict=True))
+
+
+def make_parser() -> Parser:
+    parser = Parser(prog="predict.py", description=__doc__)
+    text = "directory of a retraining, whose last weights are used, or a weights file in it"
+    parser.add_argument("run", metavar="RUN_DIR", help=text)
+    text = "image files, or folders that are searched for images to any depth"
+    parser.add_argument("images", metavar="IMAGE", nargs="+", help=text)
+    text = "print one JSON object for each image, to read it in another program"
+    parser.add_argument("--json", action="store_true", help=text)
+    devices.add_device_arguments(parser)
+    parser.set_defaults(amp=False, compile=False)
+    return parser
+
+
+def as_text(path: str | Path, best: list[tuple[str, float]]) -> list[str]:
+    """Return the lines that are printed for an image: its path, then its best classes."""
+    return [str(path), *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best)]
 
 
 @command
-def main(argv=None):
-    parser = Parser(prog="predict.py", description=__doc__)
-    parser.add_argument("run", metavar="RUN_DIR", help="a retraining's directory (its last weights), or a weights file")
-    parser.add_argument("images", metavar="IMAGE", nargs="+", help="image files, or folders of them, to any depth")
-    parser.add_argument("--json", action="store_true", help="print a JSON object a line instead")
-    devices.add_device_arguments(parser)
-    parser.set_defaults(amp=False, compile=False)
-    args = parser.parse_args(argv)
-    _, about = retrained.read_about(args.run)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    classes = retrained.find_weights(args.run).about["classes"]
     network, transform = retrained.load(args.run)
     device = devices.choose_device(args)
+    network = network.to(device)
     skipped = []
 
-    def skip(message):
+    def skip(message: str) -> None:
         skipped.append(message)
-        distributed.say(" ".join(f"skipped: {message}".split()), file=sys.stderr)
+        line = " ".join(f"skipped: {message}".split())
+        distributed.say(line, file=sys.stderr)
 
     paths = []
     for name in args.images:
@@ -83,15 +109,18 @@ def main(argv=None):
         paths += images
         for message in unreadable:
             skip(message)
-    for path, best in predict(network.to(device), transform, paths, about["classes"], device, skip):
+    for path, best in predict(network, transform, paths, classes, device, skip):
         if args.json:
             distributed.say(json.dumps({"image": str(path), "classes": dict(best)}))
-        else:
-            for line in (str(path), *(f"  {100 * p:6.2f} %  {name}" for name, p in best)):
-                distributed.say(line)
+            continue
+        for line in as_text(path, best):
+            distributed.say(line)
     if skipped:
-        where = "the lines that begin with `skipped` name them"
-        distributed.say(f"error: {len(skipped)} images or folders could not be read; {where}", file=sys.stderr)
+        distributed.say(
+            f"error: {len(skipped)} images or folders could not be read. "
+            "See the lines that begin with `skipped`, and fix or remove them",
+            file=sys.stderr,
+        )
         raise SystemExit(1)
 
 

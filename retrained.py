@@ -1,236 +1,455 @@
-"""Which network to build, on which images, and how to test it: shared by train.py and the three test scripts."""
+"""Retrained networks: choose the cell and the recipe, make the network, load its weights, test it.
+
+`train.py`, the three test scripts, `predict.py` and `export.py` share this module.
+"""
+
+from support.cli import Parser, Published, number
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from PIL import Image
+from torch import nn
 
-import data
+import augment
+import datasets
 import genotype_files
 import genotypes
+import image_folder
 import loaders
-import nas201.data
 import nas201.model
+import shared_flags
+import splits
 import utils
-from engine import evaluate
+from genotypes import Cell
 from model import NetworkCIFAR, NetworkImageNet
 from nas201.genotypes import from_arch_string
-from recipes import CIFAR, NAS201, RECIPES
+from recipes import CIFAR, NAS201, RECIPES, Recipe
+from shared_flags import MOST
 from support import devices, distributed, weights
-from support.cli import MOST, Parser, Published, number
 from support.files import UserError
 from support.images import open_image, to_rgb
+from training import evaluate
 
-ARCH = f"a named cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
+Loader = loaders.Loader | loaders.FileLoader
+
+# Help texts of flags that train.py and the test scripts have in common.
+ARCH = f"name of a cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
+GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
 
 
-def choose_genotype(args, dir_first=False):
-    """Return what --genotype, --arch or --dir names, and where it comes from. Raises UserError.
+# ---- cell, recipe and network
 
-    It is a Genotype or, of NAS-Bench-201, an arch string. As in the published scripts, --arch goes before the cell in
-    --dir, or with `dir_first` behind it.
+
+class CellChoice(NamedTuple):
+    """A cell, and the flag or file that names it."""
+
+    cell: Cell
+    source: str | Path
+
+
+def choose_cell(args: argparse.Namespace, dir_first: bool = False) -> CellChoice:
+    """Return the cell that --genotype, --arch or --dir names. Raises UserError.
+
+    As in the published scripts, --arch takes precedence over the cell in --dir when testing. With
+    `dir_first`, as in retraining, the cell in --dir takes precedence.
     """
     if args.arch and args.genotype:
         raise UserError("--arch and --genotype both name a cell: leave one out")
     if args.genotype:
-        return genotype_files.load(args.genotype), args.genotype
+        return CellChoice(genotype_files.load(args.genotype), args.genotype)
     if args.arch and not (dir_first and args.dir and genotype_files.files_in(args.dir)):
-        arch = args.arch.strip()
-        if arch.startswith("|"):
-            from_arch_string(arch)  # says what is wrong with it
-        return arch if arch.startswith("|") else genotypes.get(arch), f"--arch {args.arch}"
+        return CellChoice(parse_arch(args.arch), f"--arch {args.arch}")
     if args.dir is None:
-        raise UserError("no cell is named: give --arch NAME, --genotype FILE or --dir RUN_DIR")
+        raise UserError("no cell is given: add --arch NAME, --genotype FILE or --dir RUN_DIR")
     path = genotype_files.file_in(args.dir if dir_first else folder_of_cell(args.dir))
-    return genotype_files.load(path), f"{path}, which goes before --arch {args.arch}" if args.arch else path
+    source = f"{path}, which takes precedence over --arch {args.arch}" if args.arch else path
+    return CellChoice(genotype_files.load(path), source)
 
 
-def folder_of_cell(run_dir):
-    """Return the folder that has the cell of a retraining.
+def parse_arch(text: str) -> Cell:
+    """Return the cell that --arch names: a named cell, or an arch string, which begins with "|". Raises UserError."""
+    arch = text.strip()
+    if not arch.startswith("|"):
+        return genotypes.get(arch)
+    from_arch_string(arch)  # raises UserError if it is not one
+    return arch
 
-    It is the run itself. A published run has none, and was made in its search's folder (or that folder's cifar100/).
+
+def folder_of_cell(run_dir: str | Path) -> Path:
+    """Return the folder with the cell of a retraining: the run directory itself, except for published runs.
+
+    The published scripts do not save the cell with a retraining. They make its directory inside the
+    search's folder, or inside that folder's cifar100/.
     """
     run_dir = Path(run_dir)
-    if run_dir.resolve().name.startswith("eval-") and not genotype_files.files_in(run_dir):
-        parent = run_dir.resolve().parent
-        search = parent.parent if parent.name == "cifar100" else parent
-        return search if genotype_files.files_in(search) else run_dir
-    return run_dir
+    full_path = run_dir.resolve()
+    if not full_path.name.startswith("eval-") or genotype_files.files_in(run_dir):
+        return run_dir
+    parent = full_path.parent
+    search = parent.parent if parent.name == "cifar100" else parent
+    return search if genotype_files.files_in(search) else run_dir
 
 
-def choose_recipe(genotype, images):
-    """Return the family of networks: NAS-Bench-201's for an arch string, else the one that the images need."""
-    if isinstance(genotype, str):
+def choose_recipe(cell: Cell, images: splits.Split) -> str:
+    """Return the name of the recipe: NAS-Bench-201's for an arch string, else the one for such images."""
+    if isinstance(cell, str):
         return "nas201"
-    return "imagenet" if isinstance(images, data.Files) else "cifar"
+    return "imagenet" if isinstance(images, splits.Files) else "cifar"
 
 
-def choose_augmentation(genotype, dataset, images, about=None):
-    """Return the Augmentation; arch strings have the benchmark's normalisation, and ImageNet16-120 no other."""
-    of_benchmark = nas201.data.AUGMENTATION if isinstance(genotype, str) or dataset not in data.AUGMENTATION else {}
-    return of_benchmark.get(dataset) or data.augmentation(dataset, images, about)
+def choose_augmentation(
+    cell: Cell, dataset: str, images: splits.Split | None, about: dict | None = None
+) -> augment.Augmentation:
+    """Return how the images of a data set are normalised and augmented.
+
+    Arch strings use the benchmark's normalisation, and so does ImageNet16-120, which has no other.
+    For your own images, mean and std come from `about`, see `find_weights`, or from `images`.
+    """
+    return datasets.augmentation(dataset, images, about, nas201=isinstance(cell, str))
 
 
-def make_network(genotype, recipe, classes, image_size, args):
-    """Make the network of a family for so many classes and images of (height, width) pixels. Raises UserError."""
-    if args.auxiliary and recipe == "nas201":
-        raise UserError("--auxiliary is not for arch strings: the benchmark's networks have no such head")
-    if args.auxiliary and args.layers < 2:
-        raise UserError("--auxiliary needs at least 2 --layers: the head stands behind the second reduction cell")
-    side, features = (224, "7x7") if recipe == "imagenet" else (32, "8x8")
-    if args.auxiliary and list(image_size) != [side, side]:
-        found = "{1}x{0}".format(*image_size)
-        raise UserError(f"--auxiliary needs images of {side}x{side} pixels ({features} features); these are {found}")
-    if recipe == "imagenet" and args.init_channels % 2:
-        raise UserError(f"--init_channels {args.init_channels}: ImageNet's networks need an even number of channels")
-    data.check_sides(image_size, 32 if recipe == "imagenet" else 4)
-    if recipe == "nas201":
-        return nas201.model.Network(args.init_channels, args.layers, classes, genotype)
-    network = NetworkImageNet if recipe == "imagenet" else NetworkCIFAR
-    return network(args.init_channels, classes, args.layers, args.auxiliary, genotype)
+@dataclass(frozen=True)
+class NetworkSettings:
+    """What determines the network of a cell."""
+
+    cell: Cell
+    recipe: str  # a name in RECIPES
+    classes: int
+    image_size: Sequence[int]  # (height, width), pixels
+    init_channels: int
+    layers: int
+    auxiliary: bool = False
+
+
+def check_settings(settings: NetworkSettings) -> None:
+    """Raise UserError if a network cannot have these settings."""
+    imagenet = settings.recipe == "imagenet"
+    if settings.auxiliary:
+        if settings.recipe == "nas201":
+            raise UserError("--auxiliary is not for arch strings, whose networks have no auxiliary head: leave it out")
+        if settings.layers < 2:
+            raise UserError("--auxiliary needs at least 2 --layers: the head follows the second reduction cell")
+        side = 224 if imagenet else 32
+        if list(settings.image_size) != [side, side]:
+            height, width = settings.image_size
+            raise UserError(f"--auxiliary needs images of {side}x{side} pixels, but these are {width}x{height}")
+    if imagenet and settings.init_channels % 2:
+        raise UserError(
+            f"--init_channels {settings.init_channels}: networks for ImageNet need an even number of channels"
+        )
+    splits.check_sides(settings.image_size, 32 if imagenet else 4)
+
+
+def make_network(settings: NetworkSettings) -> nn.Module:
+    """Make a network whose forward pass returns (logits, logits_aux). Raises UserError for impossible settings."""
+    check_settings(settings)
+    cell, classes = settings.cell, settings.classes
+    if settings.recipe == "nas201":
+        return nas201.model.Network(settings.init_channels, settings.layers, classes, cell)
+    network = NetworkImageNet if settings.recipe == "imagenet" else NetworkCIFAR
+    return network(settings.init_channels, classes, settings.layers, settings.auxiliary, cell)
 
 
 # ---- trained networks
 
 
-def load_network(path, genotype, recipe, classes, image_size, args):
-    """Make the network of the weights at `path`, on the CPU, and load them. Raises UserError.
+class SavedWeights(NamedTuple):
+    """A weights file of a retraining, and the content of the JSON file next to it."""
 
-    What `args` (the command line, or the weights' side file) say of its size is compared with the file's names and
-    shapes first, on a network without storage: a wrong figure neither fills the memory nor builds for ever.
+    path: Path
+    about: dict
+
+
+# ---- what is saved about weights
+
+
+def is_whole(value: object, most: int) -> bool:
+    """Return whether `value` is an int from 1 to `most`."""
+    return type(value) is int and 0 < value <= most
+
+
+def are_sides(values: object) -> bool:
+    """Return whether `values` can be the height and width of an image, in pixels."""
+    return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
+
+
+def are_channels(values: object) -> bool:
+    """Return whether `values` can be the mean or the standard deviation of three channels."""
+    return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
+
+
+# Which values the fields of the JSON file next to the weights can have. A file that claims others is refused.
+POSSIBLE = {
+    "init_channels": lambda value: is_whole(value, MOST.channels),
+    "layers": lambda value: is_whole(value, MOST.cells),
+    "auxiliary": lambda value: isinstance(value, bool),
+    "family": lambda value: value in RECIPES,
+    "resized": lambda value: isinstance(value, bool),
+    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+    "image_size": are_sides,
+    "mean": are_channels,
+    "std": lambda value: are_channels(value) and min(value) > 0,
+}
+
+
+def read_info(path: str | os.PathLike) -> dict:
+    """Return what was saved about the weights at `path`, see `weights.read_info`.
+
+    Raises UserError, also for a value that a network or its normalisation cannot have.
     """
-    state = weights.read_state(path)
-    cells = len({name.split(".")[1] for name in state if name.startswith("cells.")})
-    needed = 3 * args.layers + 2 if recipe == "nas201" else args.layers
-    if needed > cells:
-        where = f'--layers, or "layers" in {weights.info_path(path)}'
-        raise UserError(f"{path} holds no weights of this network: {cells} cells, not {needed} ({where}, is wrong)")
-    with torch.device("meta"):
-        network = make_network(genotype, recipe, classes, image_size, args)
-    weights.load_state(network, state, path)
-    return network
+    about = weights.read_info(path)
+    for name, value in about.items():
+        if name in POSSIBLE and not POSSIBLE[name](value):
+            raise UserError(f'{weights.info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
+    return about
 
 
-def saved_recipe(about, genotype, path):
-    """Return the family of the network at `path`, or None if nothing says it. Raises UserError for another cell's."""
-    size = about.get("image_size")
-    older = size and ("imagenet" if size == [224, 224] else "cifar")  # when no family was saved
-    recipe = about.get("family", older) or ("nas201" if isinstance(genotype, str) else None)
-    if recipe and (recipe == "nas201") != isinstance(genotype, str):
-        raise UserError(f"{path} holds a network of the recipe {recipe}, which has no cell {genotype!s:.80}")
+def find_weights(run_dir: str | Path) -> SavedWeights:
+    """Return the weights in a retraining's directory, the last ones; `run_dir` can also be a weights file.
+
+    Raises UserError if there are none, or if nothing describes them.
+    """
+    path = Path(run_dir)
+    if path.is_dir():
+        path = Path(weights.locate(path / "weights.pt"))
+    if not path.is_file():
+        raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
+    about = read_info(path)
+    for name in ("family", "genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
+        if name not in about:
+            raise UserError(
+                f'{path}: nothing describes its network, because {weights.info_path(path)} has no "{name}". '
+                "Give weights that train.py has written"
+            )
+    return SavedWeights(path, about)
+
+
+def saved_recipe(about: dict, cell: object, path: str | Path) -> str | None:
+    """Return the recipe of the network whose weights are at `path`, or None if it was not saved.
+
+    `cell` is a cell or its JSON form. Raises UserError if the recipe is one for other cells.
+    """
+    is_arch = isinstance(cell, str)
+    recipe = about.get("family") or ("nas201" if is_arch else None)
+    if recipe and (recipe == "nas201") != is_arch:
+        raise UserError(f"{path} was trained with the recipe {recipe}, which is not for the cell {cell!s:.80}")
     return recipe
 
 
-def read_about(run_dir):
-    """Return the weights file of a retraining, and what was saved about it.
+def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
+    """Make a network on the CPU and load the weights at `path`. Raises UserError if they are another network's.
 
-    `run_dir` is the run's directory, whose last weights are taken, or a weights file. Raises UserError.
+    The settings can be wrong: they come from the command line or from the file next to the weights.
+    So they are compared with the names and shapes in the weights file before the network gets any
+    memory. Otherwise a wrong number could fill the memory, or build cells for ever.
     """
-    path = Path(run_dir)
-    path = weights.locate(path / "weights.pt") if path.is_dir() else path
-    if not path.is_file():
-        raise UserError(f"{run_dir} holds no weights: give the directory of a retraining, or a weights file")
-    about = weights.read_info(path)
-    for name in ("genotype", "classes", "image_size", "mean", "std", "init_channels", "layers"):
-        if name not in about:
-            raise UserError(f"{weights.info_path(path)}, the file of a retraining beside its weights, has no {name}")
-    return path, about
+    state = weights.read_state(path)
+    found = len({name.split(".")[1] for name in state if name.startswith("cells.")})
+    # NAS-Bench-201: three stages of cells, with a residual block between two stages
+    needed = 3 * settings.layers + 2 if settings.recipe == "nas201" else settings.layers
+    if needed > found:
+        raise UserError(
+            f"{path} holds no weights of this network: it has {found} cells, not {needed}. "
+            f'Correct --layers, or "layers" in {weights.info_path(path)}'
+        )
+    with torch.device("meta"):
+        network = make_network(settings)
+    weights.load_state(network, state, path, optional=("auxiliary_head.",))
+    return network
 
 
-def load(run_dir):
+def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
     """Return the network of a retraining, in evaluation mode on the CPU, and the transform that makes its inputs.
 
-    The transform takes a PIL image or the path of one and returns a tensor (3, H, W); network(x) of a batch of such
-    returns (logits, None). `run_dir`: see `read_about`. Raises UserError.
+    `run_dir` is the directory of a retraining, or a weights file. The transform takes a PIL image or
+    the path of one and returns a tensor (3, H, W). `network(x)` takes a batch (B, 3, H, W) of these
+    and returns (logits, None). Raises UserError.
     """
-    path, about = read_about(run_dir)
-    genotype = genotype_files.from_json(about["genotype"], weights.info_path(path))
-    recipe, size = saved_recipe(about, genotype, path), about["image_size"]
-    without_head = argparse.Namespace(**(about | {"auxiliary": False}))
-    network = load_network(path, genotype, recipe, len(about["classes"]), size, without_head)
-    normalisation = data.Augmentation(about["mean"], about["std"])
-    if recipe == "imagenet":
-        steps = loaders.imagenet_transform(normalisation, False, size[0])
+    path, about = find_weights(run_dir)
+    cell = genotype_files.from_json(about["genotype"], weights.info_path(path))
+    settings = NetworkSettings(
+        cell=cell,
+        recipe=saved_recipe(about, cell, path),
+        classes=len(about["classes"]),
+        image_size=about["image_size"],
+        init_channels=about["init_channels"],
+        layers=about["layers"],
+    )
+    network = load_network(path, settings)
+    normalisation = augment.Augmentation(about["mean"], about["std"])
+    if settings.recipe == "imagenet":
+        to_input = augment.imagenet_transform(normalisation, False, settings.image_size[0])
     else:
-        steps = loaders.small_transform(normalisation, size)
+        to_input = augment.small_transform(normalisation, settings.image_size)
 
-    def transform(image):
-        return steps(open_image(image) if isinstance(image, (str, os.PathLike)) else to_rgb(image))
+    def transform(image: Image.Image | str | os.PathLike) -> torch.Tensor:
+        is_path = isinstance(image, (str, os.PathLike))
+        return to_input(open_image(image) if is_path else to_rgb(image))
 
     return network.eval(), transform
 
 
-def test(prog, datasets, argv=None, default=CIFAR, batch_size=96):
-    """Evaluate weights on the test split of a data set, print the figures and return them: all of a test script."""
-    dataset = datasets[0]
-    parser = Parser(prog=prog, description=f"Test the weights of a retrained cell on {dataset}.")
-    cell = parser.add_argument_group("cell and weights")
-    cell.add_argument("--dir", help="a retraining's run directory: cell, size and (last) weights come from there")
-    cell.add_argument("--model_path", help="a weights file")
-    cell.add_argument("--arch", help=ARCH)
-    cell.add_argument("--genotype", help="a genotype.json or genotype.pickle")
-    for name, low, high in (("init_channels", 2, MOST.channels), ("layers", 1, MOST.cells)):
-        text = f"(default: {getattr(default, name)}, for arch strings {getattr(NAS201, name)}, or what DIR says)"
-        cell.add_argument(f"--{name}", type=number(int, low, high), help=text)
-    cell.add_argument("--image_size", type=number(int, 4, MOST.pixels), help="as in training (default: what DIR says)")
-    cell.add_argument("--init_channel", action=Published, instead="--init_channels {}")
-    cell.add_argument("--auxiliary", action="store_true", help="the network has the auxiliary head")
-    run = parser.add_argument_group("data and device")
-    data.add_data_arguments(run, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
-    run.add_argument("--dataset", default=dataset, choices=datasets, help="what to test on")
-    run.add_argument("--batch_size", type=number(int, 1), default=batch_size, help="images at a time")
-    run.add_argument(
-        "--workers", type=number(int, 0, MOST.workers), default=4, help="processes that read large image files"
-    )
-    run.add_argument("--report_freq", type=number(int, 1), default=default.report_freq, help="batches a report")
-    devices.add_device_arguments(run)
-    run.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
-    parser.set_defaults(amp=False, compile=False)
-    args = parser.parse_args(argv)
+# ---- the test scripts
 
+
+def test(
+    prog: str,
+    description: str,
+    argv: Sequence[str] | None = None,
+    *,
+    recipe: Recipe = CIFAR,
+    batch_size: int = 96,
+) -> dict:
+    """Test weights on the test images of a data set: all that a test script does.
+
+    `prog` and `description` are the script's name and what its help says of it. The name also says
+    which data sets it can test on: see `datasets.offered_by`. `recipe` has the defaults for weights
+    that nothing describes. Prints the figures and returns them: see `run_test`. Raises UserError.
+    """
+    args = make_test_parser(prog, description, recipe, batch_size).parse_args(argv)
+    return run_test(resolve_test(args, recipe))
+
+
+def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: int) -> Parser:
+    """Return the parser of a test script; the arguments are those of `test`."""
+    parser = Parser(prog=prog, description=description)
+    group = parser.add_argument_group("cell and weights")
+    text = "directory of a retraining; its cell, network size and last weights are the defaults"
+    group.add_argument("--dir", metavar="RUN_DIR", help=text)
+    text = "weights file to test, such as a published one, or weights/best_weights.pt in RUN_DIR"
+    group.add_argument("--model_path", metavar="FILE", help=text)
+    group.add_argument("--arch", metavar="CELL", help=ARCH)
+    group.add_argument("--genotype", metavar="FILE", help=GENOTYPE)
+
+    def default(name: str) -> str:
+        values = f"{getattr(recipe, name)}, or {getattr(NAS201, name)} for arch strings"
+        return f"(default: as in training; if that was not saved, {values})"
+
+    text = f"channels of the network's first cells {default('init_channels')}"
+    shared_flags.add_init_channels(group, text, low=2)
+    text = f"cells of the network; for arch strings, cells in each of its three stages {default('layers')}"
+    group.add_argument("--layers", type=number(int, 1, MOST.cells), metavar="N", help=text)
+    text = "resize and crop the images of a folder to this many pixels a side (default: as in training)"
+    shared_flags.add_image_size(group, text)
+    text = "build the network with its auxiliary head; this does not change the figures"
+    group.add_argument("--auxiliary", action="store_true", help=text)
+
+    group = parser.add_argument_group("data and device")
+    datasets.add_data_arguments(group, prog)
+    text = "images in a forward pass; lower it if memory runs out"
+    group.add_argument("--batch_size", type=number(int, 1), default=batch_size, metavar="N", help=text)
+    shared_flags.add_workers(group)
+    text = "batches between two lines on the progress of the test"
+    group.add_argument("--report_freq", type=number(int, 1), default=recipe.report_freq, metavar="N", help=text)
+    devices.add_device_arguments(group)
+    group.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
+    parser.set_defaults(amp=False, compile=False)
+    return parser
+
+
+class TestJob(NamedTuple):
+    """What a test script has been asked to do."""
+
+    args: argparse.Namespace  # all defaults filled in
+    cell: Cell
+    source: str | Path  # the flag or file that names the cell
+    recipe: str  # a name in RECIPES
+    about: dict  # the JSON file next to the weights, {} if there is none
+
+
+def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
+    """Fill in the arguments that were not given: from the file next to the weights, else from `recipe`.
+
+    Raises UserError for arguments that contradict that file.
+    """
     if args.model_path is None and args.dir is None:
-        raise UserError("no weights are named: give --model_path FILE or --dir RUN_DIR")
+        raise UserError("no weights are given: add --model_path FILE or --dir RUN_DIR")
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
-    about = weights.read_info(args.model_path)
+    about = read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
         source = weights.info_path(args.model_path)
-        genotype = genotype_files.from_json(about["genotype"], source)
+        cell = genotype_files.from_json(about["genotype"], source)
     else:
-        genotype, source = choose_genotype(args)
-    recipe = saved_recipe(about, genotype, args.model_path) or default.name
-    if recipe not in (default.name, "nas201"):
-        script = {"imagenet": "test_imagenet.py"}.get(recipe, "test_cifar.py")
-        raise UserError(f"{args.model_path} holds a network of the recipe {recipe}: test it with {script}")
-    saved = about | {"image_size": about["image_size"][0] if about.get("resized") and "image_size" in about else None}
-    for name in ("init_channels", "layers", "image_size"):  # what was saved with the weights, then the paper's
-        given, before = getattr(args, name), saved.get(name)
-        if given is not None and before is not None and given != before:
-            raise UserError(f"--{name} {given} differs from {before}, with which {args.model_path} was trained")
-        setattr(args, name, given or before or getattr(RECIPES[recipe], name, None))
-    args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
-    device = devices.choose_device(args)
+        cell, source = choose_cell(args)
 
-    args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
-    settings = dict(image_size=args.image_size, in_memory=recipe != "imagenet", cache=args.image_cache)
-    images = nas201.data.load(args.dataset, args.data, "test", **settings)
-    if recipe != "imagenet":
-        data.check_in_memory(images, "give --image_size, or test a network for ImageNet with test_imagenet.py")
-    found = data.describe(test=images)
-    data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
-    needs_train = args.dataset in ("folder", "digits") and isinstance(images, data.Images) and "mean" not in about
-    train = data.load(args.dataset, args.data, "train", **settings) if needs_train else images
-    loader = loaders.make_loader(
-        images, args.batch_size, choose_augmentation(genotype, args.dataset, train, about), device, workers=args.workers
+    name = saved_recipe(about, cell, args.model_path) or recipe.name
+    if name not in (recipe.name, "nas201"):
+        script = "test_imagenet.py" if name == "imagenet" else "test_cifar.py"
+        raise UserError(f"{args.model_path} was trained with the recipe {name}: test it with {script}")
+
+    saved = {field: about.get(field) for field in ("init_channels", "layers")}
+    resized = about.get("resized") and "image_size" in about
+    saved["image_size"] = about["image_size"][0] if resized else None
+    for field, in_training in saved.items():
+        given = getattr(args, field)
+        if given is not None and in_training is not None and given != in_training:
+            raise UserError(
+                f"--{field} {given}: {args.model_path} was trained with {in_training}; leave the argument out"
+            )
+        setattr(args, field, given or in_training or getattr(RECIPES[name], field, None))
+    args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
+    args.data = datasets.find_folder(args.dataset, args.data)
+    return TestJob(args, cell, source, name, about)
+
+
+def run_test(job: TestJob) -> dict:
+    """Test a network, print the figures and return them. Raises UserError.
+
+    {"loss": mean cross-entropy, "top1" and "top5": percent, "parameters_M" and "mult_adds_M": millions}
+    """
+    args = job.args
+    device = devices.choose_device(args)
+    loader, classes = load_test_images(job, device)
+    settings = NetworkSettings(
+        cell=job.cell,
+        recipe=job.recipe,
+        classes=classes,
+        image_size=loader.image_shape[1:],
+        init_channels=args.init_channels,
+        layers=args.layers,
+        auxiliary=args.auxiliary,
     )
-    network = load_network(args.model_path, genotype, recipe, len(images.classes), images.image_size, args)
+    network = load_network(args.model_path, settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    distributed.say(f"{devices.describe_device(device)}; the cell of {source}")
+    distributed.say(f"{devices.describe_device(device)}; cell from {job.source}")
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
     result = evaluate(network, loader, args, log=distributed.say)
-    text = "top-1 {top1:.2f} %, top-5 {top5:.2f} %, loss {loss:.4f} on {images} images"
-    distributed.say(text.format(**result, images=len(images)))
+    distributed.say(
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on {loader.size} images"
+    )
     return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}
+
+
+def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
+    """Return the loader of the test images, and how many classes they have.
+
+    Raises UserError if they do not fit the network: other classes, another size, too large.
+    """
+    args, about = job.args, job.about
+    if job.recipe == "imagenet":
+        images = datasets.list_files(args.dataset, args.data, "test", image_size=args.image_size)
+    else:
+        settings = dict(image_size=args.image_size, cache=args.image_cache)
+        images = datasets.load_images(args.dataset, args.data, "test", **settings)
+        hint = "give --image_size, or test a network for ImageNet with test_imagenet.py"
+        image_folder.check_in_memory(images, hint)
+    found = splits.describe(test=images)
+    splits.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
+
+    # Mean and std of your own images are the training images', unless they were saved with the weights.
+    measured = datasets.DATASETS[args.dataset].normalisation is None and isinstance(images, splits.Images)
+    statistics_of = images
+    if measured and "mean" not in about:
+        statistics_of = datasets.load_images(args.dataset, args.data, "train", **settings)
+    augmentation = choose_augmentation(job.cell, args.dataset, statistics_of, about)
+    loader = loaders.make_loader(images, args.batch_size, augmentation, device, workers=args.workers)
+    return loader, len(images.classes)

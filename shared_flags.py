@@ -1,9 +1,13 @@
-"""Flags that several commands share: which images, how large a network, seeds, reports. No torch here."""
+"""Flags that several commands share: which images, how large a network, seeds, reports."""
+
+from support.cli import Published, number
 
 import argparse
 
 from support import devices, seeds
-from support.cli import MOST, Published, number
+
+# The largest sizes that flags take: many times what anybody has used, and yet networks that are built in seconds.
+MOST = argparse.Namespace(channels=4096, cells=200, individuals=10_000, epochs=10**6 - 1, workers=1024, pixels=4096)
 
 IMAGE_SIZE = (
     "resize and crop the images of a folder to this many pixels a side, a multiple of 4; "

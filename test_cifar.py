@@ -1,11 +1,19 @@
-"""Test weights of a retrained cell on CIFAR-10, an own image folder or the digits."""
+"""Test the weights of a retrained network on CIFAR-10, on your own image folder or on the digits.
 
-from functools import partial
+Example: python test_cifar.py --dir runs/eval-EXP-20260101-120000
+"""
 
-from retrained import test
 from support.cli import command
 
-main = command(partial(test, "test_cifar.py", ["cifar10", "folder", "digits"]))
+from collections.abc import Sequence
+
+import retrained
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict:
+    return retrained.test("test_cifar.py", __doc__, argv)
+
 
 if __name__ == "__main__":
     main()

@@ -1,13 +1,21 @@
-"""Test weights of a retrained cell on DATA/val/CLASS/ or an own folder, with the ImageNet network and transforms."""
+"""Test the weights of a network for ImageNet on ImageNet, in DATA/val/CLASS/, or on your own image folder.
 
-from functools import partial
+Networks of NAS-Bench-201 can be tested on ImageNet16-120.
+Example: python test_imagenet.py --arch EvNASA --model_path EvNAS_A_imagenet_model_best.pth.tar
+"""
 
-from recipes import IMAGENET
-from retrained import test
 from support.cli import command
 
-datasets = ["imagenet", "ImageNet16-120", "folder"]
-main = command(partial(test, "test_imagenet.py", datasets, default=IMAGENET, batch_size=128))
+from collections.abc import Sequence
+
+import retrained
+from recipes import IMAGENET
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> dict:
+    return retrained.test("test_imagenet.py", __doc__, argv, recipe=IMAGENET, batch_size=128)
+
 
 if __name__ == "__main__":
     main()

@@ -1,181 +1,321 @@
-"""Retrain a cell from scratch: the paper's recipe for CIFAR-10, CIFAR-100, ImageNet, own image folders and the digits.
+"""Retrain a cell from scratch, with the paper's recipe or NAS-Bench-201's, and test it after each epoch.
 
-One process, or several on one or more machines: torchrun --nproc_per_node=N train.py ...
+The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, a folder of your own or the digits.
+
+  python train.py --arch EvNASA --auxiliary --cutout --dir runs             the paper's first cell on CIFAR-10
+  python train.py --dir runs/search-20260101-120000 --auxiliary --cutout    the cell of a search
+  torchrun --nproc_per_node=4 train.py --arch EvNASA --dir runs ...         on four GPUs
 """
 
-from support.cli import MOST, Parser, Published, command, file_name, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, Published, command, file_name, number
 
 import argparse
+import functools
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import baselines
-import data
+import datasets
 import genotype_files
+import image_folder
 import loaders
 import memory
-import nas201.data
-import nas201.report  # registers arch strings with the drawings and the report
+import retrained
+import seed_roles
 import shared_flags
 import utils
-from engine import TrainingState, evaluate, train_one_epoch
+from augment import Augmentation
+from genotypes import Cell
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
-from retrained import ARCH, choose_augmentation, choose_genotype, choose_recipe, make_network
-from support import devices, distributed, runs, seeds, self_check
+from reporting.views import view_of
+from retrained import CellChoice, Loader, NetworkSettings
+from run_settings import SETTINGS
+from shared_flags import MOST
+from splits import Files, Split, check_alike, counts_text, describe, subsample
+from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
+from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
+from views import VIEWS
+
+# Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
+TAIL = WARMUP = 5
+LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch is larger
 
 
-def make_parser():
-    def default(name):
-        values = (getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201))
-        return "(default: {}; imagenet: {}; arch strings: {})".format(*values)
+# ---- command line
+
+
+def make_parser() -> Parser:
+    """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
+
+    def default(name: str) -> str:
+        small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
+        return f"(default: {small}; recipe imagenet: {imagenet}; recipe nas201: {nas201})"
 
     parser = Parser(prog="train.py", description=__doc__)
-    group = parser.add_argument_group("cell: one of")
-    group.add_argument("--arch", help=ARCH)
-    group.add_argument("--genotype", help="a genotype.json or genotype.pickle")
-    text = "a run directory with one of these, which goes before --arch; the new run is made in it"
-    group.add_argument("--dir", help=text)
-    text = "retrain the N-th architecture of the front in DIR/pareto.json, the fittest first, instead of the winner"
-    group.add_argument("--pick", type=number(int, 1), metavar="N", help=text)
-    group = parser.add_argument_group("data")
-    data.add_data_arguments(group, None, "where the data set lies (default: ../data, imagenet/ or ImageNet16/ in it)")
+    add_cell_arguments(parser.add_argument_group("cell to retrain"))
+
+    group = parser.add_argument_group("images")
+    datasets.add_data_arguments(group, parser.prog)
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
-    datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
-    group.add_argument("--dataset", default="cifar10", choices=datasets)
     shared_flags.add_training_image_arguments(group)
     shared_flags.add_workers(group)
+
     group = parser.add_argument_group("network")
-    text = f"the family of networks (default: cifar for images of at most {data.SMALL} pixels, nas201 for arch strings)"
+    text = (
+        f"network and defaults: cifar for images of up to {image_folder.SMALL} pixels a side, imagenet for larger "
+        "ones, nas201 for arch strings (default: what the cell and the images need)"
+    )
     group.add_argument("--recipe", choices=RECIPES, help=text)
-    text = f"channels of the first cells; more make a larger, slower network {default('init_channels')}"
+    text = f"channels of the first cells; more make a larger and slower network {default('init_channels')}"
     shared_flags.add_init_channels(group, text, low=2)
-    group.add_argument("--layers", type=number(int, 1, MOST.cells), help=f"cells {default('layers')}, in each stage")
-    group.add_argument("--auxiliary", action="store_true", help="train with the auxiliary head")
-    group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, help="of its loss")
-    group.add_argument("--drop_path_prob", type=number(float, 0, 0.99), help=f"at the end {default('drop_path_prob')}")
+    text = f"cells of the network; for arch strings, cells in each of its three stages {default('layers')}"
+    group.add_argument("--layers", type=number(int, 1, MOST.cells), metavar="N", help=text)
+    text = "train with the auxiliary head, as the paper does; needs 32x32 pixels (224x224 for the recipe imagenet)"
+    group.add_argument("--auxiliary", action="store_true", help=text)
+    text = "weight of the auxiliary head's loss"
+    group.add_argument("--auxiliary_weight", type=number(float, 0), default=0.4, metavar="WEIGHT", help=text)
+    text = f"drop path probability, which grows linearly from 0 to this value {default('drop_path_prob')}"
+    group.add_argument("--drop_path_prob", type=number(float, 0, 0.99), metavar="P", help=text)
+
     group = parser.add_argument_group("training")
-    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), help=default("epochs"))
-    group.add_argument("--batch_size", type=number(int, 1), help=f"of all processes together {default('batch_size')}")
-    group.add_argument("--learning_rate", type=number(float, 0), help=default("learning_rate"))
-    group.add_argument("--lr_scheduler", choices=["cosine", "linear"], help=default("lr_scheduler"))
-    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, help="of SGD")
-    text = f"momentum {default('nesterov')}"
+    text = f"epochs to train; for a quick trial take 1 {default('epochs')}"
+    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), metavar="N", help=text)
+    text = f"training batch, over all processes; lower it if memory runs out {default('batch_size')}"
+    group.add_argument("--batch_size", type=number(int, 1), metavar="N", help=text)
+    text = f"learning rate at the beginning; lower it if the loss is not finite {default('learning_rate')}"
+    group.add_argument("--learning_rate", type=number(float, 0), metavar="LR", help=text)
+    text = f"how the learning rate falls to 0 over the epochs {default('lr_scheduler')}"
+    group.add_argument("--lr_scheduler", choices=["cosine", "linear"], help=text)
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="momentum of SGD")
+    text = f"use Nesterov momentum {default('nesterov')}"
     group.add_argument("--nesterov", action=argparse.BooleanOptionalAction, help=text)
-    group.add_argument("--weight_decay", type=number(float, 0), help=default("weight_decay"))
-    group.add_argument("--grad_clip", type=number(float, above=0), help=f"largest gradient norm {default('grad_clip')}")
-    group.add_argument("--label_smooth", type=number(float, 0, 1), help=default("label_smooth"))
+    text = f"weight decay of SGD, on every parameter {default('weight_decay')}"
+    group.add_argument("--weight_decay", type=number(float, 0), metavar="DECAY", help=text)
+    text = f"clip gradients to this norm {default('grad_clip')}"
+    group.add_argument("--grad_clip", type=number(float, above=0), metavar="NORM", help=text)
+    text = f"label smoothing of the training loss {default('label_smooth')}"
+    group.add_argument("--label_smooth", type=number(float, 0, 1), metavar="EPS", help=text)
+
     group = parser.add_argument_group("run")
-    group.add_argument("--save", type=file_name, default="EXP", help="the run directory is called eval-SAVE-TIME")
+    text = "name of this retraining: its run directory is eval-NAME-TIME"
+    group.add_argument("--save", type=file_name, default="EXP", metavar="NAME", help=text)
     group.add_argument("--note", action=Published, instead="--save {}")
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
-    text = "train on all GPUs, in a process for each: start them with torchrun"
+    text = "insist on all GPUs: if there are several, stop and show the torchrun command that uses them"
     group.add_argument("--parallel", action="store_true", default=argparse.SUPPRESS, help=text)
-    notes = dict(seed_note=default("seed"), report_note=default("report_freq"))
-    shared_flags.add_run_arguments(group, seed=None, report_freq=None, **notes)
+    shared_flags.add_run_arguments(
+        group, seed=None, seed_note=default("seed"), report_freq=None, report_note=default("report_freq")
+    )
     return parser
 
 
-def learning_rate(args, epoch, warmup):
-    """Return the learning rate of `epoch` (from 0): cosine to 0, or linear in two slopes; warm-up multiplies it."""
-    lr, E, e = args.learning_rate, args.epochs, epoch
-    if args.lr_scheduler == "cosine":
-        lr *= (1 + math.cos(math.pi * e / E)) / 2
-    elif E - e > 5:
-        lr *= (E - 5 - e) / (E - 5)
-    else:
-        lr *= (E - e) / (5 * max(E - 5, 1))
-    return lr * (e + 1) / 5 if warmup and e < 5 else lr
+def add_cell_arguments(group: argparse._ArgumentGroup) -> None:
+    """Add the flags that name a cell."""
+    group.add_argument("--arch", metavar="CELL", help=retrained.ARCH)
+    group.add_argument("--genotype", metavar="FILE", help=retrained.GENOTYPE)
+    text = (
+        "directory of a search: retrain its cell, even if --arch is given too, and put the new run inside it "
+        "(default for the new run: the current directory)"
+    )
+    group.add_argument("--dir", metavar="RUN_DIR", help=text)
+    text = "retrain the N-th cell of the Pareto front in RUN_DIR/pareto.json, fittest first, instead of the winner"
+    group.add_argument("--pick", type=number(int, 1), metavar="N", help=text)
 
 
-def load_splits(args, genotype):
-    """Read (train, test), and fill in the defaults that depend on the data. Raises UserError.
+def cell_to_retrain(args: argparse.Namespace) -> CellChoice:
+    """Return the cell that the command line asks for. Raises UserError."""
+    if args.resume:
+        # A run has its own copy of the cell: the search that found it may have continued since.
+        with resume_args.required_file():
+            source = Path(args.resume) / "genotype.json"
+            return CellChoice(genotype_files.load(source), source)
+    if args.pick:
+        if not args.dir or args.genotype:
+            raise UserError("--pick takes a cell from a search: name it with --dir RUN_DIR, and leave --genotype out")
+        return CellChoice(*baselines.pick(args.dir, args.pick))
+    return retrained.choose_cell(args, dir_first=True)
 
-    Returns them with their Augmentation.
-    """
-    if args.recipe and (args.recipe == "nas201") != isinstance(genotype, str):
+
+def check_parallel(device: torch.device) -> None:
+    """Raise UserError if there are more GPUs than this one process uses; it says how to use them."""
+    if "RANK" in os.environ:  # torchrun has started this process
+        return
+    count = torch.cuda.device_count() if device.type == "cuda" else 1
+    if count > 1:
         raise UserError(
-            f"--recipe {args.recipe} is not for this cell: nas201 is for arch strings, and for nothing else"
+            f"--parallel: one process uses one of the {count} GPUs. Start a process for each with "
+            f"torchrun --nproc_per_node={count} train.py ..., or leave --parallel out"
         )
-    if args.data is None:
-        args.data = data.FOLDERS.get(args.dataset, "../data")
-    in_memory = True if isinstance(genotype, str) else args.recipe and args.recipe != "imagenet"
-    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
-    train, test = (nas201.data.load(args.dataset, args.data, split, **settings) for split in ("train", "test"))
-    large = isinstance(train, data.Files)
-    args.recipe = args.recipe or choose_recipe(genotype, train)
+    distributed.say(
+        "note: --parallel has no effect with one device; for N processes use torchrun --nproc_per_node=N train.py",
+        file=sys.stderr,
+    )
+
+
+# ---- images
+
+
+class Splits(NamedTuple):
+    """The images of a retraining."""
+
+    train: Split
+    test: Split
+    augmentation: Augmentation
+
+
+def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
+    """Read the training and test images, and fill in the arguments that depend on cell and images.
+
+    Raises UserError for images that do not fit the arguments.
+    """
+    if args.recipe and (args.recipe == "nas201") != isinstance(cell, str):
+        raise UserError(
+            f"--recipe {args.recipe} does not fit this cell: arch strings need nas201, and other cells cannot use it"
+        )
+    args.data = datasets.find_folder(args.dataset, args.data)
+    recipe = "nas201" if isinstance(cell, str) else args.recipe
+    if datasets.stays_on_disk(args.dataset, args.image_size, recipe):
+        read = functools.partial(datasets.list_files, image_size=args.image_size)
+    else:
+        read = functools.partial(datasets.load_images, image_size=args.image_size, cache=args.image_cache)
+    train = read(args.dataset, args.data, "train")
+    test = read(args.dataset, args.data, "test")
+
+    args.recipe = args.recipe or retrained.choose_recipe(cell, train)
     if args.recipe != "imagenet":
-        data.check_in_memory(train)
-    both = data.describe(train=train), data.describe(test=test)
-    data.check_alike("the training images", both[0], f"the test images of {args.data}", both[1])
+        image_folder.check_in_memory(train)
+    train_description = describe(train=train)
+    test_description = describe(test=test)
+    check_alike("the training images", train_description, f"the test images of {args.data}", test_description)
+    fill_in_recipe(args)
+
+    augmentation = retrained.choose_augmentation(cell, args.dataset, train)
+    train = subsample(train, args.train_samples, seeds.generator(args, seed_roles.SPLIT))
+    large = isinstance(train, Files)
+    loaders.check_batch(args.batch_size, train, args.auxiliary and not large)
+    if args.cutout and large:
+        raise UserError("--cutout is not part of the ImageNet recipe, which these images need: leave it out")
+    if args.drop_path_prob and args.recipe == "nas201":
+        raise UserError("--drop_path_prob is not for arch strings, whose networks have no drop path: leave it out")
+    return Splits(train, test, augmentation)
+
+
+def fill_in_recipe(args: argparse.Namespace) -> None:
+    """Give arguments that were not given their values in the recipe."""
     for name, value in vars(RECIPES[args.recipe]).items():
         if name != "name" and getattr(args, name) is None:
             setattr(args, name, value)
-    augment = choose_augmentation(genotype, args.dataset, train)
-    train = data.subsample(train, args.train_samples, seeds.generator(args, "split"))
-    data.check_batch(args.batch_size, train, args.auxiliary and not large)
-    if args.cutout and large:
-        raise UserError("--cutout is for small images in memory; the ImageNet recipe has none")
-    if args.drop_path_prob and args.recipe == "nas201":
-        raise UserError("--drop_path_prob is not for arch strings: the benchmark's networks have no drop path")
-    return train, test, augment
 
 
-def estimate_memory(genotype, image_size, args):
-    """Return the memory.Estimate of the network that `make_network` makes, without making it."""
-    pixels = math.prod(image_size)
-    if args.recipe == "nas201":
-        operations = tuple(PRIMITIVES[index] for index in from_arch_string(genotype))
-        return memory.estimate("s2", memory.s2_cells(args.init_channels, args.layers, pixels, operations), args)
-    pixels //= 64 if args.recipe == "imagenet" else 1  # behind the stem
-    normal, reduce = (tuple(name for name, _ in pairs) for pairs in (genotype.normal, genotype.reduce))
-    return memory.estimate("s1", memory.s1_cells(args.init_channels, args.layers, pixels, normal, reduce), args)
+def make_loaders(args: argparse.Namespace, splits: Splits, device: torch.device) -> tuple[Loader, Loader]:
+    """Return the loaders of the training images, augmented, and of the test images."""
+    train_loader = loaders.make_loader(
+        splits.train,
+        args.batch_size,
+        splits.augmentation,
+        device,
+        generator=seeds.generator(args, seed_roles.TRAINING_IMAGES),
+        augment=True,
+        cutout=args.cutout and args.cutout_length,
+        workers=args.workers,
+    )
+    test_loader = loaders.make_loader(splits.test, args.batch_size, splits.augmentation, device, workers=args.workers)
+    return train_loader, test_loader
+
+
+def estimate_memory(settings: NetworkSettings, args: argparse.Namespace) -> memory.Estimate:
+    """Estimate the memory that training the network takes, without making it."""
+    cell = settings.cell
+    pixels = math.prod(settings.image_size)
+    if settings.recipe == "nas201":
+        operations = tuple(PRIMITIVES[index] for index in from_arch_string(cell))
+        return memory.estimate("s2", memory.s2_cells(settings.init_channels, settings.layers, pixels, operations), args)
+    if settings.recipe == "imagenet":
+        pixels //= 64  # the stem divides height and width by 8
+    normal = tuple(operation for operation, _ in cell.normal)
+    reduce = tuple(operation for operation, _ in cell.reduce)
+    return memory.estimate("s1", memory.s1_cells(settings.init_channels, settings.layers, pixels, normal, reduce), args)
+
+
+# ---- training
+
+
+def learning_rate(args: argparse.Namespace, epoch: int, warmup: bool) -> float:
+    """Return the learning rate of `epoch`, counted from 0.
+
+    With lr = args.learning_rate, E = args.epochs and e = epoch:
+      cosine: lr (1 + cos(pi e / E)) / 2
+      linear: lr (E - 5 - e) / (E - 5) while more than 5 epochs remain, then lr (E - e) / (5 (E - 5))
+    With `warmup`, the first 5 epochs have (e + 1) / 5 of that.
+    """
+    remaining = args.epochs - epoch
+    if args.lr_scheduler == "cosine":
+        factor = (1 + math.cos(math.pi * epoch / args.epochs)) / 2
+    elif remaining > TAIL:
+        factor = (remaining - TAIL) / (args.epochs - TAIL)
+    else:
+        factor = remaining / (TAIL * max(args.epochs - TAIL, 1))  # a run of up to 5 epochs consists of the tail
+    rate = args.learning_rate * factor
+    if warmup and epoch < WARMUP:
+        rate = rate * (epoch + 1) / WARMUP
+    return rate
 
 
 class RetrainingState(TrainingState):
+    """What a checkpoint of a retraining holds: the training state, and the best test accuracy so far."""
+
     saved = ("best_top1",)
-    best_top1 = 0.0  # percent, on the test images
+    best_top1 = 0.0  # percent
 
 
-def retrain(args, network, train_loader, test_loader, warmup, about, run):
-    """Train `network` for args.epochs epochs, testing after each; `about` is saved beside the weights."""
+def retrain(
+    args: argparse.Namespace,
+    network: nn.Module,
+    train_loader: Loader,
+    test_loader: Loader,
+    warmup: bool,
+    about: dict,
+    run: runs.Run,
+) -> None:
+    """Train `network` for args.epochs epochs, and test it after each one.
+
+    `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and the weights.
+    """
     device = next(network.parameters()).device
-    optimizer = utils.make_sgd(network.parameters(), args, device, args.nesterov)
-    state = RetrainingState(network, optimizer, train_loader)
+    optimizer = make_optimizer(network.parameters(), args, nesterov=args.nesterov)
+    state = RetrainingState(network, optimizer, train_loader, TrainingSettings.of(args))
     run.restore(state)
-    if run.completed and state.partial is None:  # within an epoch the weights have gone on from those that were saved
-        save_weights(run, network, about)
-    trained = network
+    if run.completed and state.partial is None:
+        save_weights(run, network, about)  # those of the checkpoint, in case a crash came between the two
     if distributed.world_size() > 1:
-        # Each process keeps running statistics of its own; at the end of an epoch their mean is taken.
-        own = [device] if device.type == "cuda" else None
-        dead_ends = about["family"] == "nas201"  # an edge may lead to a node from which only `none` goes on
-        trained = DistributedDataParallel(network, device_ids=own, find_unused_parameters=dead_ends)
-        trained.broadcast_buffers = False  # as an argument it is deprecated in torch 2.14
+        state.trained = parallel(network, about["family"])
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"
-        lr = optimizer.param_groups[0]["lr"] = learning_rate(args, epoch, warmup)
+        lr = learning_rate(args, epoch, warmup)
+        set_learning_rate(optimizer, lr)
         network.drop_path_prob = args.drop_path_prob * epoch / args.epochs
         entry = {"epoch": epoch + 1, "lr": lr}
         with run.saving_when_interrupted(state.unfinished_state_dict):
-            entry |= train_epoch(args, trained, epoch, train_loader, state, where=where, log=run.log)
+            entry |= train_epoch(args, epoch, state, where=where, log=run.log)
             tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
-        entry |= utils.cost(train_loader.size + test_loader.size, state.progress.start, device)
+        entry |= utils.speed_and_memory(train_loader.size + test_loader.size, state.progress.start, device)
         run.record(epoch + 1, entry)
         run.save_checkpoint(epoch + 1, state.state_dict())
         save_weights(run, network, about)
@@ -185,18 +325,39 @@ def retrain(args, network, train_loader, test_loader, warmup, about, run):
         )
 
 
-def save_weights(run, network, about):
-    """Save the weights of the last epoch, and as the best ones where it was the first with this test accuracy."""
-    if run.writes:
-        tested = [row.get("test_top1") or 0.0 for row in run.rows]  # in percent
-        about = about | {"epoch": len(tested), "test_top1": tested[-1]}
-        is_best = tested.index(max(tested)) == len(tested) - 1
-        for name in (*(["best_weights.pt"] if is_best else []), "weights.pt"):
-            run.save_weights(network, name, about)
+def parallel(network: nn.Module, recipe: str) -> DistributedDataParallel:
+    """Wrap `network` so that the processes train it together, each on its share of every batch."""
+    device = next(network.parameters()).device
+    trained = DistributedDataParallel(
+        network,
+        device_ids=[device] if device.type == "cuda" else None,
+        # In an arch string an edge can end in a node from which only `none` leads on: it gets no gradient.
+        find_unused_parameters=recipe == "nas201",
+    )
+    # Each process keeps its own running statistics; their mean is taken at the end of an epoch. As an
+    # argument of the constructor, broadcast_buffers is deprecated in torch 2.14.
+    trained.broadcast_buffers = False
+    return trained
 
 
-def training_loss(args, network, x, y, compile: bool):
-    """Return the loss on images x (B, 3, H, W) of classes y (B,), the auxiliary head's included, and the logits."""
+def save_weights(run: runs.Run, network: nn.Module, about: dict) -> None:
+    """Save the weights of the last epoch, also as best_weights.pt if no epoch before had this test accuracy."""
+    if not run.writes:
+        return
+    tested = [row.get("test_top1") or 0.0 for row in run.rows]  # percent, of each epoch
+    about = about | {"epoch": len(tested), "test_top1": tested[-1]}
+    if tested.index(max(tested)) == len(tested) - 1:
+        run.save_weights(network, "best_weights.pt", about)
+    run.save_weights(network, "weights.pt", about)
+
+
+def training_loss(
+    args: argparse.Namespace, network: nn.Module, x: Tensor, y: Tensor, compile: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the loss, and the logits (B, classes), of images x (B, 3, H, W) and their classes y (B,).
+
+    The loss includes the auxiliary head's, where the network has one.
+    """
     logits, logits_aux = network(x, compile=compile, checkpoint=args.checkpoint)
     loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
     if logits_aux is not None:
@@ -204,117 +365,109 @@ def training_loss(args, network, x, y, compile: bool):
     return loss, logits
 
 
-def check_training_step(args, network, loader) -> str:
-    """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
+def train_epoch(
+    args: argparse.Namespace, epoch: int, state: RetrainingState, *, where: str, log: Callable[[str], None]
+) -> dict:
+    """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
+    loader = state.train_loader
+    full_batch = loader.full_batch
+    first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
-    def loss(network, x, y, compile):
-        return training_loss(args, network, x, y, compile)[0]
-
-    images = loaders.images_per_process(loader)
-    classes = network.classifier.out_features
-    return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
-
-
-def train_epoch(args, network, epoch, loader, state, *, where, log):
-    """Train `network` (under torchrun wrapped in DistributedDataParallel) on every batch of `loader` once."""
-
-    full_batch = loaders.images_per_process(loader)
-    first_seed = seeds.derive(args.seed, "drop path", args.seed_scheme)
-
-    def inputs_of(step):
-        # Drop path draws from the device's global generator: seeded here, a resumed run draws the same.
+    def inputs_of(step: int) -> tuple[()]:
+        # Drop path draws from the device's global generator. It gets a seed of its own for each step and
+        # process, so that a resumed run draws the same numbers.
         number = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((first_seed + number) % 2**63)
         return ()
 
-    def loss_of(x, y):
-        # The last batch is smaller, and not worth graphs of its own.
-        return training_loss(args, network, x, y, compile=args.compile and len(x) == full_batch)
+    def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        # The last batch is smaller. It is not worth graphs of its own.
+        return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
-    network.train()
-    state_of = (state.optimizer, args, state.progress)
-    return train_one_epoch(loss_of, inputs_of, network, loader, *state_of, where=where, log=log)
+    state.trained.train()
+    return train_one_epoch(state, loss_of, inputs_of, where=where, log=log)
 
 
-def check_parallel(device):
-    """Stop if there are more GPUs than this one process uses; say how to start several. Raises UserError."""
-    if "RANK" in os.environ:  # torchrun started this process
-        return
-    count = torch.cuda.device_count() if device.type == "cuda" else 1
-    if count > 1:
-        raise UserError(
-            f"--parallel: one process uses one of the {count} GPUs. Start a process for each with "
-            f"torchrun --nproc_per_node={count} train.py ..., or leave --parallel out"
-        )
-    distributed.say(
-        "note: --parallel changes nothing with one device; for N processes start torchrun --nproc_per_node=N train.py",
-        file=sys.stderr,
-    )
+def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Loader) -> str:
+    """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
+
+    def loss(network: nn.Module, x: Tensor, y: Tensor, compile: bool) -> Tensor:
+        return training_loss(args, network, x, y, compile)[0]
+
+    images = loader.full_batch
+    classes = network.classifier.out_features
+    return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
+
+
+def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> dict:
+    """Return what is saved next to the weights: what a test has to know about them."""
+    large = isinstance(splits.train, Files)
+    return {
+        "family": args.recipe,
+        "genotype": genotype_files.to_json(cell),
+        "dataset": args.dataset,
+        "classes": splits.train.classes,
+        "image_size": splits.train.image_size,
+        "resized": large or args.image_size is not None,
+        "mean": splits.augmentation.mean,
+        "std": splits.augmentation.std,
+        "init_channels": args.init_channels,
+        "layers": args.layers,
+        "auxiliary": args.auxiliary,
+    }
+
+
+# ---- the whole of it
 
 
 @command
-def main(argv=None):
-    args = runs.parse(make_parser(), argv)
-    # A run has its own copy of the cell: the search that it came from may have gone on since.
-    if args.resume:
-        with runs.required_file():
-            source = Path(args.resume) / "genotype.json"
-            genotype = genotype_files.load(source)
-    elif args.pick:
-        if not args.dir or args.genotype:
-            raise UserError("--pick needs --dir RUN_DIR, a search, and no --genotype")
-        genotype, source = baselines.pick(args.dir, args.pick)
-    else:
-        genotype, source = choose_genotype(args, dir_first=True)
+def main(argv: Sequence[str] | None = None) -> None:
+    args = resume_args.parse(make_parser(), argv, SETTINGS)
+    cell, source = cell_to_retrain(args)
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
         check_parallel(device)
-    runs.check_arguments_alike(args)
-    train, test, augmentation = load_splits(args, genotype)
-    large = isinstance(train, data.Files)
-    warmup = large and args.batch_size > 256
+    runs.check_arguments_alike(args, SETTINGS)
 
-    generator = seeds.generator(args, "training images")
-    settings = dict(generator=generator, augment=True, cutout=args.cutout and args.cutout_length, workers=args.workers)
-    train_loader = loaders.make_loader(train, args.batch_size, augmentation, device, **settings)
-    test_loader = loaders.make_loader(test, args.batch_size, augmentation, device, workers=args.workers)
-    needs = estimate_memory(genotype, train.image_size, args)
-    memory.check_training(needs, args, (train_loader, test_loader), device)
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
-    network = make_network(genotype, args.recipe, len(train.classes), train.image_size, args)
+    splits = load_splits(args, cell)
+    train_loader, test_loader = make_loaders(args, splits, device)
+    settings = NetworkSettings(
+        cell=cell,
+        recipe=args.recipe,
+        classes=len(splits.train.classes),
+        image_size=splits.train.image_size,
+        init_channels=args.init_channels,
+        layers=args.layers,
+        auxiliary=args.auxiliary,
+    )
+    memory.check_training(estimate_memory(settings, args), args, (train_loader, test_loader), device)
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
+    network = retrained.make_network(settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    about = {  # what a test must know of the weights, saved beside them
-        "family": args.recipe,
-        "genotype": genotype_files.to_json(genotype),
-        "dataset": args.dataset,
-        "classes": train.classes,
-        "image_size": train.image_size,
-        "resized": large or args.image_size is not None,
-        "mean": augmentation.mean,
-        "std": augmentation.std,
-        **{name: getattr(args, name) for name in ("init_channels", "layers", "auxiliary")},
-    }
-    bound = {"kind": "eval", "cell": about["genotype"], "data": data.describe(train=train, test=test)}
+    about = describe_weights(args, cell, splits)
+    description = describe(train=splits.train, test=splits.test)
+    inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
     checked = None
-    if self_check.is_needed(args, device):  # before there is a run directory
+    if self_check.is_needed(args, device):  # before the run directory is made
         checked = check_training_step(args, network, train_loader)
     if args.resume:
-        run = runs.Run.resume(args.resume, args, **bound)
+        run = runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
     else:
         name = f"eval-{args.save}-{time.strftime('%Y%m%d-%H%M%S')}"
-        run = runs.Run.create(args.dir or ".", name, args, "train.py", **bound)
+        run = runs.Run.create(args.dir or ".", name, args, "train.py", SETTINGS, inputs=inputs)
     with run:
         if run.writes and not run.state:
-            genotype_files.save(genotype, run.path / "genotype.json")
+            genotype_files.save(cell, run.path / "genotype.json")
         run.log(f"{devices.describe_device(device)}; run directory {run.path}")
-        run.log(f"the cell of {source}: {genotype}")
+        run.log(f"cell from {source}: {cell}")
         parameters = utils.parameters_in_millions(network)
-        run.log(f"parameters {parameters:.2f} M, {data.counts_text(bound['data'])}")
+        run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:
             run.log(checked)
+        warmup = isinstance(splits.train, Files) and args.batch_size > LARGE_BATCH
         retrain(args, network, train_loader, test_loader, warmup, about, run)
-        report.finish(run, genotype)
+        report.finish_run(run, cell, view_of(cell, VIEWS))
 
 
 if __name__ == "__main__":

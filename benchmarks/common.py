@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from engine import PlainEvaluator, batch_norm_mode, plain_forward
+from fitness import PlainEvaluator, batch_norm_mode
 from support import devices
+from training import make_optimizer, plain_forward, train_step
 
 WAYS = ("plain", "channels-last", "fast", "compiled")
 POPULATION = 50  # the paper's
@@ -108,18 +109,18 @@ class Way:
 
     def training_step(self, x, y, alphas, nesterov=False):
         """A function that makes one step as the search does and returns the logits."""
-        x, parameters = x.contiguous(memory_format=self.layout), list(self.network.parameters())
-        optimizer = torch.optim.SGD(parameters, lr=0.025, momentum=0.9, weight_decay=3e-4, nesterov=nesterov)
+        x = x.contiguous(memory_format=self.layout)
+        recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
+        optimizer = make_optimizer(self.network.parameters(), recipe, nesterov=nesterov)
+
+        def loss_of(x, y):
+            logits = self.forward(self.network, x, alphas)
+            self.logits = logits.detach()
+            return F.cross_entropy(logits, y), logits
 
         def step():
-            with self.autocast():
-                logits = self.forward(self.network, x, alphas)
-                loss = F.cross_entropy(logits, y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, 5.0)
-            optimizer.step()
-            return logits.detach().float()
+            train_step(self.network, optimizer, loss_of, x, y, amp=self.args.amp, grad_clip=5.0)
+            return self.logits.float()
 
         return step
 

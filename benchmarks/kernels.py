@@ -27,8 +27,9 @@ import model_search
 import nas201.fast_search
 import nas201.model_search
 from benchmarks.common import finish
-from engine import PlainEvaluator, batch_norm_mode, plain_forward
+from fitness import PlainEvaluator, batch_norm_mode
 from support import devices
+from training import plain_forward
 
 ALLOCATIONS = ("empty", "new_empty")
 BYTES_A_SECOND, SECONDS_A_LAUNCH = 3.35e12, 4e-6  # an H100's memory (NVIDIA's data sheet); a usual figure for CUDA

@@ -6,6 +6,7 @@ python benchmarks/retrain.py [--device cuda --amp]
 import argparse
 import sys
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,10 +15,10 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
-import utils
 from benchmarks.common import alternate, describe, finish, recorded
 from model import NetworkCIFAR
 from support import devices
+from training import make_optimizer, train_step
 
 
 def main():
@@ -38,19 +39,13 @@ def main():
 
     def step(network, images, amp, **settings):
         network.drop_path_prob = 0.1
-        optimizer = utils.make_sgd(network.parameters(), recipe, device)
+        optimizer = make_optimizer(network.parameters(), recipe)
 
-        def run():
-            with devices.autocast(device, amp):
-                logits, logits_aux = network(images, **settings)
-                loss = F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(network.parameters(), 5.0)
-            optimizer.step()
-            return loss.detach()
+        def loss_of(x, y):
+            logits, logits_aux = network(x, **settings)
+            return F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y), logits
 
-        return run
+        return partial(train_step, network, optimizer, loss_of, images, y, amp=amp, grad_clip=5.0)
 
     print(f"{describe(device)}; EvNAS-A, C 36, 20 cells, batch 96, auxiliary head, drop path")
     images = x.contiguous(memory_format=layout)

@@ -16,15 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
+import datasets
 import fast_search
 import loaders
-import utils
 from benchmarks.common import describe, finish
 from encoding import decode, random_alphas
-from engine import Progress, measure_fitness, train_one_epoch
+from fitness import measure_fitness
 from model_search import Network
 from support import distributed
+from training import TrainingSettings, TrainingState, make_optimizer, train_one_epoch
 
 
 def generation(rank, world, address, args, results):
@@ -42,8 +42,8 @@ def generation(rank, world, address, args, results):
 
     torch.distributed.all_reduce = counted
     device = torch.device("cpu")
-    digits = data.load("digits", None, "train")
-    recipe = data.augmentation("digits", digits)
+    digits = datasets.load_images("digits", None, "train")
+    recipe = datasets.augmentation("digits", digits)
     train, valid = (digits.subset(torch.arange(i, i + args.images)) for i in (0, args.images))
     settings = dict(generator=torch.Generator().manual_seed(1), augment=True)
     train_loader = loaders.Loader(train, 64, recipe, device, **settings)
@@ -51,7 +51,7 @@ def generation(rank, world, address, args, results):
     torch.manual_seed(0)
     network = Network(args.channels, 10, args.layers)
     recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
-    optimizer = utils.make_sgd(network.parameters(), recipe, device)
+    optimizer = make_optimizer(network.parameters(), recipe)
     alphas = decode(random_alphas(args.pop_size, generator=torch.Generator().manual_seed(0)))
 
     def loss_of(x, y, individual):
@@ -69,10 +69,9 @@ def generation(rank, world, address, args, results):
             return super().logits(individual)
 
     start = time.perf_counter()
-    settings = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=10**9)
-    reports = dict(where="training", log=lambda text: None)
+    state = TrainingState(network, optimizer, train_loader, TrainingSettings(report_freq=10**9))
     inputs_of = lambda step: (alphas[step % len(alphas)],)  # noqa: E731
-    train_one_epoch(loss_of, inputs_of, network, train_loader, optimizer, settings, Progress(), **reports)
+    train_one_epoch(state, loss_of, inputs_of, where="training", log=lambda text: None)
     done["training seconds"] = time.perf_counter() - start
     start = time.perf_counter()
     done["fitness"] = measure_fitness(network, alphas, valid_loader, "batch", Counting)

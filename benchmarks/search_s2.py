@@ -18,13 +18,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.common import Way, alternate, compare, difference, fastest, finish, search_arguments, show
-from engine import unique
 from evolution import next_generation
+from fitness import unique
 from nas201 import benchmark, fast_search
 from nas201.encoding import arch_string, decode, random_alphas
 from nas201.model_search import Network
-
-PUBLISHED_SECONDS = 20_249.7
+from nas201.published import PUBLISHED_SECONDS
 
 
 def breed(generation, table):
@@ -37,7 +36,7 @@ def breed(generation, table):
         if fitness is not None:
             alphas = next_generation(alphas, fitness, num_elites=1, tsize=10, mutate_rate=0.1, generator=generator)
         decoded = decode(alphas)
-        distinct.append(len(unique(decoded)[0]))
+        distinct.append(len(unique(decoded).first))
         if table:
             values = [table.accuracy(table.index(arch_string(a)), "cifar10", "test") for a in decoded]
             fitness = torch.tensor(values, dtype=torch.float64)
@@ -62,14 +61,14 @@ def new_network():
 
 def measure_population(args, plain, fast, x, population):
     """Seconds of the fitness of a population on x, {way: seconds}; prints how far the two ways differ."""
-    distinct, index = unique(population.cpu())
-    distinct, results = distinct.to(args.device), {}
+    found = unique(population.cpu())
+    distinct, results = population[found.first].to(args.device), {}
 
     def measure_plain():
         results["plain"] = plain.measure(plain.evaluator(x), population)
 
     def measure_fast():
-        results["fast"] = fast.measure(fast.evaluator(x), distinct)[index]
+        results["fast"] = fast.measure(fast.evaluator(x), distinct)[found.number]
 
     seconds = alternate({"plain": measure_plain, "fast": measure_fast}, min(3, args.rounds), 0, args.device)
     two_best = results["plain"].topk(2, dim=-1).values

@@ -11,9 +11,7 @@ architecture was trained with; other training lengths never stand in for them. R
 contains. torch is imported for the .pth alone.
 """
 
-from support.cli import command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import command
 
 import functools
 import lzma
@@ -25,13 +23,12 @@ import sys
 import numpy as np
 
 from nas201.genotypes import EDGES, NUM_ARCHS, PRIMITIVES, from_arch_string, to_arch_string
-from nas201.report import PUBLISHED
+from nas201.published import PUBLISHED
 from nas201.sources import (
     ALLOWED,
     COLUMNS,
     DATASETS,
     METRICS,
-    SPLITS,
     figures_of,
     official_rows,
     percent,
@@ -250,7 +247,7 @@ def print_baselines(source, arch=None):
     heads |= {"most_parameters": "largest", "best": "best", "published": "EvNAS"}
     heads |= {} if index is None else {"accuracy": "ARCH", "beaten_by": "beaten by"}
     print(f"{'accuracy, %':22}" + "".join(f" {head:>9}" for head in heads.values()))
-    published = [PUBLISHED[name][0][SPLITS.index(split)] for name, split in METRICS]
+    published = [PUBLISHED[name][split].evnas for name, split in METRICS]
     published = dict(zip((column.removesuffix("_200") for column in COLUMNS), published, strict=True))
     for name, row in baselines(source, index).items():
         row |= {"published": published[name]}

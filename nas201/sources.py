@@ -11,9 +11,8 @@ import math
 import os
 import statistics
 
-import numpy as np
-
 from support.files import UserError, open_regular
+from support.numpy_pickles import Dtype, scalar
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
@@ -69,34 +68,12 @@ def lines_of(path):
             yield line
 
 
-class Dtype:
-    """Stands in for numpy.dtype in pickles: of a number's type, only code and byte order are taken.
-
-    The real one accepts states that crash numpy or ask for gigabytes.
-    """
-
-    def __init__(self, code, *_):
-        if code not in ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1"):
-            raise ValueError(f"{code!r:.80} is no number's type")
-        self.code = code
-
-    def __setstate__(self, state):
-        if state[1] not in ("<", ">", "=", "|"):
-            raise ValueError(f"{state[1]!r:.80} is no byte order")
-        self.code = state[1] + self.code
-
-
-def _scalar(dtype, data):
-    """Stand in for numpy.core.multiarray.scalar: return a Python number."""
-    return np.frombuffer(data, dtype.code)[0].item()
-
-
 # All that a file of the benchmark refers to; also what torch is told to accept.
 ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "dtype"): Dtype,
-    ("numpy.core.multiarray", "scalar"): _scalar,
-    ("numpy._core.multiarray", "scalar"): _scalar,
+    ("numpy.core.multiarray", "scalar"): scalar,
+    ("numpy._core.multiarray", "scalar"): scalar,
 }
 
 

@@ -3,9 +3,7 @@
 python -m nas201.summary OUTPUT_DIR DATASET     reads OUTPUT_DIR/search-DATASET-seed*, writes OUTPUT_DIR/summary.json
 """
 
-from support.cli import Parser, command  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Parser, command
 
 import statistics
 import sys
@@ -13,13 +11,13 @@ from pathlib import Path
 
 from nas201.benchmark import baselines, load
 from nas201.genotypes import NUM_ARCHS
-from nas201.report import PUBLISHED, SPREAD
-from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
+from nas201.published import PUBLISHED, PUBLISHED_SECONDS
+from nas201.sources import COLUMNS, DATASETS, METRICS
 from reporting.charts import column, finite_values
+from run_settings import SETTINGS
 from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
-PUBLISHED_SECONDS = 20249.7
 
 
 def arguments(run):
@@ -37,7 +35,8 @@ def arguments(run):
 def finished(run):
     """Return the history of a run that has all its generations, baselines and report, else None. Raises UserError."""
     run = Path(run)
-    history = read_history(run) if all((run / name).exists() for name in ("report.html", "baselines.json")) else []
+    complete = all((run / name).exists() for name in ("report.html", "baselines.json"))
+    history = read_history(run, SETTINGS) if complete else []
     generations = [row.get("generation") for row in history]
     return history if history and generations == list(range(1, arguments(run)["epochs"] + 1)) else None
 
@@ -73,11 +72,11 @@ def summarise(folder, dataset):
     space_figures = {} if table is None or table.table is None else baselines(table)
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):
-        at, label = SPLITS.index(split), label.removesuffix("_200")
+        label = label.removesuffix("_200")
         row = {"searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")), "published": None}
         if name == dataset:  # the published searches were on this data set
-            row["published"] = {"mean": PUBLISHED[name][0][at], "std": SPREAD[name][at]}
-        row["optimum"] = PUBLISHED[name][1][at]
+            row["published"] = {"mean": PUBLISHED[name][split].evnas, "std": PUBLISHED[name][split].evnas_std}
+        row["optimum"] = PUBLISHED[name][split].best
         if label in space_figures:
             row |= {f"space_{key}": value for key, value in space_figures[label].items()}
             row["optimum"] = row.pop("space_best")

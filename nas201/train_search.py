@@ -1,206 +1,278 @@
-"""Search for a cell of NAS-Bench-201 with EvNAS; the benchmark's table tells each generation's true accuracy."""
+"""Search for a cell of NAS-Bench-201 (S2) with EvNAS; a benchmark table tells each generation's true accuracy."""
 
-from support.cli import MOST, Published, command, number  # first: it ends Ctrl-C in one line
-
-# isort: split
+from support.cli import Published, command, number
 
 import argparse
 import math
 import os
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 import memory
-from data import describe
-from loaders import inside
+import search_cli
+import seed_roles
+from augment import inside
+from baselines import Group
+from loaders import Loader
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
+from nas201.report import NAS_BENCH_201
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
-from support import devices, distributed, runs, seeds
+from run_settings import SETTINGS
+from search_cli import Remarks, SearchSetup, SearchSpace
+from shared_flags import MOST
+from splits import describe
+from support import devices, distributed, resume_args, runs, seeds
 from support.files import UserError, digest, read_json
-from train_search import SearchSpace, check_search, is_finished, run_search, search_loaders, search_parser
+from train_search import search  # the loop of the paper
 
 PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
 
 
-def correlations(fitness, truth):
-    """Return Kendall's tau-b and Spearman's rho of two lists, or None; entries without a truth are left out."""
+def correlations(fitness: Sequence[float], truth: Sequence[float | None]) -> tuple[float | None, float | None]:
+    """Return Kendall's tau-b and Spearman's rho of fitness and true accuracy, None where they are not defined.
+
+    Architectures without a true accuracy are left out.
+    """
     from scipy import stats
 
-    pairs = np.array([pair for pair in zip(fitness, truth, strict=True) if pair[1] is not None])
+    pairs = np.array([pair for pair in zip(fitness, truth, strict=True) if pair[1] is not None])  # (N, 2)
     if len(pairs) < 2 or (np.ptp(pairs, axis=0) == 0).any():
         return None, None
     return float(stats.kendalltau(*pairs.T).statistic), float(stats.spearmanr(*pairs.T).statistic)
 
 
-class S2(SearchSpace):
-    """NAS-Bench-201; --api_path names the benchmark, which then tells what each generation's best is worth.
+def shown(value: float | None, digits: int) -> str:
+    """Return a number as text, a dash where there is none."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
-    `truth` is the (data set, split) of the benchmark with which fitness is compared, None where it has none.
+
+class S2(SearchSpace):
+    """The NAS-Bench-201 space. With --api_path, a benchmark table tells what each generation's best cell is worth.
+
+    `table` is the table or None. `truth` is the (data set, split) of the table that fitness is compared with, None
+    if the table does not have it.
     """
 
-    name, encoding, fast, genotype_files = "s2", encoding, fast_search, ("genotype.json",)
+    view = NAS_BENCH_201
+    encoding = encoding
+    fast = fast_search
+    genotype_files = ("genotype.json",)
     nesterov = True
 
-    def __init__(self, args):
-        self.table = args.api_path and benchmark.load(args.api_path)
+    def __init__(self, args: argparse.Namespace):
+        self.table = benchmark.load(args.api_path) if args.api_path else None
+        self.truth: tuple[str, str] | None = None
         if self.table:
-            dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
-            keys = zip(METRICS, COLUMNS, strict=True)  # of each data set validation first, then test
-            present = (key for key, column in keys if key[0] == dataset and column not in self.table.absent)
-            self.truth = next(present, None)
+            self.truth = self.find_truth(args)
             known = f"{' '.join(self.truth)} accuracy after 200 epochs" if self.truth else "none for this data set"
-            absent = f"; absent are {', '.join(self.table.absent)}" if self.table.absent else ""
-            distributed.say(f"truth from {args.api_path}: {known}{absent}")
+            absent = f"; not in the table: {', '.join(self.table.absent)}" if self.table.absent else ""
+            distributed.say(f"true accuracies from {args.api_path}: {known}{absent}")
 
-    def cell(self, alphas):
+    def find_truth(self, args: argparse.Namespace) -> tuple[str, str] | None:
+        """Return the (data set, split) to compare fitness with: validation accuracy if the table has it, else test."""
+        dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
+        for key, column in zip(METRICS, COLUMNS, strict=True):  # of each data set validation first, then test
+            if key[0] == dataset and column not in self.table.absent:
+                return key
+        return None
+
+    def cell(self, alphas: torch.Tensor) -> str:
+        """Return the arch string of one raw individual (1, 6, 5)."""
         return encoding.arch_string(alphas)
 
-    def network(self, args, cell, classes):
+    def network(self, args: argparse.Namespace, cell: str, classes: int) -> nn.Module:
+        """Return the network of an arch string in the size of the benchmark."""
         return model.Network(NAS201.init_channels, NAS201.layers, classes, cell)
 
-    def cost_table(self, args, classes, image_shape):
+    def cost_table(
+        self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cost of what `network` returns: see `model.cost_table`."""
         return model.cost_table(NAS201.init_channels, NAS201.layers, classes, image_shape)
 
-    def worth(self, groups):
-        """Return the winner's accuracies beside the benchmark's `baselines`, and how fitness ranks architectures."""
-        if not self.table or self.table.table is None:  # a directory, whose records are read one by one
-            return {}, ""
-        winner = self.table.index(self.cell(groups["last population"][0][0]))
-        fields, remarks = {"accuracy": benchmark.baselines(self.table, winner)}, ""
-        if self.truth:
-            fields |= {"truth": " ".join(self.truth), "kendall_tau": {}}
-            for name, (alphas, fitness, parameters) in groups.items():
-                indices = [self.table.index(self.cell(individual)) for individual in alphas]
-                truth = [self.table.accuracy(index, *self.truth) for index in indices]
-                tau = {"architectures": len(alphas), "fitness": correlations(fitness.tolist(), truth)[0]}
-                fields["kendall_tau"][name] = tau | {"parameters": correlations(parameters.tolist(), truth)[0]}
-            row = fields["accuracy"].get(COLUMNS[list(METRICS).index(self.truth)].removesuffix("_200"))
-            if row:
-                place = f"rank {row['beaten_by'] + 1:,} of {len(self.table):,}"
-                remarks = f"; {row['accuracy']:.2f} % true accuracy ({fields['truth']}), {place}"
-        return fields, remarks
-
-    def report(self, alphas, fitness):
+    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
+        """Return the true accuracies of the best individual, and how fitness ranks the population (P, 1, 6, 5)."""
         if not self.table:
-            return {}, ""
+            return Remarks({}, "")
         indices = [self.table.index(self.cell(individual)) for individual in alphas]
         best = {name: {split: self.table.accuracy(indices[0], name, split) for split in SPLITS} for name in DATASETS}
-        values = [self.truth and self.table.accuracy(index, *self.truth) for index in indices]
+        values = [None] * len(indices)
+        name = None
+        if self.truth:
+            values = [self.table.accuracy(index, *self.truth) for index in indices]
+            name = " ".join(self.truth)
         tau, rho = correlations(fitness.tolist(), values)
-        name = self.truth and " ".join(self.truth)
         fields = {"true_accuracy": best, "truth": name, "kendall_tau": tau, "spearman_rho": rho}
-        value, tau, rho = (
-            "-" if value is None else f"{value:.{digits}f}" for value, digits in ((values[0], 2), (tau, 3), (rho, 3))
-        )
-        return fields, f"; {name or 'true'} accuracy of the best {value}, tau {tau}, rho {rho}"
+        accuracy = f"{name or 'true'} accuracy of the best {shown(values[0], 2)}"
+        return Remarks(fields, f"; {accuracy}, tau {shown(tau, 3)}, rho {shown(rho, 3)}")
+
+    def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
+        """Return the winner's true accuracies next to the benchmark's baselines, and how fitness ranks each group.
+
+        A NATS-Bench directory is left out, because its records are read one by one.
+        """
+        if not self.table or self.table.table is None:
+            return Remarks({}, "")
+        winner = self.table.index(self.cell(groups["last population"].alphas[0]))
+        fields = {"accuracy": benchmark.baselines(self.table, winner)}
+        if not self.truth:
+            return Remarks(fields, "")
+        fields["truth"] = " ".join(self.truth)
+        fields["kendall_tau"] = {name: self.rank_correlations(group) for name, group in groups.items()}
+        row = fields["accuracy"].get(COLUMNS[list(METRICS).index(self.truth)].removesuffix("_200"))
+        if not row:
+            return Remarks(fields, "")
+        place = f"rank {row['beaten_by'] + 1:,} of {len(self.table):,}"
+        return Remarks(fields, f"; {row['accuracy']:.2f} % true accuracy ({fields['truth']}), {place}")
+
+    def rank_correlations(self, group: Group) -> dict:
+        """Return the number of architectures, and Kendall's tau of fitness and of parameters with true accuracy."""
+        indices = [self.table.index(self.cell(individual)) for individual in group.alphas]
+        truth = [self.table.accuracy(index, *self.truth) for index in indices]
+        return {
+            "architectures": len(group.alphas),
+            "fitness": correlations(group.fitness.tolist(), truth)[0],
+            "parameters": correlations(group.parameters.tolist(), truth)[0],
+        }
 
 
-def check_config(path, args):
-    """Compare a configuration file of the published search, JSON of {key: [type, value]}, with what will be used.
+# ---- configuration files of the published search
 
-    Its schedule, epochs and batch size had no effect and are not compared, nor is what it does not name. Raises
-    UserError for a file that cannot be read and for the first value that differs.
+
+def check_config(path: str, args: argparse.Namespace) -> None:
+    """Compare a configuration file of the published search, JSON of {key: [type, value]}, with this search.
+
+    Its schedule, epochs and batch size had no effect in the published code, so they are not compared; nor is anything
+    that it does not name. Raises UserError for a file that cannot be read, and for the first value that differs.
     """
     content = read_json(path)
     if not isinstance(content, dict):
-        raise UserError(f"--config_path {path} holds no JSON object of key: [type, value]")
+        raise UserError(f"--config_path {path}: not a JSON object of key: [type, value]")
     for key, flag in {"LR": "learning_rate", "momentum": "momentum", "decay": "weight_decay"}.items():
         value = config_value(path, content, key, float)
         if value is not None and value != getattr(args, flag):
             remedy = f"give --{flag} {value}, or leave --config_path out"
             raise UserError(f"--config_path {path}: {key} is {value}, but --{flag} is {getattr(args, flag)}; {remedy}")
     fixed = {
-        "nesterov": (lambda text: bool(int(text)), [True]),
-        "optim": (str, ["SGD"]),
-        "criterion": (str, ["Softmax", "CrossEntropy", "CrossEntropyLoss"]),  # the first is the published name
+        "nesterov": (lambda text: bool(int(text)), [True], "Nesterov momentum"),
+        "optim": (str, ["SGD"], "SGD"),
+        # The published name of the loss comes first.
+        "criterion": (str, ["Softmax", "CrossEntropy", "CrossEntropyLoss"], "Softmax"),
     }
-    for key, (convert, possible) in fixed.items():
+    for key, (convert, possible, used) in fixed.items():
         value = config_value(path, content, key, convert)
         if value is not None and value not in possible:
-            used = f"a search uses {possible[0]}" if key != "nesterov" else "a search uses Nesterov momentum"
-            raise UserError(f"--config_path {path}: {key} is {value}, but {used}; leave --config_path out")
+            raise UserError(
+                f"--config_path {path}: {key} is {value}, but a search uses {used}; leave --config_path out"
+            )
 
 
-def config_value(path, content, key, convert):
+def config_value(path: str, content: dict, key: str, convert: Callable) -> object:
     """Return the value of `key` in a configuration file, or None if it is not there. Raises UserError."""
     if key not in content:
         return None
     entry = content[key]
     try:
-        kind, value = entry
-        if kind in ("str", "int", "float", "bool"):
+        type_name, value = entry
+        if type_name in ("str", "int", "float", "bool"):
             return convert(value)
     except (TypeError, ValueError):
         pass
-    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}, not ["float", "0.025"] or alike')
+    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}; it must look like ["float", "0.025"]')
 
 
-def cutout_text(loader):
-    """Return a line on what --cutout does here, unlike in the published search."""
+# ---- command
+
+
+def cutout_text(loader: Loader) -> str:
+    """Return a line that says what --cutout does here, and that it did nothing in the published search."""
     height, width = (inside(torch.arange(n), loader.cutout, n).float().mean() for n in loader.image_shape[1:])
     return (
-        f"--cutout removes a square of {loader.cutout} pixels a side, on average {100 * height * width:.0f} % of each "
-        "training image; in the published search it removed nothing: to repeat that search, leave --cutout out"
+        f"--cutout erases a square of {loader.cutout} pixels a side, on average {100 * height * width:.0f} % of each "
+        "training image; in the published search it did nothing: to repeat that search, leave --cutout out"
     )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command: the flags of both spaces, and those of NAS-Bench-201."""
+    defaults = {"bn": "running", "valid_transform": "test", "baselines": 100}
+    parser = search_cli.search_parser("python -m nas201.train_search", __doc__, **defaults)
+    group = parser.add_argument_group("NAS-Bench-201")
+    text = "cells in each of the three stages of the supernet"
+    group.add_argument("--num_cells", type=number(int, 1, MOST.cells), default=5, metavar="N", help=text)
+    text = "nodes of a cell; the benchmark has only cells of 4"
+    group.add_argument("--max_nodes", type=int, choices=[4], default=4, help=text)
+    text = (
+        "keep running statistics in the BatchNorms of the searched cells, as searchNAS201.sh does; without it they "
+        "normalise by the statistics of the batch, in fitness too"
+    )
+    group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=False, help=text)
+    text = (
+        "training and validation images: the benchmark's own split, or one drawn from SEED "
+        "(default: fixed for the benchmark's three data sets, seeded for others)"
+    )
+    group.add_argument("--split", choices=["fixed", "seeded"], help=text)
+    text = "take the split from an index file in the benchmark's format; only for its three data sets"
+    group.add_argument("--split_file", metavar="FILE", help=text)
+    text = (
+        "benchmark to look true accuracies up in: .csv, .csv.xz, .pth or a NATS-Bench directory "
+        f"(default: {PUBLISHED_TABLE} if it exists)"
+    )
+    group.add_argument("--api_path", metavar="PATH", help=text)
+    text = "data set whose true accuracies are looked up (default: the one that is searched on, else cifar10)"
+    group.add_argument("--api_dataset", choices=DATASETS, help=text)
+    text = "threads that read image files"
+    group.add_argument("--workers", type=number(int, 1, MOST.workers), default=2, metavar="N", help=text)
+    group.add_argument("--trainval", action=Published)
+    text = "configuration file of the published search; stop if it asks for another optimiser or loss"
+    group.add_argument("--config_path", metavar="FILE", default=argparse.SUPPRESS, help=text)
+    return parser
 
 
 @command
-def main(argv=None):
-    defaults = dict(bn="running", valid_transform="test", baselines=100)
-    parser = search_parser("python -m nas201.train_search", __doc__, data.DATASETS, **defaults)
-    group = parser.add_argument_group("NAS-Bench-201")
-    group.add_argument(
-        "--num_cells", type=number(int, 1, MOST.cells), default=5, help="cells in each of the three stages"
-    )
-    group.add_argument("--max_nodes", type=int, choices=[4], default=4, help="nodes of a cell, as in the benchmark")
-    text = "BatchNorm of the searched cells keeps running statistics; else it always uses the batch's"
-    group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=False, help=text)
-    text = "the benchmark's own split, or one drawn from SEED (default: fixed for its three data sets)"
-    group.add_argument("--split", choices=["fixed", "seeded"], help=text)
-    group.add_argument("--split_file", help="an index file in the benchmark's format instead, for the same data sets")
-    text = f"the benchmark: .csv, .csv.xz, .pth or a NATS-Bench directory (default: {PUBLISHED_TABLE} if there is one)"
-    group.add_argument("--api_path", help=text)
-    group.add_argument("--api_dataset", choices=DATASETS, help="compare with these accuracies (default: DATASET's own)")
-    group.add_argument(
-        "--workers", type=number(int, 1, MOST.workers), default=2, help="threads that read and check image files"
-    )
-    group.add_argument("--trainval", action=Published)
-    text = "a configuration of the published search: stop if its optimizer or loss is not the one used here"
-    group.add_argument("--config_path", metavar="FILE", default=argparse.SUPPRESS, help=text)
-    args = runs.parse(parser, argv)
-    check_search(args)
+def main(argv: list[str] | None = None) -> None:
+    """Search in the NAS-Bench-201 space."""
+    parser = make_parser()
+    args = resume_args.parse(parser, argv, SETTINGS)
+    search_cli.check_search(args)
     if config_path := vars(args).pop("config_path", None):
         check_config(config_path, args)
-    if is_finished(args, S2):
+    if search_cli.is_finished(args, S2):
         return
     if args.api_path is None and not args.resume:
         if os.path.exists(PUBLISHED_TABLE):
             args.api_path = PUBLISHED_TABLE
         else:
-            distributed.say(f"no true accuracies: {PUBLISHED_TABLE} is not there, and --api_path names no table")
-    if args.resume and not args.split_file:
-        args.split = args.split or "seeded"  # before there was --split
+            distributed.say(f"no true accuracies: {PUBLISHED_TABLE} does not exist, and --api_path is not given")
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args)
+    runs.check_arguments_alike(args, SETTINGS)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
-    loaders = search_loaders(args, train, valid, augmentation, device)
+    train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
     if args.cutout:
-        distributed.say(cutout_text(loaders[0]))
-    everything = PRIMITIVES * len(EDGES)
-    cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), everything)
-    memory.check_search(memory.supernet("s2", cells, args), args, loaders, device, len(everything))
-    torch.manual_seed(seeds.derive(args.seed, "weights", args.seed_scheme))
-    track = args.track_running_stats
-    network = Network(args.init_channels, args.num_cells, len(train.classes), track_running_stats=track)
+        distributed.say(cutout_text(train_loader))
+    candidates = PRIMITIVES * len(EDGES)  # of a cell: every operation on every edge
+    cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), candidates)
+    needs = memory.supernet("s2", cells, args)
+    memory.check_search(needs, args, [train_loader, valid_loader], device, len(candidates))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
+    network = Network(
+        args.init_channels, args.num_cells, len(train.classes), track_running_stats=args.track_running_stats
+    )
     network = network.to(device, memory_format=devices.memory_format(device))
-    bound = {"data": describe(train=train, valid=valid)}
-    bound |= {name: path and digest(path) for name, path in (("table", args.api_path), ("split", args.split_file))}
-    run_search(args, space, network, loaders, device, parser.prog, bound)
+    inputs = {
+        "data": describe(train=train, valid=valid),
+        "table": digest(args.api_path) if args.api_path else args.api_path,
+        "split": digest(args.split_file) if args.split_file else args.split_file,
+    }
+    setup = SearchSetup(args, space, network, train_loader, valid_loader)
+    search_cli.run_search(search, setup, parser.prog, inputs)
 
 
 if __name__ == "__main__":

@@ -75,20 +75,8 @@ def remedy(error):
     return None
 
 
-def end_in_one_line(kind, error, traceback):
-    """Be a sys.excepthook: catch Ctrl-C while a script is still importing torch, which `command` cannot do."""
-    if kind is KeyboardInterrupt:
-        emit("interrupted", sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
-
-
-if Path(__file__).parents[1] in Path(getattr(sys.modules["__main__"], "__file__", "")).resolve().parents:
-    sys.excepthook = end_in_one_line
-
-
-class Formatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows defaults, but not None and False, which say nothing."""
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, but not None and False, which say nothing. Keeps the lines of the description."""
 
     def _get_help_string(self, action):
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -135,8 +123,6 @@ def file_name(text):
 
 
 LARGEST = 3.4028235e38  # of float32
-# The largest sizes that flags take: many times what anybody has used, and yet of networks that are counted in seconds.
-MOST = argparse.Namespace(channels=4096, cells=200, individuals=10_000, epochs=10**6 - 1, workers=1024, pixels=4096)
 
 
 def number(kind, low=None, high=None, above=None):

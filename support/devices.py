@@ -1,5 +1,7 @@
 """The device that computes: its flags, its choice, autocast and memory."""
 
+from support.cli import number
+
 import argparse
 import contextlib
 import ctypes
@@ -14,7 +16,6 @@ import torch
 import torch.utils.checkpoint
 
 from support import distributed
-from support.cli import number
 from support.files import UserError
 
 

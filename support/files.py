@@ -4,7 +4,6 @@ import contextlib
 import errno
 import hashlib
 import io
-import itertools
 import json
 import os
 import pickle
@@ -13,6 +12,10 @@ import re
 import shlex
 import stat
 from pathlib import Path
+
+from support.settings import RunSettings
+
+MOST_ROWS = 10**6  # of a history
 
 
 class UserError(ValueError):
@@ -212,41 +215,49 @@ def read_json(path):
         raise UserError(f"{path} is not valid JSON: {error}") from error
 
 
-def read_history(run_dir, count=None):
-    """Return the first `count` lines of RUN_DIR/history.jsonl, or all, as dicts. Raises UserError naming a bad line.
+def read_history(run_dir: str | os.PathLike, settings: RunSettings) -> list[dict]:
+    """Return the rows of RUN_DIR/history.jsonl, an empty list if there is no such file.
 
-    The run may be writing the file: an unfinished last line is left out. After the lines that a checkpoint counts, a
-    crash may have left others.
+    The run may be writing the file, so an unfinished last line is left out. Raises UserError, which names the
+    line, if a row is not valid.
     """
-    path, rows = os.path.join(run_dir, "history.jsonl"), []
+    path = os.path.join(run_dir, "history.jsonl")
     lines = read_bytes(path).splitlines(keepends=True) if os.path.exists(path) else []
-    numbered = ((number, line) for number, line in enumerate(lines, start=1) if line.strip())
-    for number, line in itertools.islice(numbered, count):
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         where = f"{path} line {number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
-            hint = "" if count else "; --resume makes the file again from the run's checkpoint"
-            raise UserError(f"{where} is not valid JSON: {error}{hint}") from error
-        check_history_row(row, rows, where, in_order=bool(count))
+            remedy = "--resume makes the file again from the run's checkpoint"
+            raise UserError(f"{where}: not valid JSON ({error}); {remedy}") from error
+        check_history_row(row, rows, where, settings)
         rows.append(row)
-    if count and len(rows) < count:
-        raise UserError(f"{path} has {len(rows)} lines, but the checkpoint is of line {count}")
     return rows
 
 
-def check_history_row(row: object, before: list, where: str, in_order: bool) -> None:
-    """Check a row of a history against its form, and with `in_order` that it follows the rows `before` it.
+def step_field(rows: list[dict], settings: RunSettings) -> str:
+    """Return the name of the field that counts the steps in these rows of a history."""
+    names = [name for name in settings.step_fields if rows and name in rows[0]]
+    return names[0] if names else settings.step_fields[-1]
 
-    Raises UserError that begins with `where`.
+
+def check_history_row(
+    row: object, before: list[dict], where: str, settings: RunSettings, in_order: bool = False
+) -> None:
+    """Check the form of a row of a history. With `in_order` its step must follow those of the rows `before` it.
+
+    Raises UserError, which begins with `where`.
     """
-    first = before[0] if before else row
-    step = row.get("generation" if "generation" in first else "epoch") if isinstance(row, dict) else None
-    if type(step) is not int or not 0 < step < 10**6 or (in_order and step != len(before) + 1):
-        raise UserError(f"{where} does not have a generation, or an epoch, that is a positive whole number")
-    for key in row.keys() - {"best_genotype", "true_accuracy", "truth"}:
+    name = step_field(before or [row], settings) if isinstance(row, dict) else settings.step_fields[-1]
+    step = row.get(name) if isinstance(row, dict) else None
+    if type(step) is not int or not 0 < step < MOST_ROWS or (in_order and step != len(before) + 1):
+        raise UserError(f"{where}: the row does not count its {' or '.join(settings.step_fields)} from 1")
+    for key in row.keys() - settings.other_fields:
         if row[key] is not None and type(row[key]) not in (int, float):
             raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
 

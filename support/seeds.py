@@ -1,44 +1,45 @@
-"""Seeds: every random stream of a run has one of its own, derived from the run's --seed and what it is for."""
+"""Seeds: every random stream of a run has a seed of its own, derived from the run's --seed and the stream's role."""
 
+import argparse
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-# What each stream is for. Scheme 1, of older runs, seeded it with `factor * seed + offset`: several streams shared a
-# seed there (weights and population), also across runs (training of seed 18 and population of seed 19).
-ROLES = {  # role: (factor, offset) of scheme 1
-    "split": (1, 0),  # which images train and which validate
-    "weights": (1, 0),
-    "population": (1, 0),  # the first population, and breeding
-    "training images": (1, 1),  # order and augmentation
-    "validation images": (1, 2),
-    "drop path": (1_000_000_007, 0),
-    "random architectures": (1, 0),  # that a search's winner is compared with
-    "final validation images": (1, 0),  # on which that is done
-}
 SCHEMES = (1, 2)
 
 
-def add_seed_scheme(group):
-    """Add the argument that records, with a run, how its seeds were derived."""
-    text = "how random streams are seeded: 2, each by SEED and its purpose; 1, as older versions did, to repeat a run"
+class Role(NamedTuple):
+    """What a random stream is for.
+
+    Scheme 2 derives the seed of a stream from the run's seed and the role's name. Scheme 1, of older runs, takes
+    `factor * seed + offset`. There, two roles can share a stream, and so can runs with neighbouring seeds.
+    """
+
+    name: str
+    factor: int = 1
+    offset: int = 0
+
+
+def add_seed_scheme(group: argparse._ArgumentGroup) -> None:
+    """Add --seed_scheme, which records with a run how its seeds were derived."""
+    text = (
+        "how the seed of each random stream is derived: 2 hashes --seed with the stream's purpose; "
+        "1 is the rule of earlier versions, to repeat one of their runs"
+    )
     group.add_argument("--seed_scheme", type=int, choices=SCHEMES, default=2, help=text)
 
 
-def derive(seed: int, role: str, scheme: int) -> int:
-    """Return the seed of a stream, a number that torch accepts; in scheme 2 it is in [0, 2**63).
-
-    Raises KeyError for a role that is not in ROLES.
-    """
-    factor, offset = ROLES[role]
+def derive(seed: int, role: Role, scheme: int) -> int:
+    """Return the seed of a stream, a number that torch accepts. In scheme 2 it is in [0, 2**63)."""
     if scheme == 1:
-        return factor * seed + offset
+        return role.factor * seed + role.offset
     # A spawn key, unlike more entropy, cannot be mistaken for a part of a large seed.
-    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(role.encode()),))
+    sequence = np.random.SeedSequence(seed, spawn_key=(zlib.crc32(role.name.encode()),))
     return int(sequence.generate_state(1, np.uint64)[0]) >> 1
 
 
-def generator(args, role: str) -> torch.Generator:
-    """Return a CPU generator for one role of the run with these arguments."""
+def generator(args: argparse.Namespace, role: Role) -> torch.Generator:
+    """Return a CPU generator for one role in the run with these arguments."""
     return torch.Generator().manual_seed(derive(args.seed, role, args.seed_scheme))

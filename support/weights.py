@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 
-from support.cli import MOST
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json, write_json
 
 WRAPPERS = ("module", "_orig_mod")  # in names: what DataParallel and torch.compile call the network that they hold
@@ -66,7 +65,7 @@ def load_weights(model, path):
     load_state(model, read_state(path), path)
 
 
-def load_state(model, state: dict, path) -> None:
+def load_state(model, state: dict, path, optional: tuple[str, ...] = ()) -> None:
     """Load what `read_state` made of the file `path` into `model`, which may be on the meta device; then it is filled.
 
     The file may hold an auxiliary head that the model does not have, and the entries that the model names in
@@ -77,7 +76,7 @@ def load_state(model, state: dict, path) -> None:
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
     known = {*expected, *getattr(model, "not_loaded", ())}
-    unknown = [name for name in state if name not in known and not name.startswith("auxiliary_head.")]
+    unknown = [name for name in state if name not in known and not name.startswith(optional)]
     differing = [[f"{name} is missing" for name in missing], [f"{name} is not in the network" for name in unknown]]
     of_known = [(name, state[name]) for name in expected if name in state]
     differing.append([f"{name} {text}" for name, value in of_known for text in problems(value, expected[name])])
@@ -133,7 +132,7 @@ def save_weights(model, path, about):
 def read_info(path):
     """Return what was saved about the weights at `path`, {} where nothing was.
 
-    Raises UserError if they are not those, and for a value that no network or normalisation can have.
+    Raises UserError if the file describes other weights.
     """
     if not info_path(path).is_file():
         return {}
@@ -143,18 +142,7 @@ def read_info(path):
             f"{path} is damaged or was replaced: its checksum is not the one in {info_path(path)} "
             "(delete that file to use the weights all the same)"
         )
-    for name, value in about.items():
-        if name in POSSIBLE and not POSSIBLE[name](value):
-            raise UserError(f'{info_path(path)}: "{name}" cannot be {str(value)[:80]!r}')
     return about
-
-
-def is_whole(value, most):
-    return type(value) is int and 0 < value <= most
-
-
-def are_sides(values):
-    return isinstance(values, list) and len(values) == 2 and all(is_whole(side, MOST.pixels) for side in values)
 
 
 def matching_info(path):
@@ -179,21 +167,3 @@ def version(path):
         status = os.stat(path)
         return status.st_ino, status.st_mtime_ns, status.st_size
     return None
-
-
-def are_channels(values):
-    """Return whether `values` can be a mean or a standard deviation of three channels."""
-    return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
-
-
-POSSIBLE = {  # what is saved about weights
-    "init_channels": lambda value: is_whole(value, MOST.channels),
-    "layers": lambda value: is_whole(value, MOST.cells),
-    "auxiliary": lambda value: isinstance(value, bool),
-    "family": lambda value: value in ("cifar", "imagenet", "nas201"),
-    "resized": lambda value: isinstance(value, bool),
-    "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
-    "image_size": are_sides,
-    "mean": are_channels,
-    "std": lambda value: are_channels(value) and min(value) > 0,
-}

@@ -22,7 +22,8 @@ import pytest
 import torch
 from torch.utils.data import dataloader
 
-from support import files, runs, signals
+from run_settings import SETTINGS
+from support import files, signals
 
 from helpers import search_line, train_line
 
@@ -100,7 +101,7 @@ def saved(value, zipped=True):
 
 def checkpoint(content):
     """The bytes of a checkpoint with a right checksum."""
-    return runs.MAGIC + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
+    return SETTINGS.checkpoint_magic + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 def work(script, argv, output, conditions):

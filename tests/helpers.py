@@ -23,7 +23,8 @@ import train
 import train_search
 from nas201.genotypes import to_arch_string
 from nas201.sources import COLUMNS
-from support import distributed, runs, weights
+from run_settings import SETTINGS
+from support import checkpoints, distributed, files, runs, weights
 from support.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,7 @@ def retrain(parent, *flags, **changed):
 
 def history(run):
     """Return the rows of a run's history without the fields that are times."""
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in runs.read_history(run)]
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in read_history(run)]
 
 
 def populations(run):
@@ -183,7 +184,8 @@ def retrained_run(folder, family, pictures, classes=CLASSES):
     }
     about |= {"image_size": [side, side], "resized": True, "mean": MEAN, "std": STD, **sizes}
     torch.manual_seed(0)
-    network = retrained.make_network(RETRAINED_CELLS[family], family, 3, [side, side], argparse.Namespace(**sizes))
+    settings = retrained.NetworkSettings(RETRAINED_CELLS[family], family, 3, [side, side], **sizes)
+    network = retrained.make_network(settings)
     for _ in range(3):  # running statistics
         network(torch.randn(8, 3, side, side))
     (folder / "weights").mkdir(parents=True)
@@ -195,20 +197,33 @@ def retrained_run(folder, family, pictures, classes=CLASSES):
 # ---- run directories and checkpoints, for tests of support
 
 RUN_DATA = {"classes": ["ant", "bee"], "images": {"train": 6, "valid": 4}, "source": {"train": "3f", "valid": "3f"}}
+RUN_INPUTS = {"kind": "search", "data": RUN_DATA}
 
 
 def new_run(folder, name="search-1", **args):
-    return runs.Run.create(folder, name, argparse.Namespace(**args), "prog.py", kind="search", data=RUN_DATA)
+    return runs.Run.create(folder, name, argparse.Namespace(**args), "prog.py", SETTINGS, inputs=RUN_INPUTS)
 
 
 def resumed_run(path, found=RUN_DATA, **args):
-    return runs.Run.resume(path, argparse.Namespace(**args), kind="search", data=found)
+    return runs.Run.resume(path, argparse.Namespace(**args), SETTINGS, inputs={**RUN_INPUTS, "data": found})
+
+
+def load_checkpoint(path):
+    """Return what a run's checkpoint file holds."""
+    return checkpoints.load(path, SETTINGS)
+
+
+def read_history(run):
+    """Return the rows of a run's history."""
+    return files.read_history(run, SETTINGS)
 
 
 def checkpoint_bytes(state):
     """The bytes of a checkpoint file with the right checksum, whatever it holds."""
-    torch.save(state, content := io.BytesIO())
-    return runs.MAGIC + hashlib.sha256(content.getvalue()).hexdigest().encode() + b"\n" + content.getvalue()
+    file = io.BytesIO()
+    torch.save(state, file)
+    content = file.getvalue()
+    return SETTINGS.checkpoint_magic + hashlib.sha256(content).hexdigest().encode() + b"\n" + content
 
 
 # ---- equality to the last bit
@@ -233,9 +248,9 @@ def assert_same(a, b):
 
 def assert_same_run(run, expected):
     """Equal to the last bit: checkpoint, weights, populations, history without times, cells."""
-    states = [runs.load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)]
+    states = [load_checkpoint(folder / "checkpoint.pt") for folder in (run, expected)]
     for state, folder in zip(states, (run, expected), strict=True):
-        assert state.pop("history") == runs.read_history(folder)
+        assert state.pop("history") == read_history(folder)
     assert_same(*states)
     assert history(run) == history(expected)
     for path in [p for name in ("weights/*.pt", "genotype.*", "*.svg", "pareto.json") for p in expected.glob(name)]:

@@ -8,6 +8,7 @@ import torch
 import costs
 import encoding
 import nas201.train_search
+import search_cli
 import train_search
 import utils
 from model import NetworkCIFAR
@@ -15,10 +16,9 @@ from nas201 import benchmark
 from nas201.genotypes import from_arch_string
 from nas201.model import cost_table as s2_table
 from nas201.sources import ALLOWED, unpacked
-from support import runs
 from support.files import restricted_unpickle
 
-from helpers import S2_SEARCH_LINE, populations, s2_search, search, search_line
+from helpers import S2_SEARCH_LINE, load_checkpoint, populations, read_history, s2_search, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 
@@ -79,20 +79,20 @@ def test_winners_meet_a_tight_budget(tmp_path, space, seed):
         run = s2_search(tmp_path, *flags)
         limits, decode = (0.3, 3), nas201.train_search.encoding.decode
         fixed, choices = s2_table(16, 5, 10, (3, 8, 8))
-    for (alphas, fitness), line in zip(populations(run), runs.read_history(run), strict=True):
+    for (alphas, fitness), line in zip(populations(run), read_history(run), strict=True):
         counts = torch.stack([fixed + choices[one_hot.bool()].sum(0) for one_hot in decode(alphas)]).double() / 1e6
         excess = (counts / torch.tensor(limits, dtype=torch.float64) - 1).clamp(min=0).sum(1)
         ranked = sorted(zip(excess.tolist(), (-fitness).tolist(), strict=True))
         assert list(zip(excess.tolist(), (-fitness).tolist(), strict=True)) == ranked  # feasible first, then fitness
         assert line["feasible"] == (excess == 0).sum()
         assert [line["parameters_M"], line["mult_adds_M"]] == counts[0].tolist()
-    assert excess[0] == 0 and runs.read_history(run)[0]["feasible"] < len(excess)  # met at last, and it was tight
+    assert excess[0] == 0 and read_history(run)[0]["feasible"] < len(excess)  # met at last, and it was tight
 
 
 @pytest.mark.parametrize(
     ("module", "flags", "words"),
     [
-        (train_search, ["--max_params", 0.5], "--max_params 0.5: no architecture meets it, the smallest"),
+        (train_search, ["--max_params", 0.5], "--max_params 0.5: no architecture meets"),
         (train_search, ["--max_params", 5, "--max_mult_adds", 1], "the smallest network has 14.2"),
         (train_search, ["--max_params", 0], "at least 1e-06"),
         (nas201.train_search, ["--max_mult_adds", 0.1], "the smallest network has 0.4"),
@@ -106,7 +106,7 @@ def test_a_budget_that_nothing_meets_is_refused(fails, module, flags, words):
 
 def test_the_smallest_network_meets_a_budget_of_its_own_size():
     """What the message names is exact: that budget is possible, one below it is not."""
-    args = train_search.search_parser("", "", ["digits"]).parse_args([])
+    args = search_cli.search_parser("train_search.py", "").parse_args([])
     args.target_channels, args.target_layers = 36, 20
     target = costs.Costs(args, train_search.S1(), 10, (3, 32, 32), torch.device("cpu"))
     for name, smallest in zip(target.names, (1.370134, 227.27232), strict=True):
@@ -122,7 +122,7 @@ def test_a_search_says_that_nothing_met_its_budget(tmp_path, capsys):
     flags = ["--max_mult_adds", 0.49, "--pop_size", 2, "--tsize", 1, "--epochs", 1]
     run = s2_search(tmp_path, *flags)
     assert "no individual of the last generation meets the budget" in capsys.readouterr().out
-    assert runs.read_history(run)[0]["feasible"] == 0
+    assert read_history(run)[0]["feasible"] == 0
 
 
 def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
@@ -135,23 +135,23 @@ def test_latency_is_measured_once_and_resumed(tmp_path, monkeypatch):
     monkeypatch.setattr(costs.Costs, "measure_latency", measure)
     run = search(tmp_path, max_latency=5.5, epochs=2)
     assert len(measured) == len(set(measured)) >= 4  # each cell once
-    checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+    checkpoint = load_checkpoint(run / "checkpoint.pt")
     assert checkpoint["latency"] == {cell: i + 1.0 for i, cell in enumerate(measured)}
     before = list(measured)
     (run / "report.html").unlink()
     train_search.main(["--resume", str(run)])
     assert measured == before
-    assert all(line["latency_ms"] <= 5.5 for line in runs.read_history(run))
+    assert all(line["latency_ms"] <= 5.5 for line in read_history(run))
 
 
 def test_latency_of_a_network(tmp_path):
     state = torch.get_rng_state()
-    args = train_search.search_parser("", "", ["digits"]).parse_args(["--max_latency", "1000"])
+    args = search_cli.search_parser("train_search.py", "").parse_args(["--max_latency", "1000"])
     args.target_channels, args.target_layers = 4, 3
     target = costs.Costs(args, train_search.S1(), 10, (3, 8, 8), torch.device("cpu"))
     latency = {}
     alphas = encoding.random_alphas(2, generator=torch.Generator().manual_seed(0))
-    of = target.of(alphas[[0, 1, 0]], latency)
+    of = target.amounts(alphas[[0, 1, 0]], latency)
     assert len(latency) == 2 and of[:, 2].tolist() == [list(latency.values())[i] for i in (0, 1, 0)]
     assert all(0 < ms < 1000 and math.isfinite(ms) for ms in latency.values())
     assert torch.equal(torch.get_rng_state(), state)

@@ -20,13 +20,12 @@ import nas201.encoding
 import nas201.fast_search
 import nas201.model_search
 import train_search
-import utils
 from encoding import decode, random_alphas
-from engine import Progress, plain_forward, train_one_epoch
-from support import devices, runs
+from support import devices
+from training import TrainingSettings, TrainingState, make_optimizer, plain_forward, train_one_epoch
 
 from golden import fill
-from helpers import history, retrain, search
+from helpers import history, load_checkpoint, retrain, search
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -98,15 +97,15 @@ def test_a_recorded_step_is_the_same_step(space, settings):
     for cuda_graph in (False, True):
         trained = copy.deepcopy(network).to(memory_format=torch.channels_last)
         recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
-        optimizer = utils.make_sgd(trained.parameters(), recipe, torch.device("cuda"))
+        optimizer = make_optimizer(trained.parameters(), recipe)
 
         def loss_of(x, y, individual, trained=trained):
             logits = fast.forward(trained, x, individual, **settings)
             return cross_entropy(logits, y), logits
 
-        args = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=cuda_graph, report_freq=3)
-        inputs_of, reports = lambda step: (population[step],), dict(where="", log=lambda text: None)
-        measured = train_one_epoch(loss_of, inputs_of, trained, batches, optimizer, args, Progress(), **reports)
+        state = TrainingState(trained, optimizer, batches, TrainingSettings(cuda_graph=cuda_graph, report_freq=3))
+        inputs_of = lambda step: (population[step],)  # noqa: E731
+        measured = train_one_epoch(state, loss_of, inputs_of, where="", log=lambda text: None)
         sums = [value.double().sum().item() for value in trained.state_dict().values()]
         weights.append([measured["train_loss"], *sums])
     assert weights[1] == pytest.approx(weights[0], rel=1e-8, abs=1e-8)
@@ -122,7 +121,7 @@ def test_recorded_retraining_draws_the_same_drop_path(tmp_path):
 def test_a_search_on_a_card_is_resumed(tmp_path):
     whole = search(tmp_path, device="cuda", epochs=2)
     assert len(history(whole)) == 2
-    checkpoint = runs.load_checkpoint(whole / "checkpoint.prev.pt")
+    checkpoint = load_checkpoint(whole / "checkpoint.prev.pt")
     assert checkpoint["completed"] == 1
     (whole / "checkpoint.prev.pt").replace(whole / "checkpoint.pt")
     train_search.main(["--resume", str(whole)])

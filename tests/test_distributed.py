@@ -16,17 +16,18 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import data
+import datasets
 import loaders
 import train
 import train_search
 from encoding import decode, random_alphas
-from engine import Progress, measure_fitness, train_one_epoch
+from fitness import measure_fitness
 from model_search import Network
-from support import devices, distributed, runs
+from support import devices, distributed
 from support.files import UserError
+from training import TrainingSettings, TrainingState, train_one_epoch
 
-from helpers import checkpoint_bytes
+from helpers import checkpoint_bytes, load_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 2 --device cpu".split()
@@ -77,8 +78,8 @@ def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
 
 
 def digits_loader(shared=True):
-    digits = data.load("digits", None, "test")
-    return loaders.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=shared)
+    digits = datasets.load_images("digits", None, "test")
+    return loaders.Loader(digits, 100, datasets.augmentation("digits", digits), torch.device("cpu"), shared=shared)
 
 
 def train_one_layer(wrapped):
@@ -88,16 +89,16 @@ def train_one_layer(wrapped):
     if wrapped:
         trained = DistributedDataParallel(network)
         trained.broadcast_buffers = False
-    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=1), Progress()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    state = TrainingState(network, optimizer, digits_loader(), TrainingSettings(report_freq=1))
+    state.trained = trained
 
     def loss_of(x, y):
         logits = trained(x)
         return nn.functional.cross_entropy(logits, y), logits
 
-    reports = dict(where="", log=lambda text: None)
-    train_one_epoch(loss_of, lambda step: (), trained, digits_loader(), optimizer, args, progress, **reports)
-    return torch.cat([network[0].running_mean, network[0].running_var]), progress.buffers
+    train_one_epoch(state, loss_of, lambda step: (), where="", log=lambda text: None)
+    return torch.cat([network[0].running_mean, network[0].running_var]), state.progress.buffers
 
 
 @pytest.mark.slow
@@ -117,8 +118,8 @@ def test_running_statistics_are_the_mean_of_the_processes(tmp_path, wrapped):
 def ruined(what):
     """What either process says where the loss, or the running statistics, of the second are not finite."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(192, 10))
-    args, progress = argparse.Namespace(grad_clip=5.0, amp=False, cuda_graph=False, report_freq=9), Progress()
     optimizer = torch.optim.SGD(network.parameters(), 0.1)
+    state = TrainingState(network, optimizer, digits_loader(), TrainingSettings(report_freq=9))
 
     def loss_of(x, y):
         second = distributed.rank() == 1
@@ -127,8 +128,7 @@ def ruined(what):
         return loss * float("nan") if second and what == "loss" else loss, logits
 
     try:
-        reports = dict(where="epoch 1/1", log=lambda text: None)
-        train_one_epoch(loss_of, lambda step: (), network, digits_loader(), optimizer, args, progress, **reports)
+        train_one_epoch(state, loss_of, lambda step: (), where="epoch 1/1", log=lambda text: None)
     except UserError as error:
         return str(error)
 
@@ -178,7 +178,7 @@ def wait_for_lines(process, path, count):
 
 def finish(main, run, epochs):
     """Resumes a run, shortened so that the test ends, in this process."""
-    args, state = json.loads((run / "args.json").read_text()), runs.load_checkpoint(run / "checkpoint.pt")
+    args, state = json.loads((run / "args.json").read_text()), load_checkpoint(run / "checkpoint.pt")
     args["args"]["epochs"] = state["bound"]["args"]["epochs"] = epochs
     (run / "args.json").write_text(json.dumps(args))
     state |= {name: json.dumps(state[name]) for name in ("bound", "history")}
@@ -219,7 +219,7 @@ def test_torchrun_is_interrupted(tmp_path, script, argv, number):
     assert f"continue with: python {Path(script.__file__).name} --resume {history.parent}" in line
     completed, checkpoint = (
         len(history.read_text().splitlines()),
-        runs.load_checkpoint(history.parent / "checkpoint.pt"),
+        load_checkpoint(history.parent / "checkpoint.pt"),
     )
     assert checkpoint["completed"] == completed and checkpoint["partial"]["steps"] > 0
     finish(script.main, history.parent, completed + 1)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from evolution import crossover, merit, mutate, next_generation, tournament
+from evolution import crossover, mutate, next_generation, ranks, tournament
 
 G, E = 2, 14
 SHAPE = (G, E, 8)
@@ -286,13 +286,13 @@ def test_other_search_spaces():
 # Budgets
 
 
-def test_merit_is_violation_then_fitness():
+def test_ranks_compare_violation_first_then_fitness():
     """Of all pairs of 40 individuals, many of them equal in one or both."""
     fitness, violation = (torch.randint(4, (40,), generator=generator(s)).double() for s in (10, 11))
-    merits = merit(fitness, violation)
+    rank = ranks(fitness, violation)
     keys = list(zip((-violation).tolist(), fitness.tolist(), strict=True))
     for i, one in enumerate(keys):
-        assert [(one > other) - (one < other) for other in keys] == (merits[i] - merits).sign().tolist()
+        assert [(one > other) - (one < other) for other in keys] == (rank[i] - rank).sign().tolist()
 
 
 @pytest.mark.parametrize("variant", ["evnas", "mut", "cross"])

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 import fast_ops
 import fast_search
 from encoding import decode
-from engine import PlainEvaluator, batch_norm_mode, measure_fitness
+from fitness import PlainEvaluator, batch_norm_mode, measure_fitness
 from model_search import Network
 from operations import OPS
 

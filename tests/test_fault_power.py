@@ -21,7 +21,7 @@ from support import files, runs, weights
 
 import faults
 from faults import ARGUMENTS, COUNTS, FULL, few
-from helpers import AT_ONCE, STOP, assert_same_run, stop_at
+from helpers import AT_ONCE, STOP, assert_same_run, load_checkpoint, read_history, stop_at
 
 counted = faults.counted
 CHANGES = ("fsync", "replace", "rename", "unlink", "link", "mkdir")
@@ -161,10 +161,12 @@ def recorded(request, tmp_path_factory):
             (run,) = disk.root.iterdir()
             stop_at("after checkpoint 2", AT_ONCE, module.main, ["--resume", run])
             module.main(["--resume", str(run)])
-        if FULL:  # test_resume.py has that it makes no difference
+    if FULL:  # test_resume.py has that it makes no difference
+        with pytest.MonkeyPatch.context() as patch:
+            faults.conftest.draw_no_charts(patch.setattr)
             module.main([*argv, "--dir", str(root / "whole")])
-            run = next((root / "whole").iterdir())
-            assert_same_run(next(disk.root.iterdir()), run)
+        run = next((root / "whole").iterdir())
+        assert_same_run(next(disk.root.iterdir()), run)
     return script, run, argv, disk
 
 
@@ -199,12 +201,12 @@ def test_every_state_of_the_disk_can_be_read(recorded, tmp_path):
     assert [completed for _, completed in disk.saved] == [0, 1, 1, 2, 3]
     for i, (change, _, state) in enumerate(disk.states[:: few(1, 10)]):
         write_state(state, folder := tmp_path / f"{i}")
-        found = {path.name: runs.load_checkpoint(path)["completed"] for path in folder.glob("*/checkpoint*.pt")}
+        found = {path.name: load_checkpoint(path)["completed"] for path in folder.glob("*/checkpoint*.pt")}
         assert disk.due(change) is None or found["checkpoint.pt"] >= disk.due(change)
         for path in folder.glob("*/weights/*weights.pt"):
             weights.read_info(path)
         for path in folder.glob("*/history.jsonl"):
-            files.read_history(path.parent)
+            read_history(path.parent)
 
 
 def test_the_disk_keeps_only_what_was_synced(tmp_path):

@@ -18,11 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from support import runs
-
 import faults
 from faults import ARGUMENTS, COUNTS, FULL, ROOT, few
-from helpers import assert_same_run, search_line, train_line
+from helpers import assert_same_run, load_checkpoint, search_line, train_line
 
 counted, process, whole = faults.counted, faults.process, faults.whole
 
@@ -136,7 +134,7 @@ def test_full_disk(whole, process, tmp_path):
             assert "No space left on device" in line and str(folder) in line
             (run,) = folder.iterdir()
             if (run / "checkpoint.pt").exists():
-                runs.load_checkpoint(run / "checkpoint.pt")
+                load_checkpoint(run / "checkpoint.pt")
                 remount("size=100m")
                 running = process(script, ["--resume", run], output)
                 running.join(120)
@@ -150,7 +148,7 @@ def test_full_disk(whole, process, tmp_path):
 def test_file_size_limit(whole, process, tmp_path):
     script, expected, _, _ = whole
     size = (expected / "checkpoint.pt").stat().st_size
-    first = runs.load_checkpoint(expected / "checkpoint.pt")
+    first = load_checkpoint(expected / "checkpoint.pt")
     assert first["completed"] == 3
     for i, limit in enumerate(few((20_000, size // 4, size // 2, size - 100), (size - 100,))):
         output = tmp_path / f"output{i}"
@@ -159,7 +157,7 @@ def test_file_size_limit(whole, process, tmp_path):
         assert "File too large" in line, line
         (run,) = (tmp_path / f"{i}").iterdir()
         for path in run.glob("checkpoint*.pt"):
-            runs.load_checkpoint(path)
+            load_checkpoint(path)
         COUNTS["file size limit"]["one line, exit 2; the last checkpoint is good"] += 1
 
 

@@ -21,6 +21,7 @@ import train_search
 from model import NetworkCIFAR
 from model_search import Network
 from nas201.genotypes import EDGES, PRIMITIVES, to_arch_string
+from retrained import NetworkSettings
 from support import devices
 
 from helpers import ARCH_WITH_DEAD_END, search_line, train_line
@@ -74,17 +75,18 @@ def test_the_estimate_of_a_supernet_of_s2(plain):
 
 @pytest.mark.parametrize("name", genotypes.NAMED)
 def test_the_estimate_of_a_retrained_network(name):
-    args = Namespace(momentum=0.9, recipe="cifar", init_channels=8, layers=6)
-    estimate = train.estimate_memory(genotypes.get(name), (32, 32), args)
+    settings = NetworkSettings(genotypes.get(name), "cifar", 10, (32, 32), init_channels=8, layers=6)
+    estimate = train.estimate_memory(settings, Namespace(momentum=0.9))
     network = NetworkCIFAR(8, 10, 6, False, genotypes.get(name))
     assert_near(network, lambda net, x: net(x), 32, estimate, 1.5)
 
 
 def test_the_estimate_of_an_arch_string():
     arch = to_arch_string([3, 2, 3, 1, 4, 3])
-    args = Namespace(momentum=0.9, recipe="nas201", init_channels=16, layers=2)
+    settings = NetworkSettings(arch, "nas201", 10, (32, 32), init_channels=16, layers=2)
+    estimate = train.estimate_memory(settings, Namespace(momentum=0.9))
     network = nas201.model.Network(16, 2, 10, arch)
-    assert_near(network, lambda net, x: net(x), 32, train.estimate_memory(arch, (32, 32), args), 2)
+    assert_near(network, lambda net, x: net(x), 32, estimate, 2)
 
 
 STEP = """
@@ -92,15 +94,17 @@ import re, sys, torch, memory, fast_search, genotypes, train
 from argparse import Namespace
 from model import NetworkCIFAR
 from model_search import Network
+from retrained import NetworkSettings
 what, C, layers, batch, checkpoint = sys.argv[1], *map(int, sys.argv[2:])
-args = Namespace(momentum=0.9, plain=False, recipe="cifar", init_channels=C, layers=layers)
+args = Namespace(momentum=0.9, plain=False)
 if what == "search":
     everything = tuple(genotypes.PRIMITIVES) * 14
     estimate = memory.supernet("s1", memory.s1_cells(C, layers, 1024, everything, everything), args)
     network, alphas = Network(C, 10, layers), torch.zeros(2, 14, 8)
     forward = lambda x: fast_search.forward(network, x, alphas, checkpoint=bool(checkpoint))
 else:
-    estimate = train.estimate_memory(genotypes.EvNASA, (32, 32), args)
+    settings = NetworkSettings(genotypes.EvNASA, "cifar", 10, (32, 32), C, layers)
+    estimate = train.estimate_memory(settings, args)
     network = NetworkCIFAR(C, 10, layers, False, genotypes.EvNASA)
     forward = lambda x: network(x, checkpoint=bool(checkpoint))[0]
 network = network.to(memory_format=torch.channels_last)

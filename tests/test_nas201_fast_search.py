@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 
 import fast_ops
 import nas201.fast_search as fast_search
-from engine import batch_norm_mode
+from fitness import batch_norm_mode
 from nas201.encoding import decode
 from nas201.model_search import Cell, Network
 

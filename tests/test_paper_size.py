@@ -16,11 +16,11 @@ import nas201.encoding
 import nas201.fast_search
 import nas201.model_search
 from encoding import decode, random_alphas
-from engine import plain_forward
 from model import NetworkCIFAR
 from model_search import Network
 from support import devices
 from support.self_check import training_step
+from training import plain_forward
 
 IMAGES, SHAPE, CLASSES = 64, (3, 32, 32), 10
 FLOAT32 = 0.02  # of a norm

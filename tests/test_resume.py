@@ -15,7 +15,6 @@ import genotypes
 import nas201.train_search
 import train
 import train_search
-from support import runs
 
 from helpers import (
     AT_ONCE,
@@ -25,6 +24,7 @@ from helpers import (
     checkpoint_bytes,
     history,
     interrupted_at,
+    load_checkpoint,
     search_line,
     start,
     stop_at,
@@ -107,7 +107,7 @@ def stopped_run(script, folder, stops, capsys):
                 left = (unit, script.steps if script.measuring in place else int(number) + 1)
                 words = script.measuring if script.measuring in place else f"step {left[1]}/{script.steps}"
                 assert f"{script.unit} {unit + 1}/3, {words};" in errors
-        checkpoint = runs.load_checkpoint(run / "checkpoint.pt")
+        checkpoint = load_checkpoint(run / "checkpoint.pt")
         assert (checkpoint["completed"], checkpoint.get("partial", {"steps": 0})["steps"]) == left, event
         torch.manual_seed(12345)  # the global generator of another process
         argv = ["--resume", run, "--report_freq", 1, "--checkpoint"]  # which cannot change the result
@@ -155,7 +155,7 @@ def test_a_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
     (expected,) = (tmp_path / "whole").iterdir()
     run = Path(shutil.copytree(expected, tmp_path / "older"))
     (run / "report.html").unlink()  # with it NAS-Bench-201 takes a search for finished
-    state = runs.load_checkpoint(run / "checkpoint.prev.pt")
+    state = load_checkpoint(run / "checkpoint.prev.pt")
     about = json.loads((run / "args.json").read_text())
     assert state["bound"]["args"].pop("seed_scheme") == about["args"].pop("seed_scheme") == 1
     older = {name: json.dumps(state[name]) for name in ("bound", "history")}
@@ -196,7 +196,7 @@ def test_a_process_interrupted_within_an_epoch(whole, tmp_path, number):
     how = re.escape(f"continue with: python {script.command} --resume {run}")
     assert re.fullmatch(rf"interrupted in {place}; {how}\n", errors), errors
     assert process.returncode == 128 + number
-    assert "partial" in runs.load_checkpoint(run / "checkpoint.pt")
+    assert "partial" in load_checkpoint(run / "checkpoint.pt")
     assert errors.strip() in (run / "log.txt").read_text()
     script.module.main(["--resume", str(run)])
     assert_same_run(run, expected)

@@ -1,5 +1,7 @@
 """A run's directory: checkpoints that do not lie, locks, arguments of a resumed run, and full disks."""
 
+from support.cli import Parser, number
+
 import argparse
 import contextlib
 import copy
@@ -17,11 +19,20 @@ import torch
 from torch import nn
 
 from nas201 import sources
-from support import cli, distributed, files, runs, weights
-from support.cli import Parser, number
+from run_settings import SETTINGS
+from support import cli, distributed, files, provenance, resume_args, runs, weights
 from support.files import UserError, atomic_write, write_json
 
-from helpers import RUN_DATA, assert_same, checkpoint_bytes, new_run, resumed_run
+from helpers import (
+    RUN_DATA,
+    RUN_INPUTS,
+    assert_same,
+    checkpoint_bytes,
+    load_checkpoint,
+    new_run,
+    read_history,
+    resumed_run,
+)
 
 
 class Trained:
@@ -73,12 +84,12 @@ def test_the_command_that_continues_a_run(tmp_path, monkeypatch):
     python.parent.mkdir()
     python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$PYTHONPATH" "$@"\n')
     python.chmod(0o755)
-    project = Path(runs.__file__).resolve().parents[1]
+    project = provenance.PROJECT
     for folder in (project, tmp_path):
         monkeypatch.chdir(folder)
         for prog in ("train.py", "python -m nas201.train_search"):
             settings = dict(env={"PATH": f"{python.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
-            done = subprocess.run(["sh", "-c", runs.shell_command(prog, "--resume", path)], **settings)
+            done = subprocess.run(["sh", "-c", provenance.shell_command(prog, "--resume", path)], **settings)
             modules, *words = done.stdout.splitlines()
             assert words[-2:] == ["--resume", path] and not done.stderr
             if prog == "train.py":
@@ -95,7 +106,7 @@ def test_checkpoint_round_trip_keeps_the_one_before(run):
             run.record(completed, {"generation": completed})
         run.save_checkpoint(completed, content)
     for name, completed in (("checkpoint.pt", 2), ("checkpoint.prev.pt", 1)):
-        loaded = runs.load_checkpoint(run.path / name)
+        loaded = load_checkpoint(run.path / name)
         assert loaded.pop("bound") == {
             "args": {},
             "threads": torch.get_num_threads(),
@@ -114,18 +125,18 @@ def test_checkpoints_on_a_file_system_without_links(run, monkeypatch):
         before = (run.path / "checkpoint.pt").read_bytes() if seed else None
         run.save_checkpoint(0, state(seed))
     assert (run.path / "checkpoint.prev.pt").read_bytes() == before
-    assert runs.load_checkpoint(run.path / "checkpoint.prev.pt")["completed"] == 0
+    assert load_checkpoint(run.path / "checkpoint.prev.pt")["completed"] == 0
 
 
 def test_missing_checkpoint(run):
     path = run.path / "checkpoint.pt"
     with pytest.raises(UserError, match="No such file.*ended before its first checkpoint"):
-        runs.load_checkpoint(path)
+        load_checkpoint(path)
     run.save_checkpoint(0, state(0))
     run.save_checkpoint(1, state(1))
     path.unlink()
     with pytest.raises(UserError, match="checkpoint.prev.pt"):
-        runs.load_checkpoint(path)
+        load_checkpoint(path)
 
 
 # ---- directories, locks, histories
@@ -140,7 +151,7 @@ def test_runs_of_the_same_second_get_a_directory_each(tmp_path):
 
 def test_lock_keeps_a_second_process_out(run):
     run.save_checkpoint(0, state(0))
-    with pytest.raises(UserError, match="search-1 is in use by another process"):
+    with pytest.raises(UserError, match="search-1: in use"):
         resumed_run(run.path)
     run.close()
     resumed_run(run.path).close()
@@ -150,7 +161,7 @@ def test_a_name_that_was_given_is_kept(tmp_path):
     args = argparse.Namespace()
 
     def create():
-        return runs.Run.create(tmp_path, "mine", args, "test", new_name=False)
+        return runs.Run.create(tmp_path, "mine", args, "test", SETTINGS, inputs={}, new_name=False)
 
     first = create()
     with pytest.raises(UserError, match="in use"):
@@ -220,7 +231,7 @@ def test_the_history_of_a_resumed_run_is_that_of_its_checkpoint(run, left):
     log.write_text(log.read_text() + "2026-11-28 12:00:00 a line that a crash cut o")
     events = {path.name for path in (run.path / "runs").iterdir()}
     resumed = resume_whole(run.path)
-    assert resumed.completed == 2 and resumed.rows == runs.read_history(run.path) == rows[:2]
+    assert resumed.completed == 2 and resumed.rows == read_history(run.path) == rows[:2]
     assert [line[20:] for line in log.read_text().splitlines()][-3:] == [
         "a line",
         "a line that a crash cut o",
@@ -229,7 +240,7 @@ def test_the_history_of_a_resumed_run_is_that_of_its_checkpoint(run, left):
     resumed.record(3, rows[3])
     resumed.save_checkpoint(3, state(0))
     resumed.close()
-    assert runs.read_history(run.path) == [*rows[:2], rows[3]]
+    assert read_history(run.path) == [*rows[:2], rows[3]]
     assert not events & {path.name for path in (run.path / "runs").iterdir()}
     assert curve(run.path, "loss") == [(1, 1.0), (2, 0.5), (3, 0.25)]
 
@@ -243,45 +254,12 @@ def curve(run_dir, name):
     return [(event.step, pytest.approx(event.value)) for event in board.Scalars(name)]
 
 
-def earlier_version(run, completed):
-    """Make the checkpoint of `run` one without the history, as earlier versions wrote it."""
-    bound = json.dumps(runs.bound_to(argparse.Namespace(), {"kind": "search", "data": RUN_DATA}))
-    (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes({**state(0), "completed": completed, "bound": bound}))
-    run.close()
-
-
-def test_a_checkpoint_of_an_earlier_version_takes_the_rows_of_the_file(run):
-    rows = [{"generation": g} for g in range(1, 4)]
-    (run.path / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    earlier_version(run, 2)
-    resumed = resume_whole(run.path)
-    assert runs.read_history(run.path) == rows[:2]
-    resumed.save_checkpoint(2, state(0))
-    resumed.close()
-    assert runs.load_checkpoint(run.path / "checkpoint.pt")["history"] == rows[:2]
-    (run.path / "history.jsonl").write_text('{"generation": 1}\n')
-    earlier_version(run, 2)
-    with pytest.raises(UserError, match="history.jsonl has 1 lines, but the checkpoint is of line 2"):
-        resumed_run(run.path)
-
-
-@pytest.mark.parametrize("bad", ["", "[]", "{", '{"generation": 3}', '{"generation": 2, "loss": "x"}', '{"epoch": 2}'])
-def test_a_bad_line_of_the_history_is_found_at_resume(run, bad):
-    earlier_version(run, 3)
-    path = run.path / "history.jsonl"
-    path.write_text(f'{{"generation": 1}}\n{bad}\n{{"generation": 3}}\n')
-    before = path.read_bytes()
-    with pytest.raises(UserError, match=rf"{path} (line 2|has 2 lines|line 3).*restore it, or start a new run"):
-        resumed_run(run.path)
-    assert path.read_bytes() == before
-
-
 @pytest.mark.parametrize("rows", [[], [{"generation": 2}], [{"generation": 1, "loss": "x"}], {}, 3, [[]], "x"])
 def test_a_forged_history_in_a_checkpoint_is_refused(run, rows):
     content = {**state(0), "completed": 1, "bound": "{}", "history": json.dumps(rows)}
     (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes(content))
-    with pytest.raises(UserError, match=r"checkpoint\.pt is damaged"):
-        runs.load_checkpoint(run.path / "checkpoint.pt")
+    with pytest.raises(UserError, match=r"checkpoint\.pt: damaged"):
+        load_checkpoint(run.path / "checkpoint.pt")
 
 
 def test_a_history_that_is_being_written_is_read(run):
@@ -289,10 +267,10 @@ def test_a_history_that_is_being_written_is_read(run):
     path, line = run.path / "history.jsonl", json.dumps({"generation": 2, "best_genotype": "é"}).encode()
     for length in range(len(line)):
         path.write_bytes(b'{"generation": 1}\n' + line[:length])
-        assert files.read_history(run.path) == [{"generation": 1}]
+        assert read_history(run.path) == [{"generation": 1}]
     path.write_bytes(b'{"generation": 1}\n{"gen\n{"generation": 3}\n')
-    with pytest.raises(UserError, match=r"line 2 is not valid JSON.*--resume makes the file again"):
-        files.read_history(run.path)
+    with pytest.raises(UserError, match=r"line 2: not valid JSON.*--resume"):
+        read_history(run.path)
 
 
 # ---- what crashes leave
@@ -365,7 +343,7 @@ def test_forked_processes_do_not_hold_the_lock(run):
 
 def begun_anew(folder):
     args = argparse.Namespace()
-    return runs.Run.create(folder, "search-1", args, "prog.py", new_name=False, kind="search", data=RUN_DATA)
+    return runs.Run.create(folder, "search-1", args, "prog.py", SETTINGS, inputs=RUN_INPUTS, new_name=False)
 
 
 def test_a_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tmp_path):
@@ -379,18 +357,18 @@ def test_a_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tm
     run.log("old")
     run.close()
     (run.path / "checkpoint.pt").rename(tmp_path / "lost")
-    with pytest.raises(UserError, match=r"holds a run; continue it with --resume after mv \S*prev\.pt \S*t\.pt, or"):
+    with pytest.raises(UserError, match=r"--resume, after mv \S*prev\.pt \S*t\.pt, or"):
         begun_anew(tmp_path)
     (run.path / "checkpoint.prev.pt").unlink()
     new = begun_anew(tmp_path)
     assert {path.name for path in new.path.iterdir()} == {".lock", "args.json", "eval-1", "log.txt", "old-1"}
     moved = {path.name for path in (new.path / "old-1").iterdir()}
     assert moved == {"args.json", "history.jsonl", "log.txt", "population", "runs", "weights"}
-    assert "an earlier run" in (new.path / "log.txt").read_text() and files.read_history(new.path) == []
+    assert "an earlier run" in (new.path / "log.txt").read_text() and read_history(new.path) == []
     new.record(1, {"generation": 1})
     new.close()
     begun_anew(tmp_path).close()  # which ended before its first checkpoint too
-    assert [row["generation"] for row in files.read_history(run.path / "old-2")] == [1]
+    assert [row["generation"] for row in read_history(run.path / "old-2")] == [1]
 
 
 def test_a_run_that_only_began_begins_again_in_place(run, tmp_path):
@@ -410,10 +388,10 @@ def test_a_run_that_only_began_begins_again_in_place(run, tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        (lambda data: data["classes"].insert(1, "asp"), "data/classes/1 is 'bee' in its checkpoint, but 'asp' now"),
-        (lambda data: data["classes"].pop(), "data/classes/1 is 'bee' in its checkpoint, but None now"),
-        (lambda data: data["images"].update(valid=3), "data/images/valid is 4 in its checkpoint, but 3 now"),
-        (lambda data: data["source"].update(valid="40"), "data/source/valid is '3f' in its checkpoint, but '40' now"),
+        (lambda data: data["classes"].insert(1, "asp"), "data/classes/1 is 'asp' now, but 'bee' in"),
+        (lambda data: data["classes"].pop(), "data/classes/1 is None now, but 'bee' in"),
+        (lambda data: data["images"].update(valid=3), "data/images/valid is 3 now, but 4 in"),
+        (lambda data: data["source"].update(valid="40"), "data/source/valid is '40' now, but '3f' in"),
     ],
 )
 def test_other_data_are_refused_with_the_first_difference(run, change, says):
@@ -435,30 +413,19 @@ def test_arguments_are_bound_but_for_free_ones(tmp_path):
     (run.path / "history.jsonl").touch()
     assert json.loads((run.path / "args.json").read_text())["args"] == {**args, "data": os.path.abspath("here")}
     resumed_run(run.path, bn="batch", data="there", device="cuda", dir=None, new=3).close()
-    with pytest.raises(UserError, match="args/bn is 'batch' in its checkpoint, but 'running' now"):
+    with pytest.raises(UserError, match="args/bn is 'running' now, but 'batch' in"):
         resumed_run(run.path, bn="running")
-
-
-def test_a_run_of_an_older_version_is_bound_from_its_next_checkpoint_on(run, capsys):
-    (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes({**state(0), "completed": 0}))
-    run.close()
-    resumed = resume_whole(run.path, found={"classes": ["cat"]})
-    assert "of an older version" in capsys.readouterr().out
-    resumed.save_checkpoint(0, state(0))
-    resumed.close()
-    with pytest.raises(UserError, match="data/classes/0 is 'cat'"):
-        resumed_run(run.path)
 
 
 def test_the_parent_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
     for command in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m c"):
         subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
-    code = tmp_path / "code/support/runs.py"
-    code.parent.mkdir(parents=True)
-    monkeypatch.setattr(runs, "__file__", str(code))
-    assert runs.git_revision() is None
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "support/runs.py"))
-    assert len(runs.git_revision()) == 12
+    code = tmp_path / "code"
+    code.mkdir()
+    monkeypatch.setattr(provenance, "PROJECT", code)
+    assert provenance.git_revision() is None
+    monkeypatch.setattr(provenance, "PROJECT", tmp_path)
+    assert len(provenance.git_revision()) == 12
 
 
 def test_log_and_args(run, capsys):
@@ -503,6 +470,10 @@ def parser(prog="prog.py", **defaults):
     return parser
 
 
+def parse(parser, argv):
+    return resume_args.parse(parser, argv, SETTINGS)
+
+
 @pytest.fixture
 def saved(tmp_path):
     """A run directory started with --epochs 7 --cutout --no-fold."""
@@ -515,36 +486,36 @@ def saved(tmp_path):
 
 def test_a_resumed_run_has_the_saved_arguments(saved):
     for defaults in ({}, {"epochs": 9, "dataset": "digits"}):  # also when the defaults have changed since
-        args = runs.parse(parser(**defaults), ["--resume", saved])
+        args = parse(parser(**defaults), ["--resume", saved])
         assert (args.epochs, args.cutout, args.dataset, args.workers, args.fold) == (7, True, "cifar10", 4, False)
         assert args.data == os.getcwd()
 
 
 def test_arguments_that_change_no_result_are_free(saved):
     given = ["--device", "cpu", "--workers", "0", "--report_freq", "3", "--epochs", "7"]
-    args = runs.parse(parser(), ["--resume", saved, *given])
+    args = parse(parser(), ["--resume", saved, *given])
     assert (args.device, args.workers, args.report_freq, args.epochs) == ("cpu", 0, 3, 7)
 
 
 def test_other_arguments_are_refused(saved):
     with pytest.raises(UserError, match="--epochs 5: .*search-1 was started with 7"):
-        runs.parse(parser(), ["--resume", saved, "--epochs", "5"])  # the default, but given
+        parse(parser(), ["--resume", saved, "--epochs", "5"])  # the default, but given
     with pytest.raises(UserError, match="--dataset digits: .* with cifar10"):
-        runs.parse(parser(), ["--resume", saved, "--dataset", "digits"])
-    with pytest.raises(UserError, match="holds no run of other.py"):
-        runs.parse(parser("other.py"), ["--resume", saved])
+        parse(parser(), ["--resume", saved, "--dataset", "digits"])
+    with pytest.raises(UserError, match="not a run of other.py"):
+        parse(parser("other.py"), ["--resume", saved])
 
 
 def test_flags_of_another_version(saved):
     newer = parser()
     newer.add_argument("--flag", default=3)
     newer.add_argument("--workers2", dest="workers", type=int)
-    assert runs.parse(newer, ["--resume", saved]).flag == 3
+    assert parse(newer, ["--resume", saved]).flag == 3
     with pytest.raises(UserError, match="--flag 4: .* was started with 3"):
-        runs.parse(newer, ["--resume", saved, "--flag", "4"])
+        parse(newer, ["--resume", saved, "--flag", "4"])
     edit_args(saved, moment=0.9)
     with pytest.raises(UserError, match="another version of the program, which had --moment"):
-        runs.parse(newer, ["--resume", saved])
+        parse(newer, ["--resume", saved])
 
 
 def edit_args(run, **values):
@@ -556,16 +527,16 @@ def edit_args(run, **values):
     "values, says",
     [
         ({"bn": "junk"}, "--bn: invalid choice: 'junk'"),
-        ({"bn": "running"}, "args/bn is 'batch' in its checkpoint, but 'running' now"),
-        ({"bn": ["batch"]}, "--bn is no single value"),
-        ({"bn": None, "epochs": None}, "args/epochs is 7 in its checkpoint, but 5 now"),
+        ({"bn": "running"}, "args/bn is 'running' now, but 'batch' in"),
+        ({"bn": ["batch"]}, "--bn is not a single value"),
+        ({"bn": None, "epochs": None}, "args/epochs is 5 now, but 7 in"),
         ({"epochs": 0}, "--epochs: 0 must be at least 1"),
         ({"epochs": "many"}, "--epochs: 'many' is not a whole number"),
         ({"epochs": True}, "--epochs: expected one argument"),
         ({"epochs": False}, "unrecognized arguments: --no-epochs"),
         ({"cutout": 1}, "--cutout: ignored explicit argument '1'"),
-        ({"cutout": False}, "args/cutout is True in its checkpoint, but False now"),
-        ({"fold": True}, "args/fold is False in its checkpoint, but True now"),
+        ({"cutout": False}, "args/cutout is False now, but True in"),
+        ({"fold": True}, "args/fold is True now, but False in"),
         ({"workers": "x"}, "--workers: invalid int value: 'x'"),
         ({"help": True}, "which had --help"),
     ],
@@ -573,7 +544,7 @@ def edit_args(run, **values):
 def test_saved_arguments_pass_the_parser_and_are_those_of_the_checkpoint(saved, values, says):
     edit_args(saved, **values)
     with pytest.raises(UserError, match=says) as refused:
-        runs.parse(parser(), ["--resume", saved])
+        parse(parser(), ["--resume", saved])
     assert str(refused.value).startswith(saved)
 
 
@@ -585,13 +556,13 @@ def test_a_resumed_run_computes_with_as_many_threads(tmp_path, monkeypatch):
     run.save_checkpoint(0, state(0))
     run.close()
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    runs.parse(parser(), ["--resume", str(run.path)])
+    parse(parser(), ["--resume", str(run.path)])
     assert threads == [3]
     content = json.loads((run.path / "args.json").read_text())
     for wrong in (2, "3", 0, [3]):
         write_json(run.path / "args.json", {**content, "threads": wrong})
         with pytest.raises(UserError, match="threads"):
-            runs.parse(parser(), ["--resume", str(run.path)])
+            parse(parser(), ["--resume", str(run.path)])
     assert threads == [3]
 
 
@@ -600,7 +571,7 @@ def test_damaged_args(saved, content):
     with open(f"{saved}/args.json", "w", encoding="latin-1") as file:
         file.write(content)
     with pytest.raises(UserError, match="args.json"):
-        runs.parse(parser(), ["--resume", saved])
+        parse(parser(), ["--resume", saved])
 
 
 # ---- weights and their side file

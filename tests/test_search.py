@@ -13,16 +13,20 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import baselines
+import datasets
 import encoding
 import evolution
 import genotype_files
+import search_cli
+import seed_roles
 import train_search
-from engine import Progress, measure_fitness, train_one_epoch
+from fitness import measure_fitness
 from model_search import Network
-from support import runs, seeds, signals
+from support import seeds, signals
 from support.files import UserError
+from training import TrainingSettings, TrainingState, train_one_epoch
 
-from helpers import SEARCH_SIZES, history, populations, search, search_line
+from helpers import SEARCH_SIZES, history, load_checkpoint, populations, search, search_line
 
 pytestmark = pytest.mark.usefixtures("quick_report")
 SEEDED = argparse.Namespace(seed=18, seed_scheme=2)  # as these searches are by default
@@ -92,7 +96,7 @@ def test_files_of_a_run(uninterrupted):
 
 def plain_search(args, network, train_loader, valid_loader):
     """Section by section what the paper does, with nothing clever. Yields (sorted alphas, fitness) a generation."""
-    breeding = seeds.generator(args, "population")
+    breeding = seeds.generator(args, seed_roles.POPULATION)
     alphas = torch.rand(args.pop_size, 2, 14, 8, generator=breeding)
     momenta = [torch.zeros_like(p) for p in network.parameters()]
     for g in range(args.epochs):
@@ -148,12 +152,12 @@ def accuracy(network, alphas, batches, bn):
 )
 def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     run = search(tmp_path, *flags, **changed)
-    parser = train_search.search_parser("", "", ["digits"])
+    parser = search_cli.search_parser("train_search.py", "")
     args, _ = parser.parse_known_args(search_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
-    train, valid, augmentation = train_search.data.search_splits(args)
-    loaders = train_search.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
-    torch.manual_seed(seeds.derive(args.seed, "weights", 2))
+    train, valid, augmentation = datasets.search_splits(args)
+    loaders = search_cli.search_loaders(args, train, valid, augmentation, torch.device("cpu"))
+    torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, 2))
     network = Network(args.init_channels, 10, SEARCH_SIZES["layers"])
     plain = list(plain_search(args, network, *loaders))
 
@@ -169,9 +173,9 @@ def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
 
 
 def test_equal_fitness_keeps_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_search, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
+    monkeypatch.setattr(search_cli, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
     run = search(tmp_path, epochs=1)
-    born = encoding.random_alphas(4, generator=seeds.generator(SEEDED, "population"))
+    born = encoding.random_alphas(4, generator=seeds.generator(SEEDED, seed_roles.POPULATION))
     alphas, fitness = populations(run)[0]
     assert torch.equal(alphas, born[[1, 3, 0, 2]]) and fitness.tolist() == [2, 2, 1, 1]
 
@@ -206,7 +210,7 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
     run = search(tmp_path, "--plain", variant=variant, mutate_rate=0.5, learning_rate=0.5, **sizes)
     calls = Recorder.calls
 
-    breeding = seeds.generator(SEEDED, "population")
+    breeding = seeds.generator(SEEDED, seed_roles.POPULATION)
     born = torch.rand(3, 2, 14, 8, generator=breeding)
     for generation, (alphas, fitness) in enumerate(populations(run), start=1):
         assert raw_individuals(alphas) == raw_individuals(born)
@@ -225,7 +229,7 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
         bred = dict(num_elites=1, tsize=2, mutate_rate=0.5, generator=breeding, variant=variant)
         born = evolution.next_generation(alphas, fitness, **bred)
     # With the final weights again: the last population, fronts of earlier generations, two random architectures.
-    random = encoding.random_alphas(2, generator=baselines.generator(SEEDED, "random architectures"))
+    random = encoding.random_alphas(2, generator=baselines.generator(SEEDED, seed_roles.RANDOM_ARCHITECTURES))
     keys = raw_bytes(encoding.decode(alphas))
     last = [a for i, a in enumerate(alphas) if keys[i] not in keys[:i]]
     again = torch.stack([*last, *random])
@@ -318,7 +322,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, r
     argv = search_line(run_name="run", report_freq=report_freq, batch_size=10)
     line = fails(train_search.main, argv, new_files=True)
     assert "generation 2/3, step 2: the loss is" in line
-    checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert checkpoint["completed"] == 1
     assert all(value.isfinite().all() for value in checkpoint["network"].values())
     assert len(history(tmp_path / "run")) == 1
@@ -331,7 +335,7 @@ def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
     argv = search_line(run_name="run", batch_size=70, epochs=1, learning_rate=1e38)
     line = fails(train_search.main, argv, new_files=True)
     assert "error: generation 1/1" in line and "--learning_rate" in line
-    checkpoint = runs.load_checkpoint(tmp_path / "run/checkpoint.pt")
+    checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert checkpoint["completed"] == 0 and "partial" not in checkpoint
     assert all(value.isfinite().all() and value.abs().max() < 100 for value in checkpoint["network"].values())
     assert not {"weights", "population", "history.jsonl", "genotype.json"} & {p.name for p in tmp_path.glob("run/*")}
@@ -341,16 +345,15 @@ def train_one_step(learning_rate=0.1, pixels=1.0):
     """An epoch of one step of a small network with BatchNorm, whose loss is finite."""
     network = nn.Sequential(nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, 10))
     batches = Batches([(pixels * torch.randn(8, 3, 2, 2), torch.arange(8))])
-    batches.skip = 0
+    batches.generator = torch.Generator()
     optimizer = torch.optim.SGD(network.parameters(), learning_rate)
 
     def loss_of(x, y):
         logits = network(x)
         return 1000 * cross_entropy(logits, y), logits
 
-    settings = argparse.Namespace(grad_clip=None, amp=False, cuda_graph=False, report_freq=9)
-    reports = dict(where="epoch 1/1", log=lambda text: None)
-    train_one_epoch(loss_of, lambda step: (), network, batches, optimizer, settings, Progress(), **reports)
+    state = TrainingState(network, optimizer, batches, TrainingSettings(grad_clip=None, report_freq=9))
+    train_one_epoch(state, loss_of, lambda step: (), where="epoch 1/1", log=lambda text: None)
 
 
 @pytest.mark.parametrize("stopped", [False, True])

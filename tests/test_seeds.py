@@ -7,6 +7,9 @@ import pytest
 import torch
 
 import baselines
+import search_cli
+import search_state
+import seed_roles
 import train
 import train_search
 from support import seeds
@@ -17,7 +20,7 @@ SEEDS = (18, 19, 20, 2021)  # those of the paper's searches, and that of the ran
 
 
 def test_no_two_roles_and_seeds_share_a_stream():
-    derived = [seeds.derive(seed, role, 2) for seed in (*SEEDS, 0, 2**32 + 18, 2**63 - 1) for role in seeds.ROLES]
+    derived = [seeds.derive(seed, role, 2) for seed in (*SEEDS, 0, 2**32 + 18, 2**63 - 1) for role in seed_roles.ROLES]
     # torch's CPU generators use the low 32 bits.
     assert len({seed % 2**32 for seed in derived}) == len(derived) and all(0 <= seed < 2**63 for seed in derived)
     draws = [torch.rand(1000, generator=torch.Generator().manual_seed(seed)) for seed in derived]
@@ -27,23 +30,23 @@ def test_no_two_roles_and_seeds_share_a_stream():
 
 def test_the_derivation_stays():
     """A run is resumed by later versions too."""
-    assert seeds.derive(18, "weights", 2) == 9140099578219913275
-    assert seeds.derive(18, "population", 2) == 1743435427995033961
+    assert seeds.derive(18, seed_roles.WEIGHTS, 2) == 9140099578219913275
+    assert seeds.derive(18, seed_roles.POPULATION, 2) == 1743435427995033961
     old = {"split": 18, "weights": 18, "population": 18, "training images": 19, "validation images": 20}
     old |= {"drop path": 18 * 1_000_000_007, "random architectures": 18, "final validation images": 18}
-    assert {role: seeds.derive(18, role, 1) for role in seeds.ROLES} == old
+    assert {role.name: seeds.derive(18, role, 1) for role in seed_roles.ROLES} == old
 
 
 @pytest.fixture
 def begin_search(monkeypatch):
     """`begin_search(seed)`: what a search of the paper's size begins with, as (network, state)."""
     begun = []
-    monkeypatch.setattr(train_search, "run_search", lambda *args: begun.append(args))
+    monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: begun.append(setup))
 
     def begin(seed):
         train_search.main(["--dataset", "digits", "--device", "cpu", "--seed", str(seed)])
-        args, space, network, loaders, *_ = begun.pop()
-        return network, train_search.SearchState(args, space, network, *loaders)
+        setup = begun.pop()
+        return setup.network, search_state.SearchState(setup)
 
     return begin
 
@@ -70,13 +73,13 @@ def test_searches_with_the_papers_seeds_have_no_stream_in_common(begin_search):
 
 
 def test_random_architectures_and_the_images_they_see_are_the_same_for_every_seed():
-    args = [train_search.search_parser("", "", []).parse_args(["--seed", seed]) for seed in ("18", "2021")]
-    drawn = [torch.rand(9, generator=baselines.generator(each, "random architectures")) for each in args]
-    born = torch.rand(9, generator=seeds.generator(args[1], "population"))
+    args = [search_cli.search_parser("train_search.py", "").parse_args(["--seed", seed]) for seed in ("18", "2021")]
+    drawn = [torch.rand(9, generator=baselines.generator(each, seed_roles.RANDOM_ARCHITECTURES)) for each in args]
+    born = torch.rand(9, generator=seeds.generator(args[1], seed_roles.POPULATION))
     assert torch.equal(*drawn) and not torch.equal(drawn[0], born)
 
 
 @pytest.mark.parametrize("script, line", [(train_search, search_line), (train, train_line)])
 def test_a_new_run_records_how_its_seeds_were_derived(script, line):
-    parser = train.make_parser() if script is train else train_search.search_parser("", "", ["digits"])
+    parser = train.make_parser() if script is train else search_cli.search_parser("train_search.py", "")
     assert parser.parse_known_args(line())[0].seed_scheme == 2

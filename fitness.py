@@ -1,0 +1,114 @@
+"""Fitness: the accuracy of every individual of a population on the validation images, with the shared weights."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from support import devices, distributed, signals
+from support.files import UserError
+from training import TRAIN_AGAIN
+
+
+class Distinct(NamedTuple):
+    """The distinct individuals of a population (P, ...): `population[first]` holds each of them once."""
+
+    first: list[int]  # (D,) where each distinct individual appears first, in order of appearance
+    number: list[int]  # (P,) which of the D each individual is
+
+
+def unique(alphas: torch.Tensor) -> Distinct:
+    """Find the distinct individuals of a population (P, ...) on the CPU. Equal means equal in every bit."""
+    numbers: dict[bytes, int] = {}
+    first = []
+    number = []
+    for position, individual in enumerate(alphas.contiguous()):
+        content = individual.numpy().tobytes()
+        if content not in numbers:
+            numbers[content] = len(first)
+            first.append(position)
+        number.append(numbers[content])
+    return Distinct(first, number)
+
+
+@contextlib.contextmanager
+def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
+    """Let BatchNorm use "batch" statistics, or the "running" ones, and leave all its buffers as they are."""
+    training = network.training
+    tracking = [module for module in network.modules() if getattr(module, "track_running_stats", False)]
+    network.train(statistics == "batch")
+    try:
+        for norm in tracking:
+            norm.track_running_stats = statistics == "running"
+        yield
+    finally:
+        for norm in tracking:
+            norm.track_running_stats = True
+        network.train(training)
+
+
+class PlainEvaluator:
+    """Computes individuals as the reference does. `fast_search.Evaluator` has the same interface and is faster.
+
+    An evaluator takes a batch of images first and then gives the logits of one individual after the other. The second
+    argument says which BatchNorm statistics are in use; here `batch_norm_mode` has already seen to that.
+    """
+
+    def __init__(self, network: nn.Module, statistics: str):
+        self.network = network
+
+    def set_batch(self, x: torch.Tensor) -> None:
+        """Take the images x (B, 3, H, W)."""
+        self.x = x
+
+    def logits(self, alphas: torch.Tensor) -> torch.Tensor:
+        """Return the logits (B, classes) of one individual (G, E, O)."""
+        return self.network(self.x, alphas)
+
+
+@torch.no_grad()
+def measure_fitness(
+    network: nn.Module,
+    alphas: torch.Tensor,
+    loader: Iterable,
+    statistics: str,
+    make_evaluator: Callable = PlainEvaluator,
+    *,
+    amp: bool = False,
+    where: str = "fitness",
+) -> torch.Tensor:
+    """Return the top-1 accuracy in percent, float64 (P,), of each individual of `alphas` (P, G, E, O) on all images.
+
+    `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is loaded and augmented once
+    and shown to all individuals, so they are compared on the same images. Equal alphas are measured once. Several
+    processes share the individuals, and each of them returns all figures.
+
+    Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an individual has
+    logits that are not finite.
+    """
+    device = next(network.parameters()).device
+    distinct = unique(alphas)
+    individuals = alphas[distinct.first].to(device)  # (D, G, E, O)
+    correct = torch.zeros(len(individuals), dtype=torch.int64, device=device)
+    broken = torch.zeros(len(individuals), dtype=torch.int64, device=device)  # batches with logits that are not finite
+    share = range(distributed.rank(), len(individuals), distributed.world_size())
+    with batch_norm_mode(network, statistics):
+        evaluator = make_evaluator(network, statistics)
+        for x, y in distributed.progress(loader, where):
+            if signals.stop_requested(device):
+                raise signals.Interrupted(where)
+            with devices.autocast(device, amp):
+                evaluator.set_batch(x)
+                for i in share:
+                    logits = evaluator.logits(individuals[i])
+                    correct[i] += (logits.argmax(1) == y).sum()
+                    broken[i] += ~logits.isfinite().all()
+    correct, broken = distributed.sum_over_ranks(torch.stack([correct, broken])).cpu()
+    if broken.any():
+        position = distinct.first[broken.nonzero()[0].item()]
+        individual = f"individual {position + 1} of {len(alphas)}"
+        raise UserError(f"{where}: {individual} has logits that are not finite; {TRAIN_AGAIN}")
+    accuracy = 100 * correct.double() / loader.size  # (D,)
+    return accuracy[distinct.number]

@@ -1,0 +1,31 @@
+"""What `support/` is told about the runs of EvNAS: their arguments, their files and their history. No torch here."""
+
+from support.settings import RunSettings
+
+PATH_ARGUMENTS = frozenset({"data", "api_path", "split_file"})
+
+SETTINGS = RunSettings(
+    path_arguments=PATH_ARGUMENTS,
+    free_arguments=PATH_ARGUMENTS
+    | {
+        "checkpoint",
+        "compile",
+        "cuda_graph",
+        "device",
+        "gpu",
+        "image_cache",
+        "report_freq",
+        "resume",
+        "self_check",
+        "workers",
+    },
+    synchronised_arguments=frozenset({"report_freq"}),  # at a report, processes ask each other whether to stop
+    unsaved_arguments=frozenset({"config_path", "parallel"}),
+    place_arguments=frozenset({"dir", "run_name", "save"}),
+    values_if_missing={"seed_scheme": 1},
+    checkpoint_magic=b"EvNAS checkpoint 1 ",
+    folders=("population",),
+    inner_run_prefix="eval-",  # a retraining, in the directory of its search
+    step_fields=("generation", "epoch"),
+    other_fields=frozenset({"best_genotype", "true_accuracy", "truth"}),
+)

@@ -1,0 +1,321 @@
+"""What the searches of both spaces share: the description of a space, flags, loaders, set-up, result."""
+
+from support.cli import Parser, file_name, number
+
+import argparse
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import baselines
+import datasets
+import loaders
+import seed_roles
+import shared_flags
+from augment import Augmentation
+from baselines import Group
+from costs import COSTS, Costs
+from evolution import VARIANTS
+from fitness import PlainEvaluator, measure_fitness
+from genotypes import Cell
+from reporting import report
+from reporting.views import SpaceView
+from run_settings import SETTINGS
+from shared_flags import MOST
+from splits import Images, counts_text
+from support import devices, distributed, runs, seeds, self_check
+from support.files import UserError
+from training import plain_forward
+
+SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal numbers would make infinite violations
+
+
+# ---- search spaces
+
+
+class Remarks(NamedTuple):
+    """What a search space knows of a population or of a result."""
+
+    fields: dict  # for the history, or for baselines.json
+    text: str  # for the log: continues its line, so it starts with "; ", or is empty
+
+
+class SearchSpace:
+    """What a search needs to know of its search space. One subclass describes one space."""
+
+    view: SpaceView  # its name, and how drawings and reports show it
+    encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
+    fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
+    genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
+    nesterov = False  # whether the shared weights train with Nesterov momentum
+
+    def cell(self, alphas: torch.Tensor) -> Cell:
+        """Return the discrete cell of one raw individual (G, E, O)."""
+        raise NotImplementedError
+
+    def network(self, args: argparse.Namespace, cell: Cell, classes: int) -> nn.Module:
+        """Return the network that would be retrained with this cell."""
+        raise NotImplementedError
+
+    def cost_table(
+        self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cost of what `network` returns, as `costs.s1_table` does."""
+        raise NotImplementedError
+
+    def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
+        """Return the flags, beside cell and data, with which `train.py` retrains as the paper does."""
+        return []
+
+    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
+        """Return what is known of a population (P, G, E, O), best first, with fitness (P,)."""
+        return Remarks({}, "")
+
+    def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
+        """Return what is known of a search's result: the last population, winner first, and random architectures."""
+        return Remarks({}, "")
+
+
+@dataclass
+class SearchSetup:
+    """Everything that a search works with."""
+
+    args: argparse.Namespace
+    space: SearchSpace
+    network: nn.Module  # the supernet
+    train_loader: Any
+    valid_loader: Any
+    costs: Costs = field(init=False)
+
+    def __post_init__(self) -> None:
+        classes = self.network.classifier.out_features
+        self.costs = Costs(self.args, self.space, classes, self.valid_loader.image_shape, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the supernet."""
+        return next(self.network.parameters()).device
+
+    def forward(self, *, compile: bool) -> Callable:
+        """Return forward(network, x, alphas), the pass of the supernet in training that the arguments choose."""
+        if self.args.plain:
+            return plain_forward
+        return functools.partial(self.space.fast.forward, compile=compile, checkpoint=self.args.checkpoint)
+
+    def measure(self, alphas: torch.Tensor, where: str) -> torch.Tensor:
+        """Return the fitness (P,) of `alphas` (P, G, E, O) on the validation images, see `measure_fitness`."""
+        args = self.args
+        make_evaluator = PlainEvaluator
+        if not args.plain:
+            make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
+        return measure_fitness(
+            self.network, alphas, self.valid_loader, args.bn, make_evaluator, amp=args.amp, where=where
+        )
+
+
+# ---- flags
+
+
+def search_parser(prog: str, description: str, **defaults: object) -> Parser:
+    """Make a parser with the flags that both spaces have, in groups. The defaults are the paper's.
+
+    `defaults` replaces those that differ in a space.
+    """
+    parser = Parser(prog=prog, description=description)
+    add_data_flags(parser.add_argument_group("data"), prog)
+    add_evolution_flags(parser.add_argument_group("genetic algorithm"))
+    add_training_flags(parser.add_argument_group("training of the shared weights"))
+    add_run_flags(parser.add_argument_group("run"))
+    parser.set_defaults(**defaults)
+    return parser
+
+
+def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
+    """Add the flags that say which images the search `prog` uses."""
+    datasets.add_data_arguments(group, prog, folder="../data")
+    shared_flags.add_training_image_arguments(group)
+    text = "measure fitness on this many validation images, drawn from each class in proportion (default: all)"
+    group.add_argument("--valid_samples", type=number(int, 1), metavar="N", help=text)
+    text = "transform of validation images: with the random augmentation of training, or without"
+    group.add_argument("--valid_transform", choices=["train", "test"], default="train", help=text)
+
+
+def add_evolution_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the genetic algorithm, of fitness and of what the result is compared with."""
+    text = "number of generations; each trains the shared weights for one epoch"
+    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, metavar="N", help=text)
+    text = "individuals in the population"
+    group.add_argument("--pop_size", type=number(int, 1, MOST.individuals), default=50, metavar="P", help=text)
+    text = "individuals in a tournament, of which the fittest becomes a parent"
+    group.add_argument("--tsize", type=number(int, 1), default=10, metavar="N", help=text)
+    text = "best individuals that enter the next generation unchanged"
+    group.add_argument("--num_elites", type=number(int, 0), default=1, metavar="N", help=text)
+    text = "probability that a child's edge gets fresh random values"
+    group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, metavar="RATE", help=text)
+    text = "variant of the paper's ablation: evnas is the method itself, see docs/method.md"
+    group.add_argument("--variant", choices=VARIANTS, default="evnas", help=text)
+    for cost in COSTS:
+        group.add_argument(f"--{cost.flag}", type=number(float, SMALLEST_BUDGET), metavar="BUDGET", help=cost.help)
+    text = "random architectures to compare the winner with, on the final weights; 0 for none"
+    group.add_argument("--baselines", type=number(int, 0, MOST.individuals), default=50, metavar="N", help=text)
+    text = "BatchNorm statistics in fitness: those of the validation batch, or the running ones of training"
+    group.add_argument("--bn", choices=["batch", "running"], default="batch", help=text)
+
+
+def add_training_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the training of the shared weights."""
+    text = "images in a training batch, over all processes"
+    group.add_argument("--batch_size", type=number(int, 1), default=64, metavar="N", help=text)
+    text = "images in a validation batch; fewer need less memory, and change fitness with --bn batch"
+    group.add_argument("--valid_batch_size", type=number(int, 1), default=1024, metavar="N", help=text)
+    text = "learning rate of the first generation"
+    group.add_argument("--learning_rate", type=number(float, 0), default=0.025, metavar="LR", help=text)
+    text = "learning rate at which the cosine schedule ends"
+    group.add_argument("--learning_rate_min", type=number(float, 0), default=0.001, metavar="LR", help=text)
+    group.add_argument("--momentum", type=number(float, 0, 1), default=0.9, metavar="M", help="momentum of SGD")
+    text = "weight decay of SGD, on every parameter"
+    group.add_argument("--weight_decay", type=number(float, 0), default=3e-4, metavar="WD", help=text)
+    text = "largest norm of the gradient; larger gradients are scaled down to it"
+    group.add_argument("--grad_clip", type=number(float, above=0), default=5.0, metavar="NORM", help=text)
+    shared_flags.add_init_channels(group, "channels of the supernet's first cells", low=1, default=16)
+
+
+def add_run_flags(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of a run directory, seeds, device and speed."""
+    group.add_argument("--dir", default=".", help="folder in which the run directory is made")
+    text = "name of the run directory (default: search-TIME)"
+    group.add_argument("--run_name", type=file_name, metavar="NAME", help=text)
+    shared_flags.add_run_arguments(group, seed=18, report_freq=50)
+    text = "compute with the readable reference network; slower, same results up to rounding"
+    group.add_argument("--plain", action="store_true", help=text)
+
+
+def check_search(args: argparse.Namespace) -> None:
+    """Raise UserError for flags that do not go together."""
+    for name in ("tsize", "num_elites"):
+        if getattr(args, name) > args.pop_size:
+            raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
+    if args.plain and (args.compile or args.checkpoint):
+        raise UserError("--plain computes with the reference network: leave --compile and --checkpoint out")
+    if args.batch_size < distributed.world_size():
+        raise UserError(
+            f"--batch_size {args.batch_size} is too small for {distributed.world_size()} processes: "
+            "each needs at least one image"
+        )
+
+
+# ---- set-up
+
+
+def search_loaders(
+    args: argparse.Namespace,
+    train: Images,
+    valid: Images,
+    augmentation: Augmentation,
+    device: torch.device,
+) -> tuple[loaders.Loader, loaders.Loader]:
+    """Return the training and the validation loader, each with a random number generator of its own.
+
+    Raises UserError for a split that is empty or too small for its batches.
+    """
+    loaders.check_batch(args.batch_size, train)
+    if not len(valid):
+        raise UserError("the validation split is empty: use a smaller --train_portion, or more images")
+    if args.bn == "batch":
+        loaders.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
+    cutout = args.cutout and args.cutout_length
+    train_loader = loaders.make_loader(
+        train,
+        args.batch_size,
+        augmentation,
+        device,
+        generator=seeds.generator(args, seed_roles.TRAINING_IMAGES),
+        cutout=cutout,
+        augment=True,
+    )
+    valid_loader = loaders.make_loader(
+        valid,
+        args.valid_batch_size,
+        augmentation,
+        device,
+        generator=seeds.generator(args, seed_roles.VALIDATION_IMAGES),
+        cutout=cutout,
+        augment=args.valid_transform == "train",
+        shared=False,  # processes share the individuals, so each of them needs every validation image
+    )
+    return train_loader, valid_loader
+
+
+def check_training_step(setup: SearchSetup) -> str:
+    """Check the kernels of a training step, see support/self_check.py; return a line for the log. Raises UserError."""
+    generator = torch.Generator().manual_seed(0)
+    alphas = setup.space.encoding.random_alphas(1, generator=generator)[0]  # (G, E, O)
+    alphas = alphas.to(setup.device)
+
+    def loss(network: nn.Module, x: torch.Tensor, y: torch.Tensor, compile: bool) -> torch.Tensor:
+        return F.cross_entropy(setup.forward(compile=compile)(network, x, alphas), y)
+
+    loader = setup.train_loader
+    images = loader.full_batch
+    classes = setup.network.classifier.out_features
+    return self_check.self_check(setup.network, loss, images, loader.image_shape, classes, setup.args)
+
+
+def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
+    """Return whether --resume names a search that has come to its end, and if so, say it. Raises UserError."""
+    files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
+    finished = runs.is_finished(
+        args,
+        SETTINGS,
+        completed=args.epochs,
+        files=[*files, *space.genotype_files, *baselines.FILES],
+        last_file="report.html",
+    )
+    if finished:
+        distributed.say(f"{args.resume} is finished")
+    return finished
+
+
+def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
+    """Open the run directory, call search(setup, run), and write what a finished search has.
+
+    `prog` is the script or module of the command line. `inputs` holds what must be the same when the run is resumed,
+    such as its data. Raises UserError.
+    """
+    setup.costs.check()
+    checked = None
+    if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
+        checked = check_training_step(setup)
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
+        run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
+        run.log(counts_text(inputs["data"]))
+        if checked:
+            run.log(checked)
+        state = search(setup, run)
+        best = setup.space.cell(state.alphas[0])
+        run.log(f"best fitness {state.fitness[0]:.2f} %: {best}")
+        if state.violation[0] > 0:
+            run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
+        if not baselines.are_there(run):
+            # The same images for every run, so that results can be compared.
+            setup.valid_loader.generator = baselines.generator(setup.args, seed_roles.FINAL_VALIDATION_IMAGES)
+            measure = functools.partial(setup.measure, where="the final weights")
+            with run.saving_when_interrupted(state.state_dict):
+                baselines.conclude(setup, state, measure, run)
+        report.finish_run(run, best, setup.space.view)
+
+
+def open_run(setup: SearchSetup, prog: str, inputs: dict) -> runs.Run:
+    """Make the run directory, or open the one that --resume names. Raises UserError."""
+    args = setup.args
+    if args.resume:
+        return runs.Run.resume(args.resume, args, SETTINGS, inputs=inputs)
+    name = args.run_name or f"search-{time.strftime('%Y%m%d-%H%M%S')}"
+    return runs.Run.create(args.dir, name, args, prog, SETTINGS, inputs=inputs, new_name=not args.run_name)

@@ -1,0 +1,166 @@
+"""The state of a search, and what each generation writes into the run directory."""
+
+import math
+import re
+
+import numpy as np
+import torch
+
+import baselines
+import genotype_files
+import seed_roles
+import utils
+from costs import Costs
+from evolution import next_generation, non_dominated, ranks
+from search_cli import SearchSetup, SearchSpace
+from support import checkpoints, runs, seeds
+from support.files import atomic_write, make_folder
+from training import TrainingSettings, TrainingState, make_optimizer
+
+ARCHIVED = 100  # individuals kept of the generations' fronts of fitness and costs
+
+
+class SearchState(TrainingState):
+    """The shared weights and the population.
+
+    alphas (P, G, E, O) raw; fitness (P,) in percent, NaN until measured, and violation (P,) of the budgets, 0 where
+    they are met, best individual first once measured; latency {cell: ms} of the cells that have been timed; archive
+    {cell: raw alphas (G, E, O)} of the newest individuals that were not dominated in their own generation.
+    """
+
+    saved = ("alphas", "fitness", "violation", "latency", "archive")
+
+    def __init__(self, setup: SearchSetup):
+        args = setup.args
+        self.breeding = seeds.generator(args, seed_roles.POPULATION)
+        super().__init__(
+            setup.network,
+            make_optimizer(setup.network.parameters(), args, nesterov=setup.space.nesterov),
+            setup.train_loader,
+            TrainingSettings.of(args),
+            breeding=self.breeding,
+            valid=setup.valid_loader.generator,
+        )
+        self.alphas = setup.space.encoding.random_alphas(args.pop_size, generator=self.breeding)
+        self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
+        self.violation = torch.zeros(args.pop_size, dtype=torch.float64)
+        self.latency: dict[str, float] = {}
+        self.archive: dict[str, torch.Tensor] = {}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned. Raises ValueError, or what a dict and torch raise, if it cannot be."""
+        super().load_state_dict(state)
+        for alphas in [*self.alphas, *self.archive.values()]:
+            same_shape = checkpoints.shape_of(alphas) == checkpoints.shape_of(self.alphas[0])
+            if not same_shape or not ((alphas >= 0) & (alphas < 1)).all():
+                raise ValueError("an individual has another shape, or genes outside [0, 1)")
+        if ((self.fitness < 0) | (self.fitness > 100)).any():
+            raise ValueError("a fitness is outside 0 to 100 %")
+        for value in [*self.latency.values(), *self.violation.tolist()]:
+            if not (type(value) is float and 0 <= value < math.inf):
+                raise ValueError("a latency or a violation is not a number of at least 0")
+
+    def breed(self, setup: SearchSetup) -> None:
+        """Replace the population by the next generation; see `next_generation`."""
+        args = setup.args
+        self.alphas = next_generation(
+            self.alphas,
+            self.fitness,
+            num_elites=args.num_elites,
+            tsize=args.tsize,
+            mutate_rate=args.mutate_rate,
+            generator=self.breeding,
+            variant=args.variant,
+            violation=self.violation,
+        )
+
+    def set_fitness(self, fitness: torch.Tensor, costs: Costs) -> None:
+        """Sort the population by `ranks`, best first, and archive its front.
+
+        Among equals the earlier individual stays ahead. The front holds the individuals that are not dominated in
+        fitness and costs.
+        """
+        amounts = costs.amounts(self.alphas, self.latency)
+        violation = costs.violation(amounts)
+        order = torch.sort(ranks(fitness, violation), descending=True, stable=True).indices
+        self.alphas = self.alphas[order]
+        self.fitness = fitness[order]
+        self.violation = violation[order]
+        points = torch.cat([-self.fitness.unsqueeze(1).to(amounts), amounts[order]], dim=1)
+        front = self.alphas[non_dominated(points)]
+        for alphas in front.flip(0):  # the fittest last, so that they are kept longest
+            cell = str(costs.space.cell(alphas))
+            self.archive.pop(cell, None)  # so that it is put at the end again
+            self.archive[cell] = alphas.clone()
+        self.archive = dict(list(self.archive.items())[-ARCHIVED:])
+
+
+def population_fields(setup: SearchSetup, state: SearchState) -> tuple[dict, str]:
+    """Return the history's fields on a sorted population, and what the log says of budgets and true accuracy."""
+    costs = setup.costs
+    fields = {
+        "fitness_best": state.fitness[0].item(),
+        "fitness_mean": state.fitness.mean().item(),
+        "fitness_std": state.fitness.std(correction=0).item(),
+        "best_genotype": genotype_files.to_json(setup.space.cell(state.alphas[0])),
+    }
+    remarks = setup.space.remarks_on_population(state.alphas, state.fitness)
+    fields |= remarks.fields
+    text = remarks.text
+    if any(costs.limits.values()):
+        fields["feasible"] = int((state.violation == 0).sum())
+        text = f", {fields['feasible']} meet the budget{text}"
+    amounts = costs.amounts(state.alphas[:1], state.latency)[0].tolist()
+    fields |= dict(zip(costs.names, amounts, strict=True))
+    return fields, text
+
+
+# ---- files
+
+
+def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: dict, where: str, remarks: str) -> None:
+    """Save the checkpoint, with `row` in the history, and then everything that follows from it. Log the generation."""
+    generation = row["generation"]
+    run.record(generation, row)
+    run.save_checkpoint(generation, state.state_dict())
+    save_results(run, setup.space, state)
+    text = f"{where}: loss {row['train_loss']:.4f}, train top-1 {row['train_top1']:.2f} %"
+    if "fitness_best" in row:
+        text += f", fitness best {row['fitness_best']:.2f} mean {row['fitness_mean']:.2f}"
+    run.log(f"{text}, {row['distinct']} distinct, {row['seconds']:.1f} s{remarks}")
+
+
+def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
+    """Save what follows from the state after a generation: the population, the best cell, the weights."""
+    if run.writes:
+        make_folder(run.path / "population")
+        with atomic_write(run.path / "population" / f"{run.completed:03d}.npz") as file:
+            np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
+        if "best_genotype" in run.rows[-1]:
+            for name in space.genotype_files:
+                genotype_files.save(space.cell(state.alphas[0]), run.path / name)
+    run.save_weights(state.network, "weights.pt", {"space": space.view.name})
+
+
+def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> None:
+    """Make the files of a resumed run agree with its checkpoint.
+
+    If the checkpoint is from within a generation, the state is already ahead of the last whole generation, and the
+    files of that one were saved before. Populations of earlier generations exist only in their files.
+    """
+    if not run.writes:
+        return
+    for path in (run.path / "population").glob("*.npz"):
+        if re.fullmatch(r"\d+", path.stem) and int(path.stem) > run.completed:
+            path.unlink()
+    if run.completed < setup.args.epochs:
+        for name in baselines.FILES:
+            (run.path / name).unlink(missing_ok=True)
+    if run.completed and state.partial is None:
+        save_results(run, setup.space, state)
+
+
+def speed_fields(setup: SearchSetup, state: SearchState, measured: int) -> dict[str, float]:
+    """Return the history's fields on speed and memory of a generation that has measured so many individuals."""
+    images = setup.train_loader.size + measured * setup.valid_loader.size
+    return utils.speed_and_memory(images, state.progress.start, setup.device)

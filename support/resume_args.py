@@ -1,0 +1,149 @@
+"""The arguments of a resumed run: read from its args.json, checked, and compared with its checkpoint.
+
+A run may only continue as it began. Its fingerprint says how that was: the arguments that can change the
+result, the number of threads, and what the program adds, such as digests of the data. Checkpoints hold it
+under the key "bound".
+"""
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from support import checkpoints
+from support.compare import compare_values
+from support.files import UserError, read_json
+from support.settings import RunSettings
+
+MOST_THREADS = 10_000
+
+
+class Saved(NamedTuple):
+    """What args.json holds."""
+
+    values: dict[str, object]  # the arguments as they were written
+    args: argparse.Namespace  # the same, parsed; arguments that are missing in the file have their defaults
+    threads: int
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None, settings: RunSettings) -> argparse.Namespace:
+    """Parse a command line. With --resume RUN_DIR, the saved arguments of that run are the defaults.
+
+    The parser must have the argument --resume. PyTorch gets the number of threads that the run had.
+
+    Raises UserError if an argument on the command line differs from the saved one and could change the
+    result, and if args.json holds something that the parser refuses or that contradicts the checkpoint.
+    """
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    path = Path(args.resume) / "args.json"
+    saved = load_saved(parser, path, settings, known=vars(args))
+    args = parser.parse_args(argv, copy.copy(saved.args))  # the command line replaces saved values
+    check_overrides(args, saved.args, settings)
+    check_against_checkpoint(path, saved, settings)
+    return args
+
+
+def load_saved(parser: argparse.ArgumentParser, path: Path, settings: RunSettings, known: Collection[str]) -> Saved:
+    """Read the arguments in the file `path` (args.json) and parse them again. The parser has the arguments `known`.
+
+    Raises UserError.
+    """
+    with required_file():
+        content = read_json(path)
+    values = content.get("args") if isinstance(content, dict) and content.get("prog") == parser.prog else None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: this is not a run of {parser.prog}. Resume a run with the command that started it")
+    unknown = ", ".join(f"--{name:.40}" for name in values if name not in known)
+    if unknown:
+        raise UserError(
+            f"{path}: written by another version of the program, which had {unknown:.200}. Resume the run with it"
+        )
+    missing = {
+        name: value for name, value in settings.values_if_missing.items() if name in known and name not in values
+    }
+    try:
+        args = parser.parse_args(command_line(parser, values | missing))
+    except UserError as error:
+        raise UserError(f"{path}: damaged, or written by another version of the program: {str(error):.200}") from error
+    threads = content.get("threads")
+    if type(threads) is not int or not 0 < threads < MOST_THREADS:
+        raise UserError(f'{path}: damaged: "threads" is not a number of threads. Restore the file, or start a new run')
+    return Saved(values, args, threads)
+
+
+def command_line(parser: argparse.ArgumentParser, values: dict[str, object]) -> list[str]:
+    """Return the words that `parser` turns into `values`, so that they pass its types and choices.
+
+    Raises UserError for a value that no word stands for.
+    """
+    words = []
+    for name, value in values.items():
+        if isinstance(value, (dict, list)):
+            raise UserError(f"--{name} is not a single value")
+        if isinstance(value, bool):
+            if value is not parser.get_default(name):
+                words.append(f"--{name}" if value else f"--no-{name}")
+        elif value is not None:
+            words.append(f"--{name}={value}")
+    return words
+
+
+def check_overrides(args: argparse.Namespace, saved: argparse.Namespace, settings: RunSettings) -> None:
+    """Raise UserError if an argument on the command line differs from the saved one and could change the result."""
+    for name, value in vars(args).items():
+        if name in settings.free_arguments | settings.unsaved_arguments or value == getattr(saved, name):
+            continue
+        before = getattr(saved, name)
+        raise UserError(f"--{name} {value}: {args.resume} was started with {before}. Leave the argument out")
+
+
+def check_against_checkpoint(path: Path, saved: Saved, settings: RunSettings) -> None:
+    """Compare the saved arguments with those in the checkpoint, and give PyTorch the number of threads that are saved.
+
+    Sums are split among threads, so a CPU run is bit-identical only with the same number of them.
+    Raises UserError.
+    """
+    now = {name: value for name, value in fixed_arguments(saved.args, settings).items() if name in saved.values}
+    before = checkpoints.load(path.with_name("checkpoint.pt"), settings)["bound"]
+    check_fingerprint(path, {"args": now, "threads": saved.threads}, before)
+    torch.set_num_threads(saved.threads)
+
+
+@contextlib.contextmanager
+def required_file() -> Iterator[None]:
+    """Within this block, a UserError also says that a run cannot continue without the file that was read."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{error}. A run cannot continue without it: restore it, or start a new run") from error
+
+
+# ---- fingerprints
+
+
+def fixed_arguments(args: argparse.Namespace, settings: RunSettings) -> dict[str, object]:
+    """Return the arguments that a resumed run must not change, {name: value}."""
+    changeable = settings.free_arguments | settings.place_arguments
+    return {name: value for name, value in vars(args).items() if name not in changeable}
+
+
+def fingerprint_of(
+    args: argparse.Namespace, threads: int, inputs: dict[str, object], settings: RunSettings
+) -> dict[str, object]:
+    """Return the fingerprint of a run, which JSON can hold. `inputs` are what else it depends on."""
+    return {"args": fixed_arguments(args, settings), "threads": threads, **inputs}
+
+
+def check_fingerprint(path: Path, now: dict[str, object], before: dict[str, object]) -> None:
+    """Raise UserError, which begins with `path`, if the fingerprint `before` of a checkpoint differs from `now`."""
+    if found := compare_values(now, before):
+        raise UserError(
+            f"{path}: {found.name} is {found.now!r:.100} now, but {found.before!r:.100} in the run's checkpoint. "
+            "A run can only continue as it began: restore that, or start a new run"
+        )

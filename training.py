@@ -1,0 +1,405 @@
+"""Training: one step, one epoch, what a checkpoint holds of it, and the evaluation of a network.
+
+Searches and retrainings use the same step and the same epoch. `make_optimizer` is the only place that names an
+optimiser: replace it there, and checkpoints follow.
+"""
+
+import argparse
+import copy
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from support import devices, distributed, signals
+from support.files import UserError
+
+CHECKPOINT_IS_KEPT = (
+    "the last checkpoint is from before that; start a new run with a smaller --learning_rate or --grad_clip"
+)
+TRAIN_AGAIN = "these weights are unusable; train again with a smaller --learning_rate or --grad_clip"
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], args: argparse.Namespace, *, nesterov: bool = False
+) -> torch.optim.Optimizer:
+    """Make the optimiser of searches and retrainings: SGD with one parameter group, weight decay on everything.
+
+    `args` has learning_rate, momentum and weight_decay. PyTorch refuses Nesterov momentum of 0, so it is plain SGD
+    then.
+    """
+    parameters = list(parameters)
+    return torch.optim.SGD(
+        parameters,
+        args.learning_rate,
+        momentum=args.momentum,
+        weight_decay=args.weight_decay,
+        nesterov=nesterov and args.momentum > 0,
+        fused=parameters[0].device.type == "cuda",
+    )
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Give every parameter group of `optimizer` this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """The flags that a training step and an epoch obey."""
+
+    amp: bool = False  # bfloat16 autocast
+    grad_clip: float | None = 5.0  # largest gradient norm; None does not clip
+    cuda_graph: bool = False  # record the step as a CUDA graph, on one GPU
+    report_freq: int = 50  # steps between two reports
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "TrainingSettings":
+        """Return the settings of a command line."""
+        return cls(args.amp, args.grad_clip, args.cuda_graph, args.report_freq)
+
+
+# ---- what a checkpoint holds
+
+
+@dataclass
+class Progress:
+    """How far an epoch has come. Each process has a row of its own in `sums` and `buffers`.
+
+    While an epoch runs, `add` counts in `own_sums`, the row of this process. `gather` fills in the rows of all
+    processes, which is what a checkpoint within an epoch holds.
+    """
+
+    steps: int = 0  # batches that have been trained on
+    # float64 (processes, 3): the sums over all images of loss, correct answers and 1
+    sums: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 3, dtype=torch.float64))
+    buffers: torch.Tensor | None = None  # (processes, elements): running statistics; None before the first `gather`
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.start = time.perf_counter() - self.seconds
+        self.own_sums = torch.zeros(3, dtype=torch.float64)  # on the CPU: not every device computes in float64
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint saves, which is what `Progress(**saved)` takes."""
+        seconds = time.perf_counter() - self.start
+        return {"steps": self.steps, "sums": self.sums, "buffers": self.buffers, "seconds": seconds}
+
+    def check(self, steps: int, network: nn.Module) -> None:
+        """Raise ValueError unless an epoch of `steps` steps of `network` can have been interrupted like this.
+
+        What is not even of the right type raises what Python and torch raise: AttributeError, TypeError, RuntimeError.
+        """
+        processes = len(self.sums)
+        elements = sum(buffer.numel() for buffer in running_statistics(network))
+        if self.sums.dtype != torch.float64 or self.sums.shape != (processes, 3) or processes == 0:
+            raise ValueError("the sums of an interrupted epoch do not have one row for each process")
+        if self.buffers is not None:
+            if self.buffers.shape != (processes, elements) or not self.buffers.isfinite().all():
+                raise ValueError("the running statistics of an interrupted epoch do not fit the network")
+        if type(self.steps) is not int or not 0 <= self.steps <= steps:
+            raise ValueError(f"an epoch of {steps} steps cannot be interrupted after {self.steps}")
+
+    def restore_own_sums(self) -> None:
+        """Take this process's row of the sums.
+
+        If the number of processes has changed, the first process takes the total and the others start from 0.
+        """
+        if len(self.sums) == distributed.world_size():
+            self.own_sums = self.sums[distributed.rank()].clone()
+        else:
+            self.own_sums = self.sums.sum(0) * (distributed.rank() == 0)
+
+    def restore_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Copy this process's row of running statistics into `buffers`, those of the network.
+
+        If the number of processes has changed, every process takes the mean of the rows.
+        """
+        if self.buffers is None:
+            return
+        if len(self.sums) == distributed.world_size():
+            row = self.buffers[distributed.rank()]
+        else:
+            row = self.buffers.mean(0)
+        distributed.fill(buffers, row)
+
+    def add(self, results: Sequence[Sequence[float]]) -> None:
+        """Count steps with these results: mean loss, correct answers and images of each."""
+        for loss, correct, images in results:  # one by one, so that the sums do not depend on --report_freq
+            self.own_sums += torch.tensor([loss * images, correct, images], dtype=torch.float64)
+
+    def gather(self, buffers: Sequence[torch.Tensor]) -> None:
+        """Collect the sums and running statistics of all processes."""
+        self.sums = distributed.stack_over_ranks([self.own_sums])
+        self.buffers = distributed.stack_over_ranks(buffers)
+
+    def report(self) -> str:
+        """Return what this process has seen of the epoch so far, in words."""
+        loss, correct, images = self.own_sums.tolist()
+        return f"loss {loss / images:.4f}, top-1 {100 * correct / images:.2f} %"
+
+    def means(self) -> dict[str, float]:
+        """Return the mean loss and the top-1 accuracy, in percent, over the images of all processes."""
+        loss, correct, images = self.sums.sum(0).tolist()
+        return {"train_loss": loss / images, "train_top1": 100 * correct / images}
+
+
+class TrainingState:
+    """What changes from epoch to epoch, and so what a checkpoint holds. Subclasses name more attributes in `saved`.
+
+    `progress` is the progress of the running epoch. `partial` is the progress of an epoch that a signal interrupted in
+    an earlier run of the program, None otherwise. `trained` is the module that computes in training: the network, or a
+    DistributedDataParallel around it.
+    """
+
+    saved: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        network: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_loader: Iterable,
+        settings: TrainingSettings,
+        **generators: torch.Generator,
+    ):
+        self.network = network
+        self.trained = network
+        self.optimizer = optimizer
+        self.train_loader = train_loader
+        self.settings = settings
+        self.generators = {"train": train_loader.generator, **generators}
+        self.progress = Progress()
+        self.partial: Progress | None = None
+
+    def generator_states(self) -> dict[str, torch.Tensor]:
+        """Return the states of all random number generators by name."""
+        return {name: generator.get_state() for name, generator in self.generators.items()}
+
+    def begin_epoch(self) -> None:
+        """Start a new epoch, or continue the one that was interrupted."""
+        self.progress = self.partial or Progress()
+        self.partial = None
+        self.generators_before = self.generator_states()
+
+    def state_dict(self) -> dict:
+        """Return what a checkpoint between two epochs holds."""
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
+        state |= {name: getattr(self, name) for name in self.saved}
+        return state | {"generators": self.generator_states()}
+
+    def unfinished_state_dict(self) -> dict:
+        """Return what a checkpoint within an epoch holds.
+
+        Training will continue after its last step. A measurement that was interrupted starts again.
+        """
+        return self.state_dict() | {"generators": self.generators_before, "partial": self.progress.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Take over what `state_dict` returned. The optimiser keeps its settings, which are those of the arguments.
+
+        Raises ValueError, or what a dict and torch raise, if `state` is not a state of this network and optimiser.
+        """
+        self.network.load_state_dict(state["network"])
+        check_optimizer_state(self.optimizer, state["optimizer"]["state"])
+        settings = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": settings})
+        for name in self.saved:
+            setattr(self, name, state[name])
+        for name, generator in self.generators.items():
+            generator.set_state(state["generators"][name])
+        self.partial = Progress(**state["partial"]) if "partial" in state else None
+        if self.partial:
+            self.partial.check(len(self.train_loader), self.network)
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict]) -> None:
+    """Compare a saved optimiser state, {parameter's number: {name: value}}, with that of a fresh optimiser.
+
+    Parameters without a state are allowed: they have not had a gradient yet. Raises ValueError for a state that this
+    optimiser cannot have, and what a dict raises for a parameter that does not exist.
+    """
+    expected = fresh_optimizer_state(optimizer)
+    for i, values in state.items():
+        if values.keys() != expected[i].keys():
+            raise ValueError(f"the optimiser keeps {', '.join(expected[i])} of parameter {i}, not {', '.join(values)}")
+        for name, value in expected[i].items():
+            if torch.is_tensor(value) and values[name].shape != value.shape:
+                raise ValueError(f"{name} of parameter {i} does not have the shape {tuple(value.shape)}")
+            if type(values[name]) is not type(value):
+                raise ValueError(f"{name} of parameter {i} is not a {type(value).__name__}")
+
+
+def fresh_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
+    """Return the state that an optimiser like this one has after one step: tensors have shapes but no storage."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters}
+    twin = copy.deepcopy(optimizer, dict(shapes))  # the memo makes deepcopy take the shapes for the parameters
+    twin.state.clear()
+    for group in twin.param_groups:
+        group["fused"] = False  # there is no fused kernel for tensors without storage
+    for shape in shapes.values():
+        shape.grad = torch.empty_like(shape)
+    twin.step()
+    return twin.state_dict()["state"]
+
+
+# ---- training
+
+
+def train_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    loss_of: Callable,
+    x: torch.Tensor,
+    y: torch.Tensor,
+    *inputs: torch.Tensor,
+    amp: bool = False,
+    grad_clip: float | None = None,
+) -> torch.Tensor:
+    """Train on one batch of images x (B, 3, H, W) and classes y (B,); return mean loss, correct answers and B as (3,).
+
+    loss_of(x, y, *inputs) returns (loss, logits). `amp` computes it in bfloat16 autocast. `grad_clip` is the largest
+    gradient norm. The result stays on the device, so that a step does not wait for it.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    with devices.autocast(x.device, amp):
+        loss, logits = loss_of(x, y, *inputs)
+    loss.backward()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
+        distributed.average_over_ranks([p.grad for p in parameters])
+    if grad_clip is not None:
+        nn.utils.clip_grad_norm_(parameters, grad_clip)
+    optimizer.step()
+    loss = loss.detach()
+    correct = (logits.detach().argmax(1) == y).sum()
+    return torch.stack([loss, correct, torch.full_like(loss, len(y))])
+
+
+def train_one_epoch(
+    state: TrainingState, loss_of: Callable, inputs_of: Callable, *, where: str, log: Callable
+) -> dict[str, float]:
+    """Train `state.trained` on every batch of its loader once, but for the steps that `state.progress` already counts.
+
+    loss_of(x, y, *inputs_of(step)) returns (loss, logits) of a batch; `step` counts from 0 in each epoch. With
+    --cuda_graph on one GPU the step is recorded (see `devices.Recorded`), so `loss_of` must depend only on tensors.
+
+    Returns "train_loss", the mean loss, and "train_top1", in percent, over the epoch. `state.progress` is up to date at
+    the end, and when Interrupted is raised after a signal. Raises UserError, in every process, naming `where` and the
+    step if a loss is not finite. Losses are read from the device only when a report is due, so this can come up to
+    report_freq steps late. Also raises it if weights or running statistics are not finite at the end.
+    """
+    settings = state.settings
+    progress = state.progress
+    loader = state.train_loader
+    device = next(state.network.parameters()).device
+    buffers = running_statistics(state.network)
+    progress.restore_own_sums()
+    progress.restore_buffers(buffers)
+    step_of_batch = functools.partial(
+        train_step, state.trained, state.optimizer, loss_of, amp=settings.amp, grad_clip=settings.grad_clip
+    )
+    if settings.cuda_graph and device.type == "cuda" and distributed.world_size() == 1:
+        step_of_batch = devices.Recorded(step_of_batch)
+
+    loader.skip = progress.steps
+    bar = distributed.progress(loader, where, progress.steps)
+    unread = []  # results (3,) of the newest steps, still on the device
+    stop = False
+    for x, y in bar:
+        unread.append(step_of_batch(x, y, *inputs_of(progress.steps)))
+        progress.steps += 1
+        due = progress.steps % settings.report_freq == 0 or progress.steps == len(loader)
+        stop = signals.stop_requested(device, at_meeting_point=due)
+        if due or stop:
+            results = torch.stack(unread).tolist()
+            check_losses(results, progress.steps - len(results), where)
+            progress.add(results)
+            unread = []
+            bar.set_postfix_str(progress.report())
+            if bar.disable:
+                log(f"{where}, step {progress.steps}/{len(loader)}: {progress.report()}")
+        if stop:
+            break
+    progress.gather(buffers)
+    # The last step's loss was computed before the step changed the weights, so it says nothing about them.
+    broken = torch.tensor(float(not is_finite(state.network)), device=device)
+    if distributed.sum_over_ranks(broken).item():
+        raise UserError(f"{where}, step {progress.steps}: the weights are no longer finite; {CHECKPOINT_IS_KEPT}")
+    if stop:
+        raise signals.Interrupted(f"{where}, step {progress.steps}/{len(loader)}")
+    # Each process has normalised its own share of the batches: continue, and measure, with the mean statistics.
+    distributed.fill(buffers, progress.buffers.mean(0))
+    return progress.means()
+
+
+def check_losses(results: Sequence[Sequence[float]], steps_before: int, where: str) -> None:
+    """Raise UserError, in every process, if a loss among the `results` of the latest steps is not finite.
+
+    All processes stop at the loss of one, because the sum over the processes is not finite either.
+    """
+    losses = torch.tensor([loss for loss, _, _ in results], dtype=torch.float64)
+    for step, loss in enumerate(distributed.sum_over_ranks(losses).tolist(), start=steps_before + 1):
+        if not math.isfinite(loss):
+            raise UserError(f"{where}, step {step}: the loss is {loss}; {CHECKPOINT_IS_KEPT}")
+
+
+def running_statistics(network: nn.Module) -> list[torch.Tensor]:
+    """Return the floating-point buffers of a network: the running means and variances of its BatchNorms."""
+    return [buffer for buffer in network.buffers() if buffer.is_floating_point()]
+
+
+def is_finite(network: nn.Module) -> bool:
+    """Return whether all parameters and buffers are finite. Waits for the device once."""
+    tensors = [*network.parameters(), *network.buffers()]
+    values = [tensor.detach().flatten() for tensor in tensors if tensor.is_floating_point()]
+    return torch.cat(values).isfinite().all().item()
+
+
+def plain_forward(network: nn.Module, x: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
+    """Compute a supernet as the reference does: `fast_search.forward` without the speed."""
+    return network(x, alphas)
+
+
+# ---- evaluation
+
+
+@torch.no_grad()
+def evaluate(
+    network: nn.Module, loader: Iterable, args: argparse.Namespace, *, log: Callable, where: str = "test"
+) -> dict[str, float]:
+    """Evaluate a network of model.py or nas201/model.py on all images of `loader`.
+
+    Returns "loss", the mean, and "top1" and "top5", in percent; with fewer than five classes top-5 is always correct.
+    `args` has amp and report_freq. Raises Interrupted between two batches after a signal, and UserError, in every
+    process, if the loss is not finite.
+    """
+    network.eval()
+    device = next(network.parameters()).device
+    sums = [torch.zeros(4, device=device)]  # of each batch: loss, correct answers, those among the best five, images
+    bar = distributed.progress(loader, where)
+    for step, (x, y) in enumerate(bar):
+        if signals.stop_requested(device, at_meeting_point=step % args.report_freq == 0):
+            raise signals.Interrupted(where)
+        if bar.disable and (step + 1) % args.report_freq == 0:
+            log(f"{where}, step {step + 1}/{len(loader)}")
+        if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
+            continue
+        with devices.autocast(device, args.amp):
+            logits = network(x)[0].float()  # (B, classes)
+        best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5), best first
+        correct = best == y.view(-1, 1)
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums.append(torch.stack([loss, correct[:, 0].sum(), correct.sum(), torch.full_like(loss, len(y))]))
+    total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
+    loss, top1, top5, images = distributed.sum_over_ranks(total).tolist()
+    if not math.isfinite(loss):
+        raise UserError(f"{where}: the loss is {loss}, so the accuracy means nothing; {TRAIN_AGAIN}")
+    return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
