@@ -31,7 +31,7 @@ from fast_ops import (
 )
 from genotypes import PRIMITIVES
 from operations import FactorizedReduce
-from support.devices import cell_function, memory_format
+from support.devices import memory_format, region_function
 
 MAX_POOL, AVG_POOL, SKIP = (PRIMITIVES.index(name) for name in ("max_pool_3x3", "avg_pool_3x3", "skip_connect"))
 FIRST_CONV = SKIP + 1
@@ -47,9 +47,9 @@ def row(node, state):
 def forward(network, x, alphas, **settings):
     """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise.
 
-    `settings` are those of `cell_function`.
+    `settings` are those of `region_function`.
     """
-    bn_updates, cell_of = [], cell_function(mixed_cell, **settings)
+    bn_updates, cell_of = [], region_function(mixed_cell, **settings)
 
     def searched_cell(cell, h0, h1, weights):
         kernels, norms, eps = outgoing_kernels(cell, "batch")
@@ -76,7 +76,7 @@ class Evaluator:
     @torch.no_grad()
     def __init__(self, network, bn, *, compile=False):
         self.network, self.bn = network, bn
-        self.cell_of = cell_function(mixed_cell, compile)
+        self.cell_of = region_function(mixed_cell, compile)
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
         self.shared = SharedCandidates(network.cells[0], bn, *self.kernels[network.cells[0]][::2])
 

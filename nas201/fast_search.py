@@ -18,7 +18,7 @@ from fast_ops import batch_norm, batch_norm_stats, fast_average_pool, move_stati
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell
 from operations import on_cpu
-from support.devices import cell_function, memory_format
+from support.devices import memory_format, region_function
 
 SKIP, CONV1, CONV3, POOL = (
     PRIMITIVES.index(name) for name in ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
@@ -79,9 +79,9 @@ def outgoing_kernels(cell):
 def forward(network, x, alphas, **settings):
     """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise.
 
-    `settings` are those of `cell_function`.
+    `settings` are those of `region_function`.
     """
-    cell_of = cell_function(mixed_cell, **settings)
+    cell_of = region_function(mixed_cell, **settings)
     weights, bn_updates = mixing_weights(alphas), []
 
     def searched_cell(cell, s):
@@ -160,7 +160,7 @@ class Evaluator:
         self.eps, tracked = norms[0][0][0].eps, norms[0][0][0].running_mean is not None
         self.folding = bn == "running" and tracked  # without running statistics the searched cells use the batch's
         cell_of = folded_cell if self.folding else mixed_cell
-        self.cell_of = cell_function(cell_of, compile)
+        self.cell_of = region_function(cell_of, compile)
         self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
         cells_per_stage = len(cells) // 3  # one `mix` serves the equal cells of a stage
         firsts = range(0, len(cells), cells_per_stage) if self.folding else ()

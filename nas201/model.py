@@ -6,7 +6,7 @@ from torch import nn
 from costs import count
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
-from support.devices import cell_function
+from support.devices import region_function
 
 
 class Cell(nn.Module):
@@ -28,7 +28,7 @@ class Network(Stages):
     """`forward(x)`, x (B, 3, H, W), returns (logits, None) as the networks of the other space do: there is no head.
 
     N cells of the arch string in each of three stages with C, 2C and 4C channels. Raises UserError for an arch string
-    that is none. `settings` are those of `cell_function`.
+    that is none. `settings` are those of `region_function`.
     """
 
     drop_path_prob = 0.0  # the benchmark's recipe has no drop path
@@ -38,7 +38,7 @@ class Network(Stages):
         super().__init__(C, N, num_classes, lambda channels: Cell(operations, channels))
 
     def forward(self, x, **settings):
-        return super().forward(x, cell_function(Cell.forward, **settings)), None
+        return super().forward(x, region_function(Cell.forward, **settings)), None
 
 
 def cost_table(C, N, classes, image_shape):

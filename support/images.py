@@ -1,7 +1,10 @@
-"""Opening image files of strangers: known formats alone, upright, in RGB of 8 bits; keeping what was decoded."""
+"""Image files are opened safely, upright and as 8-bit RGB, and decoded images are cached in a file."""
 
 import contextlib
+import os
 import warnings
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -9,65 +12,65 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-# What they stand for. Pillow may try no other: its EPS starts Ghostscript, its rare formats raise any exception.
+# The formats of these suffixes. Pillow may try no others: EPS would start Ghostscript, and rare formats raise
+# any exception.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
-# EXIF's orientation -> how to turn the stored pixels (https://exiftool.org/TagNames/EXIF.html)
-TURNS = dict(enumerate((
-    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
-    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90,
-), start=2))  # fmt: skip
+
+Result = TypeVar("Result")
 
 
-def to_rgb(image):
-    """Return an opened image in RGB of 8 bits, upright: grey is repeated, alpha dropped, 16 bits divided by 257.
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened image upright and as 8-bit RGB.
 
-    Raises ValueError for 32 bits and floating point, where nothing says which values are black and white.
+    Grey is repeated, alpha is dropped, and 16-bit values are divided by 257. Raises ValueError for 32-bit and
+    floating-point pixels, since nothing says which values are black and white.
     """
     image.load()
-    orientation = None
-    if image.format != "TIFF":  # Pillow turns those itself
-        with contextlib.suppress(Exception):  # a damaged EXIF block raises nearly any; the pixels do not need it
-            orientation = image.getexif().get(0x0112)
-    # Pillow's mode I is of 32 bits, but for the 16 of a PGM and, in Pillow 10, of a PNG.
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    image_format = image.format
+    if image_format != "TIFF":  # Pillow turns those itself
+        # A damaged EXIF block raises nearly any exception, and the pixels do not need it. In place, so that the image
+        # is upright even if only rewriting the block fails.
+        with contextlib.suppress(Exception):
+            ImageOps.exif_transpose(image, in_place=True)
+    # Pixels of Pillow's mode I have 32 bits, except those of a PGM and, in Pillow 10, of a PNG, which have 16.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image_format in ("PNG", "PPM")):
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))  # convert("RGB") would clip
     elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
-    image = image.convert("RGB")
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+        raise ValueError("its pixels are 32-bit or floating-point numbers; save it with 8 or 16 bits")
+    return image.convert("RGB")
 
 
-def to_size(image, width, height):
-    """Return an RGB image scaled so that it just covers width x height, and cropped to that at its centre."""
+def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
+    """Return an RGB image that is scaled to just cover width x height pixels, and cropped to them at its centre."""
     return image if image.size == (width, height) else ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
 
 
-def refuse_bombs():
-    """Make an error of Pillow's warning of more than 89 million pixels; it raises one itself beyond twice as many."""
+def refuse_bombs() -> None:
+    """Turn Pillow's warning about more than 89 million pixels into an error. (Pillow refuses twice as many itself.)"""
     bomb = Image.DecompressionBombWarning
-    if not any(action == "error" and kind is bomb for action, _, kind, *_ in warnings.filters):
+    if not any(action == "error" and category is bomb for action, _, category, *_ in warnings.filters):
         warnings.simplefilter("error", bomb)
 
 
-def open_image(path, use=to_rgb):
-    """Open an image file and return `use` of it, by default its upright RGB form. Raises UserError."""
+def open_image(path: str | os.PathLike, use: Callable[[Image.Image], Result] = to_rgb) -> Result:
+    """Open an image file and return `use` of it, by default the upright RGB image. Raises UserError."""
     refuse_bombs()
     try:
-        # Of a file that Pillow opens itself it maps a plain TIFF into memory, and then ignores its orientation.
+        # If Pillow opened the file itself, it would map a plain TIFF into memory, and then ignore its orientation.
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return use(image)
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read image {path}: it is not {', '.join(FORMATS)}") from error
+        raise UserError(f"{path}: cannot read the image (not {', '.join(FORMATS)}). Remove or replace it") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(f"image {path} is too large: {error}; make it smaller or remove it") from error
+        raise UserError(f"{path}: the image is too large ({error}). Make it smaller or remove it") from error
     except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"cannot read image {path}: {error}") from error
+        raise UserError(f"{path}: cannot read the image ({error}). Remove or replace it") from error
 
 
-def load_cache(path, key, limit):
-    """Return the arrays {name: array} that `save_cache` left with the same key, {} if it did not.
+def load_cache(path: str | os.PathLike, key: bytes, limit: int) -> dict[str, np.ndarray]:
+    """Return the arrays {name: array} that `save_cache` wrote with the same key, or {}.
 
-    A file that is damaged, or unpacks to many more than `limit` bytes, does not count.
+    A file that is damaged, or that unpacks to many more than `limit` bytes, is ignored.
     """
     with contextlib.suppress(Exception):  # a damaged file raises nearly any
         with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
@@ -77,7 +80,7 @@ def load_cache(path, key, limit):
     return {}
 
 
-def save_cache(path, key, **arrays):
-    """Write arrays and the key, bytes that say of what they are; nothing where that cannot be written."""
+def save_cache(path: str | os.PathLike, key: bytes, **arrays: np.ndarray) -> None:
+    """Write arrays, and the key that identifies their source. Does nothing if the file cannot be written."""
     with contextlib.suppress(UserError), atomic_write(path) as file:
         np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)
