@@ -75,7 +75,7 @@ def draw(
     cutout, `cutout_length` is 0.
     """
 
-    def integers(high):
+    def integers(high: int) -> torch.Tensor:
         return torch.randint(high, (count,), generator=generator).to(device)
 
     height, width = image_size

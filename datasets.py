@@ -193,7 +193,7 @@ def add_data_arguments(group: argparse._ArgumentGroup, command: str, *, folder: 
     `folder` is the default of --data; with None it depends on the data set: see `find_folder`.
     """
     names = offered_by(command)
-    text = "data set; folder: your own images, in DATA/train/CLASS/ and DATA/test/CLASS/"
+    text = 'data set to use; "folder" is your own images, in DATA/train/CLASS/ and DATA/test/CLASS/'
     group.add_argument("--dataset", default=names[0], choices=names, help=text)
     text = "folder of the data set; CIFAR is downloaded to it if it is missing"
     if folder is None:

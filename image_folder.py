@@ -33,6 +33,9 @@ SAMPLED = 100  # image headers read to tell small images from large ones
 SAME_SIZE = 0.9
 
 
+FolderId = tuple[int, int]  # device and inode
+
+
 class Listing(NamedTuple):
     """What is directly in a folder, without hidden names (`.name`), in the order of names."""
 
@@ -80,12 +83,12 @@ def list_folder(folder: Path) -> Listing:
     return listing
 
 
-def walk(folder: Path, visited: set | None = None) -> Iterator[Listing]:
+def walk(folder: Path, visited: set[FolderId] | None = None) -> Iterator[Listing]:
     """Yield the Listing of a folder, and of each folder below it.
 
     Links to folders are followed. Each folder is listed once, however many links lead to it, so
-    loops end. `visited` holds the (device, inode) of folders that are not to be listed; those that
-    are listed are added. The Listing of a folder that cannot be read has only `unreadable` in it.
+    loops end. Folders in `visited` are not listed; those that are listed are added to it. The
+    Listing of a folder that cannot be read has only `unreadable` in it.
     """
     visited = set() if visited is None else visited
     waiting = collections.deque([Path(folder)])
@@ -111,12 +114,13 @@ def status(path: Path) -> os.stat_result:
         raise cannot_read(path, error) from error
 
 
-def cannot_read(path, error):
+def cannot_read(path: Path, error: OSError) -> UserError:
+    """Return the error of a file or folder that the system cannot read."""
     return UserError(f"cannot read {path}: {error.strerror}. Restore or remove it.")
 
 
-def identity(folder):
-    """Return what two paths have in common if, and only if, they lead to the same folder."""
+def identity(folder: Path) -> FolderId:
+    """Return what two paths have in common if, and only if, they lead to the same folder. Raises UserError."""
     about = status(folder)
     return about.st_dev, about.st_ino
 
@@ -135,8 +139,8 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
     if top.unreadable:  # a class may be missing
         raise UserError(next(iter(top.unreadable.values())))
     if not top.folders:
-        hint = f", only {counted(len(top.images), 'image')}: make a folder for each class" if top.images else ""
-        raise UserError(f"{folder} has no class folders{hint}")
+        found = f", only {counted(len(top.images), 'image')}" if top.images else ""
+        raise UserError(f"{folder} has no class folders{found}: make a folder of images for each class")
     check_class_folders(folder, top.folders)
     visited = {identity(path) for path in (folder, *top.folders)}
     classes = {}
@@ -154,36 +158,36 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def count_below(folder, visited):
-    """Return the Nested of a folder, of at most COUNTED folders in it. `visited`: see `walk`."""
+def count_below(folder: Path, visited: set[FolderId]) -> Nested:
+    """Count the images in a folder and in those below it, in up to COUNTED folders. `visited`: see `walk`."""
     listings = list(itertools.islice(walk(folder, visited), COUNTED + 1))
     images = sum(len(listing.images) for listing in listings[:COUNTED])
     unreadable = any(listing.unreadable for listing in listings)
     return Nested(folder, images, complete=len(listings) <= COUNTED and not unreadable)
 
 
-def no_images(class_folder, inside):
-    """Return the error of a class without images; they may be in a folder inside its folder."""
+def no_images(class_folder: Path, inside: list[Nested]) -> UserError:
+    """Return the error of a class without images; its images may be in a folder inside its folder."""
     largest = max(inside, key=lambda nested: nested.images, default=None)
     if largest and largest.images:
         hint = f"; {largest.folder} has {counted(largest.images, 'image')}: move them up into the class folder"
     else:
-        hint = ""
+        hint = ": add some, or remove the folder"
     return UserError(f"class folder {class_folder} has no images ({', '.join(SUFFIXES)}){hint}")
 
 
-def report_not_read(folder, beside, nested, others):
-    """Print a line on each kind of files that a folder of classes has and that are not read.
+def report_not_read(folder: Path, stray: list[Path], nested: list[Nested], others: list[Path]) -> None:
+    """Print a line for each kind of files in a split's folder that are not read.
 
-    These are files that are not images, images next to the class folders, and folders inside class
-    folders (Nested).
+    These are files that are not images (`others`), images next to the class folders (`stray`), and
+    folders inside class folders (`nested`).
     """
     start = f"note: not read in {folder}:"
     if others:
         files = f"{counted(len(others), 'file')} without the suffix of an image ({', '.join(SUFFIXES)})"
         distributed.say(f"{start} {files}, such as {others[0].relative_to(folder)}")
-    if beside:
-        images = f"{counted(len(beside), 'image')} next to the class folders, such as {beside[0].name}"
+    if stray:
+        images = f"{counted(len(stray), 'image')} next to the class folders, such as {stray[0].name}"
         distributed.say(f"{start} {images}. Move each into the folder of its class.")
     if nested:
         folders = f"{counted(len(nested), 'folder')} inside class folders"
@@ -194,14 +198,15 @@ def report_not_read(folder, beside, nested, others):
         distributed.say(f"{start} {folders}, with {images}, such as {largest.folder.relative_to(folder)}{hint}")
 
 
-def counted(number, noun):
+def counted(number: int, noun: str) -> str:
+    """Return "1 image" or "2 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def check_class_folders(folder, class_folders):
-    """Raise UserError if two class folders are the same or differ only in Unicode form.
+def check_class_folders(folder: Path, class_folders: list[Path]) -> None:
+    """Raise UserError if two class folders are the same folder, or have names that differ only in Unicode form.
 
-    Prints a note on other names that look alike.
+    Other names that look alike get a note.
     """
     by_identity = {}
     by_form = {}
@@ -335,7 +340,7 @@ def read_resized(files: Files, workers: int | None = None) -> Images:
     height, width = files.image_size
     check_fits(len(files), height, width)
 
-    def pixels(image):
+    def pixels(image: Image.Image) -> np.ndarray:
         return np.asarray(to_size(to_rgb(image), width, height))
 
     return to_images(files, read_all(files.paths, pixels, workers))

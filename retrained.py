@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import nn
 
 import augment
@@ -127,11 +128,11 @@ class NetworkSettings:
 
 
 def check_settings(settings: NetworkSettings) -> None:
-    """Raise UserError if there is no such network."""
+    """Raise UserError if a network cannot have these settings."""
     imagenet = settings.recipe == "imagenet"
     if settings.auxiliary:
         if settings.recipe == "nas201":
-            raise UserError("--auxiliary is not for arch strings: the benchmark's networks have no auxiliary head")
+            raise UserError("--auxiliary is not for arch strings, whose networks have no auxiliary head: leave it out")
         if settings.layers < 2:
             raise UserError("--auxiliary needs at least 2 --layers: the head follows the second reduction cell")
         side = 224 if imagenet else 32
@@ -146,7 +147,7 @@ def check_settings(settings: NetworkSettings) -> None:
 
 
 def make_network(settings: NetworkSettings) -> nn.Module:
-    """Make a network whose forward pass returns (logits, logits_aux). Raises UserError if there is no such network."""
+    """Make a network whose forward pass returns (logits, logits_aux). Raises UserError for impossible settings."""
     check_settings(settings)
     cell, classes = settings.cell, settings.classes
     if settings.recipe == "nas201":
@@ -287,7 +288,7 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
     else:
         to_input = augment.small_transform(normalisation, settings.image_size)
 
-    def transform(image):
+    def transform(image: Image.Image | str | os.PathLike) -> torch.Tensor:
         is_path = isinstance(image, (str, os.PathLike))
         return to_input(open_image(image) if is_path else to_rgb(image))
 
@@ -326,7 +327,7 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
     group.add_argument("--arch", metavar="CELL", help=ARCH)
     group.add_argument("--genotype", metavar="FILE", help=GENOTYPE)
 
-    def default(name):
+    def default(name: str) -> str:
         values = f"{getattr(recipe, name)}, or {getattr(NAS201, name)} for arch strings"
         return f"(default: as in training; if that was not saved, {values})"
 

@@ -101,7 +101,7 @@ def check_alike(name: str, description: dict, other_name: str, other_description
     other_size = other_description["image_size"]
     if size != other_size:
         raise UserError(
-            f"the image sizes differ: {name} have {size_text(size)}, {other_name} have {size_text(other_size)}. "
+            f"the image sizes differ: {size_text(size)} in {name}, {size_text(other_size)} in {other_name}. "
             "Give --image_size to resize them all."
         )
 

@@ -60,7 +60,7 @@ LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch
 def make_parser() -> Parser:
     """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
 
-    def default(name):
+    def default(name: str) -> str:
         small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
         return f"(default: {small}; recipe imagenet: {imagenet}; recipe nas201: {nas201})"
 
@@ -114,7 +114,7 @@ def make_parser() -> Parser:
     group.add_argument("--save", type=file_name, default="EXP", metavar="NAME", help=text)
     group.add_argument("--note", action=Published, instead="--save {}")
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
-    text = "ask for all GPUs; it says how to start train.py with torchrun, which runs one process for each GPU"
+    text = "insist on all GPUs: if there are several, stop and show the torchrun command that uses them"
     group.add_argument("--parallel", action="store_true", default=argparse.SUPPRESS, help=text)
     shared_flags.add_run_arguments(
         group, seed=None, seed_note=default("seed"), report_freq=None, report_note=default("report_freq")
@@ -182,7 +182,9 @@ def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
     Raises UserError for images that do not fit the arguments.
     """
     if args.recipe and (args.recipe == "nas201") != isinstance(cell, str):
-        raise UserError(f"--recipe {args.recipe} does not fit this cell: arch strings need nas201, other cells do not")
+        raise UserError(
+            f"--recipe {args.recipe} does not fit this cell: arch strings need nas201, and other cells cannot use it"
+        )
     args.data = datasets.find_folder(args.dataset, args.data)
     recipe = "nas201" if isinstance(cell, str) else args.recipe
     if datasets.stays_on_disk(args.dataset, args.image_size, recipe):
@@ -205,9 +207,9 @@ def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
     large = isinstance(train, Files)
     loaders.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
-        raise UserError("--cutout is for small images in memory: the ImageNet recipe has no cutout")
+        raise UserError("--cutout is not part of the ImageNet recipe, which these images need: leave it out")
     if args.drop_path_prob and args.recipe == "nas201":
-        raise UserError("--drop_path_prob is not for arch strings: the benchmark's networks have no drop path")
+        raise UserError("--drop_path_prob is not for arch strings, whose networks have no drop path: leave it out")
     return Splits(train, test, augmentation)
 
 
@@ -371,14 +373,14 @@ def train_epoch(
     full_batch = loader.full_batch
     first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
-    def inputs_of(step):
+    def inputs_of(step: int) -> tuple[()]:
         # Drop path draws from the device's global generator. It gets a seed of its own for each step and
         # process, so that a resumed run draws the same numbers.
         number = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((first_seed + number) % 2**63)
         return ()
 
-    def loss_of(x, y):
+    def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # The last batch is smaller. It is not worth graphs of its own.
         return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
@@ -389,12 +391,30 @@ def train_epoch(
 def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Loader) -> str:
     """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
 
-    def loss(network, x, y, compile):
+    def loss(network: nn.Module, x: Tensor, y: Tensor, compile: bool) -> Tensor:
         return training_loss(args, network, x, y, compile)[0]
 
     images = loader.full_batch
     classes = network.classifier.out_features
     return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
+
+
+def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> dict:
+    """Return what is saved next to the weights: what a test has to know about them."""
+    large = isinstance(splits.train, Files)
+    return {
+        "family": args.recipe,
+        "genotype": genotype_files.to_json(cell),
+        "dataset": args.dataset,
+        "classes": splits.train.classes,
+        "image_size": splits.train.image_size,
+        "resized": large or args.image_size is not None,
+        "mean": splits.augmentation.mean,
+        "std": splits.augmentation.std,
+        "init_channels": args.init_channels,
+        "layers": args.layers,
+        "auxiliary": args.auxiliary,
+    }
 
 
 # ---- the whole of it
@@ -410,7 +430,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs.check_arguments_alike(args, SETTINGS)
 
     splits = load_splits(args, cell)
-    large = isinstance(splits.train, Files)
     train_loader, test_loader = make_loaders(args, splits, device)
     settings = NetworkSettings(
         cell=cell,
@@ -426,19 +445,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = retrained.make_network(settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    about = {  # saved next to the weights: what a test has to know about them
-        "family": args.recipe,
-        "genotype": genotype_files.to_json(cell),
-        "dataset": args.dataset,
-        "classes": splits.train.classes,
-        "image_size": splits.train.image_size,
-        "resized": large or args.image_size is not None,
-        "mean": splits.augmentation.mean,
-        "std": splits.augmentation.std,
-        "init_channels": args.init_channels,
-        "layers": args.layers,
-        "auxiliary": args.auxiliary,
-    }
+    about = describe_weights(args, cell, splits)
     description = describe(train=splits.train, test=splits.test)
     inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
     checked = None
@@ -458,7 +465,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:
             run.log(checked)
-        warmup = large and args.batch_size > LARGE_BATCH
+        warmup = isinstance(splits.train, Files) and args.batch_size > LARGE_BATCH
         retrain(args, network, train_loader, test_loader, warmup, about, run)
         report.finish_run(run, cell, view_of(cell, VIEWS))
 

@@ -135,7 +135,7 @@ def test_bad_picks(finished, tmp_path, fails):
 
 def test_random_architectures_on_the_same_weights_and_images(finished):
     result = loaded(finished)[1]
-    args = search_cli.search_parser("", "", ["digits"]).parse_known_args(search_line(**SEARCH))[0]
+    args = search_cli.search_parser("train_search.py", "").parse_known_args(search_line(**SEARCH))[0]
     args.train_portion = 0.5
     train_split, valid, augmentation = datasets.search_splits(args)
     _, loader = search_cli.search_loaders(args, train_split, valid, augmentation, torch.device("cpu"))

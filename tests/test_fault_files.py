@@ -371,13 +371,16 @@ def test_hostile_files(process, tmp_path):
 
 
 def image_files():
-    """The bytes of a small image in each allowed format, in its modes, compressions and with metadata."""
+    """Yield (format, image, arguments of save) for each allowed format: its modes, compressions and metadata."""
     pixels = np.random.RandomState(0).randint(0, 256, (16, 24, 3)).astype(np.uint8)
     color = Image.fromarray(pixels)
+    grey = color.convert("L")
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    alpha = color.convert("RGBA")
+    palette = color.convert("P")
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "camera"
-    deep, grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), color.convert("L")
-    alpha, palette = color.convert("RGBA"), color.convert("P")
+    exif[0x0112] = 6  # orientation
+    exif[0x010F] = "camera"
     yield from [("JPEG", color, dict(exif=exif)), ("JPEG", grey, dict(progressive=True))]
     yield from [("JPEG", color.convert("CMYK"), {}), ("MPO", color, dict(save_all=True, append_images=[color]))]
     yield from [("PNG", color, dict(exif=exif)), ("PNG", deep, {}), ("PNG", alpha, {}), ("PNG", grey.convert("LA"), {})]
@@ -396,10 +399,10 @@ def image_files():
 
 
 def mutated(content, other, luck):
-    """Bytes as a broken disk, a lost connection or an enemy leaves them."""
+    """Return `content` as a broken disk, a lost connection or an attacker leaves it; `other` is another file's."""
     content = bytearray(content)
     for _ in range(luck.choice([1, 1, 2, 5])):
-        early = luck.random() < 0.5  # headers say the most
+        early = luck.random() < 0.5  # in the header, which matters most
         at = luck.randrange(min(len(content), 64) if early else len(content)) if content else 0
         how = luck.randrange(6)
         if how == 0:
@@ -412,7 +415,8 @@ def mutated(content, other, luck):
         elif how == 3:
             content[at:at] = luck.randbytes(luck.choice([1, 2, 4, 30]))
         elif how == 4:
-            length, start = luck.choice([4, 20, 200]), luck.randrange(len(other))
+            length = luck.choice([4, 20, 200])
+            start = luck.randrange(len(other))
             content[at : at + length] = other[start : start + length]
         else:
             content[at : at + 4] = struct.pack(
@@ -422,8 +426,9 @@ def mutated(content, other, luck):
 
 
 def with_checksums(png):
-    """The chunks of a PNG file with right checksums, so that a reader goes on to what they hold."""
-    content, at = bytearray(png), 8
+    """Return a PNG file with the checksums of its chunks corrected, so that a reader goes on to what they hold."""
+    content = bytearray(png)
+    at = 8
     while at + 12 <= len(content):
         end = at + 8 + int.from_bytes(content[at : at + 4], "big")
         content[end : end + 4] = zlib.crc32(content[at + 4 : end]).to_bytes(4, "big")
@@ -432,15 +437,16 @@ def with_checksums(png):
 
 
 @pytest.mark.filterwarnings("ignore::Warning")
-def test_mutated_images(tmp_path, capfd):
-    """An image, or a UserError that names the file; any other exception of Pillow fails."""
-    luck, contents = random.Random(12), []
+def test_mutated_image_is_read_or_refused_by_name(tmp_path, capfd):
+    """Any other exception of Pillow fails."""
+    luck = random.Random(12)
+    contents = []
     for format, image, how in image_files():
         content = io.BytesIO()
         image.save(content, format, **how)
         contents.append((format, content.getvalue()))
-    path, count = tmp_path / "x.jpg", few(20_000, 300)
-    for i in range(count):
+    path = tmp_path / "x.jpg"
+    for i in range(few(20_000, 300)):
         format, content = contents[i % len(contents)]
         content = mutated(content, luck.choice(contents)[1], luck)
         path.write_bytes(with_checksums(content) if format == "PNG" and i % 2 else content)

@@ -1,4 +1,4 @@
-"""Which files of a folder are images, and which folders are classes."""
+"""Folders of images: which files are images, which folders are classes, reading into memory, the cache."""
 
 import hashlib
 import os
@@ -37,7 +37,7 @@ def make_files(tmp_path):
     return make
 
 
-def test_labels_order_and_digest_of_an_ordinary_folder_do_not_change(tmp_path):
+def test_labels_order_and_digest_do_not_change_between_versions(tmp_path):
     """A run is bound to them: `source` is the SHA-256 of lines `CLASS/NAME SIZE`."""
     sizes = {"bee/10.jpg": 3, "bee/9.JPEG": 4, "Ant/x.png": 5, "ant/\u00e9.webp": 6, "ant/a b.gif": 7}
     for name, size in {**sizes, "ant/list.txt": 1, ".hidden/1.jpg": 1, "ant/.1.jpg": 1}.items():
@@ -47,7 +47,8 @@ def test_labels_order_and_digest_of_an_ordinary_folder_do_not_change(tmp_path):
     files = image_folder.list_files(tmp_path, ["train"])
     order = ["Ant/x.png", "ant/a b.gif", "ant/\u00e9.webp", "bee/10.jpg", "bee/9.JPEG"]
     assert files.paths == [tmp_path / "train" / name for name in order]
-    assert files.classes == ["Ant", "ant", "bee"] and files.labels.tolist() == [0, 1, 1, 2, 2]
+    assert files.classes == ["Ant", "ant", "bee"]
+    assert files.labels.tolist() == [0, 1, 1, 2, 2]
     lines = "".join(f"{name} {sizes[name]}\n" for name in order)
     assert files.source == hashlib.sha256(lines.encode()).hexdigest()
     assert files.source == "41b21ef22ac4711de0293dd62940996dc95e14bdda51ad7af5cf2be102b2e32b"  # of commit 627560b
@@ -63,7 +64,7 @@ def test_training_and_prediction_read_the_same_images(make_files, tmp_path):
 
 
 def test_folders_that_link_to_one_another_are_listed_once(make_files):
-    """Each of ten folders has a link to each other one: there are millions of ways through them."""
+    """Each of ten folders has a link to each other one, so there are millions of ways through them."""
     names = [f"{i}/{i}.jpg" for i in range(10)]
     folder = make_files(*names, *(f"{i}/to{j} -> ../{j}" for i in range(10) for j in range(10)))
     listings = list(image_folder.walk(folder))
@@ -71,72 +72,136 @@ def test_folders_that_link_to_one_another_are_listed_once(make_files):
     assert sorted(image for listing in listings for image in listing.images) == [folder / name for name in names]
 
 
-def test_links_that_lead_nowhere(make_files, tmp_path):
-    folder = make_files("ant/1.jpg", "ant/notes -> nowhere", "ant/round -> round", "ant/2.jpg -> 2.jpg")
-    listing = image_folder.list_folder(folder / "ant")
-    assert [path.name for path in listing.images] == ["1.jpg", "2.jpg"] and not listing.others
+@pytest.fixture
+def broken_links(make_files):
+    """A class folder with one image, and three links that lead nowhere, one of which is called an image."""
+    return make_files("ant/1.jpg", "ant/notes -> nowhere", "ant/round -> round", "ant/2.jpg -> 2.jpg")
+
+
+def test_broken_link_is_listed_as_unreadable_unless_it_is_called_an_image(broken_links):
+    listing = image_folder.list_folder(broken_links / "ant")
+    assert [path.name for path in listing.images] == ["1.jpg", "2.jpg"]
     assert [path.name for path in listing.unreadable] == ["notes", "round"]
-    images, unreadable = predict.images_in(folder)
-    assert images == listing.images and unreadable == list(listing.unreadable.values())
-    with pytest.raises(UserError, match="cannot read .*ant/2.jpg: .*Restore or remove it"):
+    assert not listing.others
+
+
+def test_prediction_reports_broken_links(broken_links):
+    listing = image_folder.list_folder(broken_links / "ant")
+    assert predict.images_in(broken_links) == (listing.images, list(listing.unreadable.values()))
+
+
+def test_training_refuses_a_broken_link_that_is_called_an_image(broken_links, tmp_path):
+    with pytest.raises(UserError, match="ant/2.jpg"):
         image_folder.list_files(tmp_path, ["train"])
 
 
-def test_a_folder_that_cannot_be_read(make_files, tmp_path, monkeypatch):
-    folder = make_files("ant/1.jpg", "ant/secret/1.jpg")
+@pytest.fixture
+def forbid(monkeypatch):
+    """`forbid(name)`: folders with this name cannot be listed. (root, who may run the tests, can list any folder.)"""
     scandir = os.scandir
 
-    def refused(path):
-        if os.path.basename(path) == name:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+    def make(name):
+        def refused(path):
+            if os.path.basename(path) == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refused)
-    name = "secret"
+        monkeypatch.setattr(os, "scandir", refused)
+
+    return make
+
+
+def test_unreadable_folder_inside_a_class_is_left_out(make_files, tmp_path, forbid):
+    folder = make_files("ant/1.jpg", "ant/secret/1.jpg")
+    forbid("secret")
     images, (message,) = predict.images_in(folder)
-    assert images == [folder / "ant/1.jpg"] and f"cannot read {folder}/ant/secret: Permission denied" in message
+    assert images == [folder / "ant/1.jpg"]
+    assert f"{folder}/ant/secret: Permission denied" in message
     assert len(image_folder.list_files(tmp_path, ["train"])) == 1
-    name = "ant"
-    with pytest.raises(UserError, match="cannot read .*/ant: Permission denied"):
+
+
+def test_unreadable_class_folder_is_refused(make_files, tmp_path, forbid):
+    folder = make_files("ant/1.jpg")
+    forbid("ant")
+    with pytest.raises(UserError, match="/ant: Permission denied"):
         image_folder.list_files(tmp_path, ["train"])
-    with pytest.raises(UserError, match="has no images: cannot read .*/ant: Permission denied"):
+    with pytest.raises(UserError, match="/ant: Permission denied"):
         predict.images_in(folder)
 
 
-def test_what_is_not_read_is_counted(make_files, tmp_path, capsys):
-    """Each line says what it is: a folder is not called a file, nor an image a file that is none."""
+# ---- what is not read
+
+
+def test_hidden_files_are_left_out_without_a_word(make_files, tmp_path, capsys):
+    make_files("ant/1.jpg", "ant/2.jpg", "ant/._0.png", "ant/.DS_Store", "._ant/1.jpg", "bee/1.jpg", "bee/2.jpg")
+    assert len(image_folder.list_files(tmp_path, ["train"])) == 4
+    assert not capsys.readouterr().out
+
+
+def test_other_files_are_counted(make_files, tmp_path, capsys):
+    names = [f"bee/{i}.heic" for i in range(5)]
+    folder = make_files("list.txt", "ant/1.jpg", "ant/2.jpg", "bee/1.jpg", "bee/2.jpg", *names)
+    image_folder.list_files(tmp_path, ["train"])
+    line = capsys.readouterr().out
+    assert line.startswith(f"note: not read in {folder}: 6 files ")
+    assert line.endswith("such as list.txt\n")
+
+
+def test_each_kind_of_files_not_read_is_counted_by_itself(make_files, tmp_path, capsys):
     names = [f"dog/puppies/{i}.jpg" for i in range(10)]
-    folder = make_files("dog/1.jpg", "dog/2.jpg", "cat/1.jpg", "cat/2.jpg", "dog/empty/list.txt", "beside.jpg", *names)
+    folder = make_files("dog/1.jpg", "dog/2.jpg", "cat/1.jpg", "cat/2.jpg", "dog/empty/list.txt", "stray.jpg", *names)
     make_files("dog/puppies/small/1.jpg", "dog/x.jpg/1.png", "cat/clip.mp4", "cat/loop -> ..", "cat/more -> ../dog")
     assert len(image_folder.list_files(tmp_path, ["train"])) == 4
-    others, beside, nested = capsys.readouterr().out.splitlines()
+    others, stray, nested = capsys.readouterr().out.splitlines()
     start = f"note: not read in {folder}: "
-    assert others.startswith(f"{start}1 file without ") and others.endswith("such as cat/clip.mp4")
-    assert beside.startswith(f"{start}1 image next to the class folders, such as beside.jpg.")
-    assert nested.startswith(f"{start}3 folders inside class folders, with 12 images, such as dog/puppies.")
+    assert others.startswith(f"{start}1 file ")
+    assert "cat/clip.mp4" in others
+    assert stray.startswith(f"{start}1 image ")
+    assert "stray.jpg" in stray
+    assert nested.startswith(f"{start}3 folders ")
+    assert "12 images, such as dog/puppies" in nested
     assert len(predict.images_in(folder)[0]) == 4 + 1 + 12
 
 
-def test_the_count_of_what_is_not_read_ends(make_files, tmp_path, capsys, monkeypatch):
-    """Behind a link there may be a whole disk."""
+def test_count_of_unread_images_ends_after_some_folders(make_files, tmp_path, capsys, monkeypatch):
+    """A link may lead to a whole disk."""
     monkeypatch.setattr(image_folder, "COUNTED", 3)
     make_files("ant/1.jpg", "ant/2.jpg", "ant/disk -> ../../disk", *(f"../disk/{i}/1.jpg" for i in range(5)))
     assert len(image_folder.list_files(tmp_path, ["train"])) == 2
-    assert "1 folder inside class folders, with at least 2 images, such as ant/disk" in capsys.readouterr().out
+    assert "at least 2 images, such as ant/disk" in capsys.readouterr().out
 
 
-def test_images_that_are_not_where_a_class_has_them(make_files, tmp_path):
+# ---- classes
+
+
+def test_single_class_is_noted(make_files, tmp_path, capsys):
+    make_files("ant/1.jpg", "ant/2.jpg")
+    image_folder.list_files(tmp_path, ["train"])
+    assert "one class, ant" in capsys.readouterr().out
+
+
+def test_class_with_a_single_image_is_noted(make_files, tmp_path, capsys):
+    make_files("ant/1.jpg", "ant/2.jpg", "bee/1.jpg", "cat/1.jpg")
+    image_folder.list_files(tmp_path, ["train"])
+    line = capsys.readouterr().out
+    assert line.startswith("note: 2 ")
+    assert line.endswith("such as bee\n")
+
+
+def test_class_whose_images_are_one_folder_deeper_is_refused(make_files, tmp_path):
     make_files("train/ant/1.jpg", "train/ant/2.jpg")
     with pytest.raises(UserError, match="train/train has no images .*train/train/ant has 2 images"):
         image_folder.list_files(tmp_path, ["train"])
-    folder = make_files("1.jpg")
-    (folder / "train").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="train has no class folders, only 1 image"):
+
+
+def test_folder_without_class_folders_is_refused(make_files, tmp_path):
+    make_files("1.jpg")
+    with pytest.raises(UserError, match="no class folders, only 1 image"):
         image_folder.list_files(tmp_path, ["train"])
 
 
 @pytest.mark.parametrize("target", [".", "..", "../train", "ant"])
-def test_a_class_is_not_another_folder_again(make_files, tmp_path, target):
+def test_class_that_is_a_link_to_another_or_back_is_refused(make_files, tmp_path, target):
     make_files("ant/1.jpg", "1.jpg", "../2.jpg", f"bee -> {target}")
     with pytest.raises(UserError, match="train/bee .*remove .*link"):
         image_folder.list_files(tmp_path, ["train"])
@@ -145,28 +210,33 @@ def test_a_class_is_not_another_folder_again(make_files, tmp_path, target):
 # ---- names of classes
 
 
-def test_one_name_in_two_unicode_forms_within_a_split(make_files, tmp_path):
+def test_one_name_in_two_unicode_forms_is_refused_within_a_split(make_files, tmp_path):
     make_files(f"{NFC}/1.jpg", f"{NFD}/1.jpg")
     with pytest.raises(UserError, match="Unicode form") as caught:
         image_folder.list_files(tmp_path, ["train"])
-    assert ascii(NFC) in str(caught.value) and ascii(NFD) in str(caught.value) and str(caught.value).isascii()
+    message = str(caught.value)
+    assert message.isascii()
+    assert ascii(NFC) in message
+    assert ascii(NFD) in message
 
 
-def test_names_that_look_alike_within_a_split_are_noted(make_files, tmp_path, capsys):
+def test_names_that_look_alike_are_noted_within_a_split(make_files, tmp_path, capsys):
     make_files("cat/1.jpg", "cat/2.jpg", "cat /1.jpg", "cat /2.jpg")
     assert image_folder.list_files(tmp_path, ["train"]).classes == ["cat", "cat "]
-    assert capsys.readouterr().out.endswith("look alike: 'cat' and 'cat '\n")
+    assert capsys.readouterr().out.endswith("'cat' and 'cat '\n")
 
 
 def difference(classes, other_classes):
+    """Return the message about the different classes of two splits."""
     with pytest.raises(UserError) as caught:
         class_names.check_same_classes("training", classes, "test", other_classes)
     return str(caught.value)
 
 
-def test_one_name_in_two_unicode_forms_in_two_splits():
+def test_one_name_in_two_unicode_forms_is_refused_in_two_splits():
     text = difference(["ant", NFC], ["ant", NFD])
-    assert text.startswith(f"class {ascii(NFC)} of training and class {ascii(NFD)} of test") and "Unicode form" in text
+    assert text.startswith(f"class {ascii(NFC)} of training and class {ascii(NFD)} of test")
+    assert "Unicode form" in text
 
 
 @pytest.mark.parametrize(
@@ -183,11 +253,13 @@ def test_one_name_in_two_unicode_forms_in_two_splits():
 )
 def test_names_that_look_alike_are_shown_escaped(one, other):
     text = difference(["ant", "bee", "cat", "cow", "zoo", one], ["ant", other])
-    assert f"only in training: {ascii(one)}, bee, cat, .." in text and f"only in test: {ascii(other)}" in text
-    assert text.isascii() and "look alike" in text
+    assert f"only in training: {ascii(one)}, bee, cat, .." in text
+    assert f"only in test: {ascii(other)}" in text
+    assert text.isascii()
+    assert "look alike" in text
 
 
-def test_names_that_do_not_look_alike_are_shown_as_they_are():
+def test_other_names_are_shown_as_they_are():
     assert difference(["\u732b", "cat"], ["\u72ac", "cat"]).endswith("only in training: \u732b; only in test: \u72ac")
     assert difference(["x\u00b2"], ["x2"]).endswith("only in training: x\u00b2; only in test: x2")
     assert difference(["ant", "bee"], ["ant"]).endswith("only in training: bee")
@@ -222,19 +294,19 @@ def test_large_or_uneven_images_stay_files(make_images, sizes):
         image_folder.check_in_memory(files)
 
 
-def test_a_subset_of_files_keeps_path_and_label_together(make_images):
+def test_subset_of_files_keeps_path_and_label_together(make_images):
     files = image_folder.list_files(make_images("train", 3, [(80, 80)]), ["train"])
     half = files.subset(torch.tensor([8, 1, 4]))
     assert [files.classes[label] for label in half.labels] == [path.parent.name for path in half.paths]
     assert half.source == files.source
 
 
-def test_sides_that_are_no_multiples_of_4_are_refused(make_images):
+def test_sides_that_are_not_multiples_of_4_are_refused(make_images):
     with pytest.raises(UserError, match="30x32 .*multiples of 4"):
         image_folder.check_in_memory(read(make_images("train", 1, [(30, 32)])))
 
 
-# What of a (width, height) image is left when it is cropped to a square: left, top, right, bottom.
+# (width, height) of an image: the square that is cropped from it, as left, top, right and bottom.
 SQUARES = {(64, 48): (8, 0, 56, 48), (31, 90): (0, 29.5, 31, 60.5), (32, 32): (0, 0, 32, 32)}
 
 
@@ -256,7 +328,7 @@ def test_images_of_any_size_are_resized_and_cropped_at_their_centre(uneven):
     assert images.subset(torch.arange(4)).image_size == [32, 32]
 
 
-def test_a_single_image_is_transformed_as_the_loader_does(uneven):
+def test_single_image_is_transformed_as_by_the_loader(uneven):
     root, expected = uneven
     augmentation = Augmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
     images = datasets.load_images("folder", root, "train", image_size=32)

@@ -1,5 +1,7 @@
 """Loaders: augmentation (torchvision is the judge of pixels), order, shares of processes, image files."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -23,9 +25,13 @@ def seeded(seed=0):
 
 
 def random_images(count, side=8):
-    """`count` images of noise; the label of each is its number."""
+    """Return `count` images of noise; the label of each is its number."""
     pixels = np.random.RandomState(1).randint(0, 256, (count, 3, side, side)).astype(np.uint8)
     return Images(torch.from_numpy(pixels), torch.arange(count), ["one", "two"])
+
+
+def white_images(count, side=8):
+    return Images(torch.full((count, 3, side, side), 255, dtype=torch.uint8), torch.zeros(count), ["one"])
 
 
 def normalised(images):
@@ -54,7 +60,10 @@ def assert_uniform(values, cells):
 
 
 def find_augmentation(images, x, pad):
-    """The crop's top and left and whether it is flipped, for each image of x, with torchvision's own operations."""
+    """Return top and left of the crop, and whether it is flipped, (N,) each, that explain each image of x.
+
+    They are found by trying all with torchvision's own operations.
+    """
     found = torch.full((len(x), 3), -1)
     side = images.shape[-1]
     padded = TF.pad(images, [pad] * 4)
@@ -70,18 +79,18 @@ def find_augmentation(images, x, pad):
     return found.unbind(1)
 
 
-def test_each_sample_has_its_own_uniform_crop_and_flip():
+def test_crops_and_flips_are_uniform_and_independent():
     images = random_images(4050)
     x, y = epoch(make_loader(images, 64))
     top, left, flip = find_augmentation(images.images[y], x, pad=4)
     assert_uniform(top * 9 + left, 81)
     assert_uniform(flip, 2)
     assert_uniform(top * 2 + flip, 18)
-    for offset in (top, left):  # of neighbours in a batch: independent
+    for offset in (top, left):  # neighbours in a batch
         assert_uniform(offset[:-1] * 9 + offset[1:], 81)
 
 
-def test_pad_and_flip_of_the_recipe():
+def test_pad_and_flip_follow_the_augmentation():
     images = random_images(200)
     x, y = epoch(make_loader(images, 50, pad=1, flip=False))
     top, left, flip = find_augmentation(images.images[y], x, pad=1)
@@ -89,10 +98,10 @@ def test_pad_and_flip_of_the_recipe():
 
 
 @pytest.mark.parametrize("length", [1, 4, 5, 7])
-def test_cutout_is_one_clipped_square_of_zeros_a_sample(length):
-    side, half = 8, length // 2
-    white = Images(torch.full((3200, 3, side, side), 255, dtype=torch.uint8), torch.zeros(3200), ["one"])
-    x, _ = epoch(make_loader(white, 64, cutout=length))  # normalised pixels, white or black, are not 0
+def test_cutout_erases_one_clipped_square_per_image(length):
+    side = 8
+    half = length // 2
+    x, _ = epoch(make_loader(white_images(3200, side), 64, cutout=length))  # of the pixels only erased ones are 0
     holes = x == 0
     assert (holes == holes[:, :1]).all()
     if half == 0:
@@ -110,47 +119,105 @@ def test_cutout_is_one_clipped_square_of_zeros_a_sample(length):
     assert_uniform(centers[0] * side + centers[1], side * side)
 
 
-def test_cutout_is_capped_and_only_while_augmenting():
-    images = Images(torch.full((300, 3, 8, 8), 255, dtype=torch.uint8), torch.zeros(300), ["one"])
-    capped, _ = epoch(make_loader(images, 64, cutout=16, max_cutout=4))
-    assert (capped[:, 0] == 0).sum(dim=(1, 2)).max() == 16
-    plain, _ = epoch(make_loader(images, 64, cutout=16, augment=False))
-    assert (plain != 0).all()
+def test_cutout_is_no_larger_than_the_augmentation_allows():
+    x, _ = epoch(make_loader(white_images(300), 64, cutout=16, max_cutout=4))
+    assert (x[:, 0] == 0).sum(dim=(1, 2)).max() == 16
 
 
-def test_without_generator_and_augmentation_images_come_in_order():
+def test_cutout_needs_augmentation():
+    x, _ = epoch(make_loader(white_images(300), 64, cutout=16, augment=False))
+    assert (x != 0).all()
+
+
+# ---- batches of images in memory
+
+
+def test_batches_without_generator_and_augmentation_come_in_order():
     images = random_images(23)
     batches = list(make_loader(images, 10, seed=None, augment=False))
     assert [len(x) for x, _ in batches] == [10, 10, 3]
-    assert all(x.is_contiguous(memory_format=torch.channels_last) and x.dtype == torch.float32 for x, _ in batches)
-    x, y = (torch.cat(part) for part in zip(*batches, strict=True))
+    x = torch.cat([x for x, _ in batches])
+    y = torch.cat([y for _, y in batches])
     assert torch.equal(y, torch.arange(23))
     assert (x - normalised(images.images)).abs().max() < 1e-6
 
 
-def test_epochs_follow_from_the_generator():
+@pytest.mark.parametrize("augment", [True, False])
+def test_batches_are_float32_in_channels_last(augment):
+    for x, y in make_loader(random_images(23), 10, augment=augment):
+        assert x.dtype == torch.float32
+        assert x.is_contiguous(memory_format=torch.channels_last)
+        assert y.dtype == torch.int64
+
+
+def test_an_epoch_shows_each_image_once_in_another_order():
+    loader = make_loader(random_images(100), 30, cutout=4)
+    first, second = [y for _, y in (epoch(loader), epoch(loader))]
+    assert torch.equal(first.sort().values, torch.arange(100))
+    assert torch.equal(second.sort().values, torch.arange(100))
+    assert not torch.equal(first, second)
+
+
+def test_epochs_follow_from_the_seed():
     images = random_images(100)
     loader = make_loader(images, 30, cutout=4)
-    before = loader.generator.get_state()
-    epochs = [epoch(loader) for _ in range(2)]
-    assert all(torch.equal(y.sort().values, torch.arange(100)) for _, y in epochs)  # each image once
-    assert not torch.equal(epochs[0][1], epochs[1][1])
     again = make_loader(images, 30, cutout=4)
-    assert all(torch.equal(a, b) for x, y in epochs for a, b in zip((x, y), epoch(again), strict=True))
+    other = make_loader(images, 30, cutout=4, seed=1)
+    for _ in range(2):
+        x, y = epoch(loader)
+        x_again, y_again = epoch(again)
+        assert torch.equal(x, x_again)
+        assert torch.equal(y, y_again)
+        assert not torch.equal(epoch(other)[1], y)
+
+
+def test_an_epoch_can_be_repeated_from_the_state_of_the_generator():
+    loader = make_loader(random_images(100), 30, cutout=4)
+    before = loader.generator.get_state()
+    x, _ = epoch(loader)
+    epoch(loader)
     loader.generator.set_state(before)
-    assert torch.equal(epoch(loader)[0], epochs[0][0])
-    assert not torch.equal(epoch(make_loader(images, 30, seed=1))[1], epochs[0][1])
+    assert torch.equal(epoch(loader)[0], x)
 
 
-def test_lengths_and_batches_larger_than_the_split():
-    images = random_images(23)
-    loader = make_loader(images, 1024)
+def test_batches_do_not_change_between_versions():
+    """A resumed run depends on them; the checksum was taken from an earlier version of the loader."""
+    images = random_images(103)
+    x, y = epoch(make_loader(images, 10, cutout=5))
+    digest = hashlib.sha256(x.contiguous().numpy().tobytes() + y.numpy().tobytes()).hexdigest()
+    assert digest == "bc9252b7bd6611d10e41f6b49b91165067e86b6e8c45a3577c1b4a1829134842"
+
+
+def test_skipped_batches_are_left_out_of_the_next_epoch_only():
+    whole = list(make_loader(random_images(100), 30, cutout=4))
+    loader = make_loader(random_images(100), 30, cutout=4)
+    loader.skip = 2
+    rest = list(loader)
+    assert len(rest) == 2
+    for (x, y), (x_whole, y_whole) in zip(rest, whole[2:], strict=True):
+        assert torch.equal(x, x_whole)
+        assert torch.equal(y, y_whole)
+    assert len(list(loader)) == 4
+
+
+def test_batch_larger_than_the_split_is_cut_to_it():
+    loader = make_loader(random_images(23), 1024)
     assert (len(loader), loader.size, loader.batch_size) == (1, 23, 23)
-    assert len(make_loader(images, 10)) == 3
+
+
+def test_length_counts_the_last_smaller_batch():
+    assert len(make_loader(random_images(23), 10)) == 3
+
+
+# ---- shares of several processes
 
 
 def assert_shares(make, augment, world_size, monkeypatch):
-    """The processes' batches are the single process's, dealt out; a training batch too small for that goes to all."""
+    """The batches of all processes must be those of a single one, dealt out.
+
+    A training batch with fewer images than processes goes to all of them. `make` makes a loader
+    whose last batch has two images.
+    """
     whole = list(make())
     assert len(whole[-1][1]) == 2
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
@@ -160,21 +227,62 @@ def assert_shares(make, augment, world_size, monkeypatch):
         assert len(shares) == len(whole)
         for (x, y), (all_x, all_y) in zip(shares, whole, strict=True):
             share = slice(None) if augment and len(all_y) < world_size else slice(rank, None, world_size)
-            assert torch.equal(x, all_x[share]) and torch.equal(y, all_y[share])
+            assert torch.equal(x, all_x[share])
+            assert torch.equal(y, all_y[share])
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 @pytest.mark.parametrize("augment", [True, False])
-def test_processes_share_each_batch(world_size, augment, monkeypatch):
+def test_batch_is_shared_among_processes(world_size, augment, monkeypatch):
     images = random_images(22)
     assert_shares(lambda: make_loader(images, 10, cutout=4, augment=augment), augment, world_size, monkeypatch)
 
 
-def test_batches_that_are_not_shared(monkeypatch):
-    whole = epoch(make_loader(random_images(22), 10))
+def test_batch_that_is_not_shared_goes_to_all_processes(monkeypatch):
+    x_whole, y_whole = epoch(make_loader(random_images(22), 10))
     monkeypatch.setenv("WORLD_SIZE", "2")
     x, y = epoch(make_loader(random_images(22), 10, shared=False))
-    assert torch.equal(x, whole[0]) and torch.equal(y, whole[1])
+    assert torch.equal(x, x_whole)
+    assert torch.equal(y, y_whole)
+
+
+def test_full_batch_is_what_this_process_gets(monkeypatch):
+    loader = make_loader(random_images(22), 10)
+    assert loader.full_batch == 10
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    for rank, expected in enumerate((4, 3, 3)):
+        monkeypatch.setenv("RANK", str(rank))
+        assert loader.full_batch == expected
+
+
+# ---- what batches are refused
+
+
+def split_of(count, side):
+    return Images(torch.zeros(count, 3, side, side, dtype=torch.uint8), torch.zeros(count), ["one"])
+
+
+def test_batch_larger_than_the_training_split_is_refused():
+    with pytest.raises(UserError, match="--batch_size 11 .*10 images"):
+        loaders.check_batch(11, split_of(10, 8))
+
+
+@pytest.mark.parametrize("images, batch_size", [(9, 4), (1, 1), (8, 1)])
+def test_batch_of_one_smallest_image_is_refused(images, batch_size):
+    with pytest.raises(UserError, match=f"4x4 .*--batch_size {batch_size}"):
+        loaders.check_batch(batch_size, split_of(images, 4))
+    loaders.check_batch(batch_size, split_of(images, 8))
+
+
+def test_batch_of_one_image_is_refused_with_an_auxiliary_head():
+    with pytest.raises(UserError, match="--auxiliary"):
+        loaders.check_batch(4, split_of(9, 32), auxiliary=True)
+
+
+def test_batch_of_one_image_per_process_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="4x4 "):
+        loaders.check_batch(2, split_of(8, 4))
 
 
 # ---- loaders of image files
@@ -192,34 +300,52 @@ def photos(make_images):
     return make_images("val", 3, [(70, 90), (100, 60)])
 
 
-def test_batches_of_files_do_not_depend_on_the_workers(photos):
+def test_file_batches_do_not_depend_on_the_workers(photos):
+    loader = file_loader(photos)
+    with_workers = file_loader(photos, workers=2)
+    for _ in range(2):
+        x, y = epoch(loader)
+        x_workers, y_workers = epoch(with_workers)
+        assert torch.equal(x, x_workers)
+        assert torch.equal(y, y_workers)
+
+
+def test_file_batches_have_each_image_once(photos):
     loader = file_loader(photos)
     assert (len(loader), loader.size) == (3, 9)
-    torch.manual_seed(5)
+    x, y = epoch(loader)
+    assert x.shape == (9, 3, 224, 224)
+    assert torch.bincount(y).tolist() == [3, 3, 3]
+
+
+def test_file_epochs_differ_and_follow_from_the_seed(photos):
+    loader = file_loader(photos)
+    first, _ = epoch(loader)
+    assert not torch.equal(first, epoch(loader)[0])
+    assert torch.equal(first, epoch(file_loader(photos))[0])
+    assert not torch.equal(first, epoch(file_loader(photos, seed=1))[0])
+
+
+def test_file_loader_leaves_the_global_generator_alone(photos):
     before = torch.get_rng_state()
-    first = [epoch(loader) for _ in range(2)]
-    assert torch.equal(torch.get_rng_state(), before)  # the global generator is left alone
-    workers = file_loader(photos, workers=2)
-    assert all(torch.equal(a, b) for pair in first for a, b in zip(pair, epoch(workers), strict=True))
-    assert not torch.equal(first[0][0], first[1][0])
-    assert all(torch.bincount(y).tolist() == [3, 3, 3] for _, y in first)
-    assert not torch.equal(epoch(file_loader(photos, seed=1))[0], first[0][0])
-    assert first[0][0].shape == (9, 3, 224, 224)
+    epoch(file_loader(photos))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_test_transform_of_files(photos):
+def test_transform_for_testing_resizes_and_crops_the_centre(photos):
     x, y = epoch(file_loader(photos, seed=None, augment=False))
     assert y.tolist() == [0] * 3 + [1] * 3 + [2] * 3
     for i, path in enumerate(sorted(photos.glob("val/*/*"))):
         image = Image.open(path).convert("RGB")
         image = image.resize([(256, 329), (426, 256)][image.width > image.height], Image.Resampling.BILINEAR)
-        top, left = round((image.height - 224) / 2), round((image.width - 224) / 2)
+        top = round((image.height - 224) / 2)
+        left = round((image.width - 224) / 2)
         pixels = np.asarray(image.crop((left, top, left + 224, top + 224))) / 255
         expected = (pixels - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
         assert np.abs(x[i].numpy() - expected.transpose(2, 0, 1)).max() < 1e-5
 
 
-def test_train_transform_of_files():
+def test_transform_for_training_is_the_published_one():
     crop, flip, jitter, *_ = augment.imagenet_transform(datasets.augmentation("imagenet"), augment=True).transforms
     assert (tuple(crop.size), tuple(crop.scale), tuple(crop.ratio)) == ((224, 224), (0.08, 1.0), (3 / 4, 4 / 3))
     assert flip.p == 0.5
@@ -227,13 +353,13 @@ def test_train_transform_of_files():
 
 
 @pytest.mark.parametrize("augment", [True, False])
-def test_processes_share_each_batch_of_files(photos, augment, monkeypatch):
+def test_file_batch_is_shared_among_processes(photos, augment, monkeypatch):
     assert_shares(lambda: file_loader(photos, batch_size=7, augment=augment), augment, 3, monkeypatch)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_file_is_named(photos, workers):
+def test_unreadable_file_is_named(photos, workers):
     bad = photos / "val/bee/1.jpg"
     bad.write_bytes(bad.read_bytes()[:-400])
-    with pytest.raises(UserError, match="cannot read image .*val/bee/1.jpg"):
+    with pytest.raises(UserError, match="val/bee/1.jpg"):
         epoch(file_loader(photos, workers=workers))

@@ -369,7 +369,7 @@ def test_the_benchmark_is_looked_for_where_the_published_script_had_it(tmp_path,
     ("words", "expected"),
     [
         (["digits", "cpu"], "usage"),
-        (["mnist", "cpu", "out"], "unknown data set mnist"),
+        (["mnist", "cpu", "out"], "mnist"),
         (["digits", "cpu", "out", "--seed", "3"], "--seed is set by"),
         (["digits", "cpu", "out", "--dir=x"], "--dir is set by"),
     ],

@@ -152,7 +152,7 @@ def accuracy(network, alphas, batches, bn):
 )
 def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     run = search(tmp_path, *flags, **changed)
-    parser = search_cli.search_parser("", "", ["digits"])
+    parser = search_cli.search_parser("train_search.py", "")
     args, _ = parser.parse_known_args(search_line(**changed))
     args.train_portion = 0.5  # of the flags that this space alone has
     train, valid, augmentation = datasets.search_splits(args)
