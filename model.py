@@ -33,8 +33,8 @@ class Cell(nn.Module):
         if reduction_prev:  # s0 has not been through the reduction, so it is twice as high and wide as s1
             self.preprocess0 = FactorizedReduce(C_prev_prev, C)
         else:
-            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0)
-        self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
+            self.preprocess0 = ReLUConvBN(C_prev_prev, C, kernel_size=1, stride=1, padding=0)
+        self.preprocess1 = ReLUConvBN(C_prev, C, kernel_size=1, stride=1, padding=0)
 
         pairs = genotype.reduce if reduction else genotype.normal
         self._concat = genotype.reduce_concat if reduction else genotype.normal_concat

@@ -162,7 +162,14 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
         {"std": [0.1, 0.1, 0.0]},
         {"image_size": 8},
     ]
-    + [{"mean": [0.5, "0.5", 0.5]}, {"classes": "ten"}, {"auxiliary": 1}, {"init_channels": 10**9}],
+    + [
+        {"mean": [0.5, "0.5", 0.5]},
+        {"classes": "ten"},
+        {"family": []},
+        {"family": "s1"},
+        {"auxiliary": 1},
+        {"init_channels": 10**9},
+    ],
 )
 def test_impossible_values_in_the_side_file(fails, tmp_path, changed):
     path = save_weights(tmp_path / "w.pt")
@@ -565,7 +572,7 @@ def test_an_odd_number_of_channels_in_a_network_for_imagenet(fails, make_images)
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--layers 200", "3 cells, not 200"),
+        ("--layers 200", "3 cells, the network 200"),
         ("--init_channels 4000", "stem.0.weight is (6, 3, 3, 3), not (12000, 3, 3, 3)"),
     ],
 )
@@ -606,7 +613,7 @@ def test_names_that_do_not_fit_are_shown_from_both_sides(fails, tmp_path):
     state = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA).state_dict()
     torch.save(renamed(state, lambda name: f"net.{name}"), tmp_path / "w.pt")
     line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "0 cells, not 3" in line
+    assert "0 cells, the network 3" in line
     torch.save(renamed(state, lambda name: name.replace("stem.", "root.")), tmp_path / "w.pt")
     line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
     assert "stem.0.weight is missing; root.0.weight is not in the network" in line

@@ -35,7 +35,7 @@ METHOD = {
     "seed_roles",
     "shared_flags",
 }
-SEARCHES = {"search_cli"}  # what the searches of both spaces share; it ends a run with its report
+SEARCHES = {"search_cli", "search_space"}  # a space has its view, and a search ends with its report
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
 IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function

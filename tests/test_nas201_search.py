@@ -16,6 +16,7 @@ from torch import nn
 
 import datasets
 import search_cli
+import search_space
 import splits
 from nas201 import encoding, summary
 from nas201.train_search import main
@@ -234,7 +235,7 @@ def test_variants(tmp_path, table, variant):
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
-    measure, checked = search_cli.measure_fitness, []
+    measure, checked = search_space.measure_fitness, []
 
     def check(network, *rest, **more):
         before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -244,7 +245,7 @@ def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
         checked.append(fitness)
         return fitness
 
-    monkeypatch.setattr(search_cli, "measure_fitness", check)
+    monkeypatch.setattr(search_space, "measure_fitness", check)
     s2_search(tmp_path, "--bn", bn, "--epochs", 2)
     assert len(checked) == 3  # two generations, and at the end the random architectures
 
