@@ -2,13 +2,14 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
-# Tests run in this many processes. Those of a file stay together; files come by name, not by how many tests they have.
+# Tests run in this many processes. The tests of a file stay in one process, because they share
+# fixtures. Files come in the order of their names, not by how many tests they have.
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo bench conformance test test-slow test-gpu test-faults test-floors coverage lint clean
 
-# Search on the embedded digits, retrain the found cell, test it.
+# Search on the embedded digits, retrain the found cell, and test it.
 demo: $(VENV)/.installed
 	rm -rf $(DEMO)
 	$(BIN)/python train_search.py --dataset digits --dir $(DEMO) --run_name search \
@@ -18,7 +19,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python test_cifar.py --dataset digits --dir $(DEMO)/search/eval-digits-*
 	@echo "The search, its report and the found cell: $(DEMO)/search; the retrained network: $(DEMO)/search/eval-digits-*"
 
-# Every row of the table in docs/speed.md, on an idle machine; TABLE names a NAS-Bench-201 table, for one of them.
+# Measure the figures of benchmarks/README.md. Needs an idle machine. TABLE=FILE names a
+# NAS-Bench-201 table, which one row needs.
 bench: $(VENV)/.installed
 	@git log -1 --format='commit %h'
 	$(BIN)/python benchmarks/search_s1.py --rounds 3
@@ -27,7 +29,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/retrain.py
 	$(BIN)/python benchmarks/kernels.py
 
-# Compare every primitive with float64 on the CPU, or with DEVICE=cuda on a GPU; minutes. See docs/conformance.md.
+# Compare every primitive with float64, on the CPU or with DEVICE=cuda on a GPU. Takes minutes; see
+# docs/conformance.md.
 conformance: $(VENV)/.installed
 	$(BIN)/python benchmarks/conformance.py --device $(or $(DEVICE),cpu)
 
@@ -37,20 +40,22 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
-# What needs a CUDA device; it is skipped where there is none.
+# Run the tests that need a CUDA device. They skip without one.
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs -m cuda
 
-# Every fault that tests/test_fault_*.py know, in full, and a table of what came of them.
+# Inject every fault that tests/test_fault_*.py know, and print a table of the outcomes.
 test-faults: $(VENV)/.installed-dev
 	EVNAS_FAULTS=full $(BIN)/python -m pytest -s -m "slow or not slow" tests/test_fault_*.py
 
-# The fast tests with the oldest versions that requirements*.txt allow, in an environment of their own.
-# Python 3.10 or 3.11: for newer ones some of these versions were never built.
+# Run the fast tests with the oldest versions that requirements*.txt allow, in their own
+# environment. Needs Python 3.10 or 3.11, because some of these versions were never built for newer
+# ones.
 test-floors: $(VENV)-floors/.installed
 	$(VENV)-floors/bin/python -m pytest $(PARALLEL)
 
-# The lines that the fast tests run; docs/contributing.md says why the others are left out.
+# Print which lines the fast tests do not run. Lines that run in other processes or in slow tests
+# count as not run.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) --cov-report=term-missing:skip-covered \
 		$(addprefix --cov=,$(basename $(wildcard *.py)) support reporting nas201)

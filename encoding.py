@@ -1,52 +1,77 @@
-"""Architecture parameters of the DARTS space: (..., G, E, O) = (..., 2, 14, 8), one individual or a whole population.
+"""Architecture parameters (alphas) of the DARTS search space, and how they are decoded.
 
-alphas[..., 0, :, :] is the normal cell, 1 the reduction cell. Edges are numbered node by node, within a node by input.
+Alphas are (..., G, E, O) = (..., 2, 14, 8): two kinds of cell, 14 edges, 8 operations. Leading
+dimensions are free, so that a function takes one individual or a whole population.
+
+alphas[..., 0, :, :] is for the normal cell and alphas[..., 1, :, :] for the reduction cell. Edges are
+numbered node by node, and by input within a node: edges 0 and 1 lead to the first node, 2 to 4 to
+the second one, and so on. Operations are numbered as in `genotypes.PRIMITIVES`.
 """
 
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 from genotypes import PRIMITIVES, Genotype
 
 NODE_EDGES = [range(0, 2), range(2, 5), range(5, 9), range(9, 14)]  # the edges into each node
 
 
-def random_alphas(P, generator=None):
-    """Draw P raw individuals (P, 2, 14, 8), entries uniform in [0, 1), on the generator's device."""
-    device = generator and generator.device
+def random_alphas(P: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw P raw individuals (P, 2, 14, 8), uniform in [0, 1), float32, on the generator's device."""
+    device = generator.device if generator is not None else None
     return torch.rand(P, 2, NODE_EDGES[-1].stop, len(PRIMITIVES), generator=generator, device=device)
 
 
-def _select(alphas):
-    """Return each edge's best operation (..., 14), and a list of each node's edges, strongest first (..., n_edges)."""
-    candidates = torch.softmax(alphas, dim=-1)[..., 1:]  # `none` takes no part
-    op = candidates.argmax(dim=-1) + 1  # argmax, unlike max, promises the lowest index among equals
-    strength = candidates.amax(dim=-1)
-    ranked = [
-        torch.sort(strength[..., edges.start : edges.stop], dim=-1, descending=True, stable=True).indices + edges.start
-        for edges in NODE_EDGES
-    ]
-    return op, ranked
+class Ranking(NamedTuple):
+    """What decoding compares, for alphas (..., 14, 8)."""
+
+    best_op: Tensor  # (..., 14), each edge's best operation
+    node_edges: list[Tensor]  # for each node its edges (..., 2 + node), the strongest first
 
 
-def decode(alphas):
-    """Return the one-hot form of raw alphas, same shape (EvNAS section 3): two edges a node keep one operation each.
+def rank(alphas: Tensor) -> Ranking:
+    """Rank the operations of each edge and the edges of each node.
 
-    Of each edge the best operation but `none` counts (the lowest index among equals), of each node the two edges
-    strongest in the softmax of that operation (the lower edge among equals). Idempotent.
+    An edge's best operation is the one with the largest alpha, except `none`. The strength of the
+    edge is the softmax, over all operations, of this one. Among equals the lower index comes first.
     """
-    op, ranked = _select(alphas)
-    kept = torch.cat([edges[..., :2] for edges in ranked], dim=-1)  # (..., 2, 8)
-    position = kept * alphas.shape[-1] + op.gather(-1, kept)  # in the flattened (E * O)
-    return torch.zeros_like(alphas).flatten(-2).scatter(-1, position, 1.0).view_as(alphas)
+    probabilities = torch.softmax(alphas, dim=-1)[..., 1:]  # (..., 14, 7), without `none`
+    best_op = probabilities.argmax(dim=-1) + 1  # argmax returns the lowest index among equals, max need not
+    strength = probabilities.amax(dim=-1)  # (..., 14)
+    node_edges = []
+    for edges in NODE_EDGES:
+        node_strength = strength[..., edges.start : edges.stop]  # (..., 2 + node)
+        order = torch.sort(node_strength, dim=-1, descending=True, stable=True).indices
+        node_edges.append(order + edges.start)
+    return Ranking(best_op, node_edges)
 
 
-def genotype(alphas):
-    """Return the Genotype of one raw individual (2, 14, 8); a node's stronger edge comes first."""
-    op, ranked = _select(alphas)
+def decode(alphas: Tensor) -> Tensor:
+    """Return the one-hot form of raw alphas (..., 14, 8), same shape (EvNAS section 3).
+
+    Each node keeps its two strongest edges, and each of these keeps its best operation, which
+    becomes 1 (see `rank`). All else is 0. Decoding twice changes nothing more.
+    """
+    best_op, node_edges = rank(alphas)
+    # fmt: off
+    kept = torch.cat([edges[..., :2] for edges in node_edges], dim=-1)        # (..., 8) edges
+    position = kept * alphas.shape[-1] + best_op.gather(-1, kept)             # (..., 8), among 14 * 8
+    decoded = torch.zeros_like(alphas).flatten(-2).scatter(-1, position, 1.0)
+    return decoded.view_as(alphas)                                            # (..., 14, 8)
+    # fmt: on
+
+
+def genotype(alphas: Tensor) -> Genotype:
+    """Return the Genotype of one raw individual (2, 14, 8). Each node's stronger edge comes first."""
+    best_op, node_edges = rank(alphas)
     cells = []
     for g in range(2):
         pairs = []
-        for edges, order in zip(NODE_EDGES, ranked, strict=True):
-            pairs += [(PRIMITIVES[op[g, e]], e - edges.start) for e in order[g, :2].tolist()]
+        for edges, order in zip(NODE_EDGES, node_edges, strict=True):
+            for edge in order[g, :2].tolist():
+                pairs.append((PRIMITIVES[best_op[g, edge]], edge - edges.start))
         cells.append(pairs)
-    return Genotype(cells[0], [2, 3, 4, 5], cells[1], [2, 3, 4, 5])
+    normal, reduce = cells
+    return Genotype(normal, [2, 3, 4, 5], reduce, [2, 3, 4, 5])

@@ -20,11 +20,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-import data
+import datasets
 import loaders
-import nas201.data
 import retrained
+from augment import Augmentation
 from retrained import SavedWeights
+from splits import subsample
 from support import distributed, provenance
 from support.files import UserError, atomic_write, read_bytes, read_json
 
@@ -144,9 +145,10 @@ def sample_images(root: str | None, saved: SavedWeights) -> Tensor:
         root = saved_data_folder(path)
     recipe = retrained.saved_recipe(about, about["genotype"], path)
     size = about["image_size"][0] if about.get("resized") else None
-    images = nas201.data.load(about.get("dataset"), root, "test", image_size=size, in_memory=recipe != "imagenet")
-    images = data.subsample(images, min(SAMPLES, len(images)), torch.Generator().manual_seed(0))
-    augmentation = data.Augmentation(about["mean"], about["std"])
+    read = datasets.list_files if recipe == "imagenet" else datasets.load_images
+    images = read(about.get("dataset"), root, "test", image_size=size)
+    images = subsample(images, min(SAMPLES, len(images)), torch.Generator().manual_seed(0))
+    augmentation = Augmentation(about["mean"], about["std"])
     x, _ = next(iter(loaders.make_loader(images, SAMPLES, augmentation, torch.device("cpu"))))
     return x.contiguous()
 

@@ -1,137 +1,215 @@
-"""BatchNorm, depthwise convolutions and pools computed faster, for the supernets of both spaces."""
+"""BatchNorm, depthwise convolutions and pools computed faster, for the fast paths of both search spaces."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from operations import average_pool, depthwise_conv, in_low_precision_on_cpu, neighbour_mean, on_cpu, split_phases
 from support.devices import memory_format
 
-PIXELS = 2**14  # whose statistics are computed at a time where there are no gradients
+# Without gradients, a CPU computes batch statistics from parts of about this many pixels.
+PIXELS_PER_PART = 2**14
 
 
-def concatenate(tensors):
-    """Concatenate along channels. The gradients handed back are dense, in the layout that everything before expects."""
+# ---- layout
+
+
+def concatenate(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along channels: k tensors (B, C, H, W) -> (B, k C, H, W).
+
+    The gradients of the parts are dense, in the layout that the layers before them expect.
+    """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Concatenate.apply(*tensors)
-    return torch.cat(tensors, dim=1)  # compiled without gradients, a Function of two tensors returns one of them
+    # Compiled without gradients, a Function of two tensors would return one of its inputs.
+    return torch.cat(tensors, dim=1)
 
 
 class Concatenate(torch.autograd.Function):
+    """`torch.cat` along channels whose gradients are dense copies instead of views."""
+
     @staticmethod
-    def forward(ctx, *tensors):
+    def forward(ctx: FunctionCtx, *tensors: Tensor) -> Tensor:
         return torch.cat(tensors, dim=1)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, ...]:
         parts = grad.chunk(len(ctx.needs_input_grad), dim=1)
         return tuple(part.contiguous(memory_format=memory_format(part.device)) for part in parts)
 
 
-def every_second(x, first):
-    """Return x[:, :, first::2, first::2], dense in both directions."""
+def every_second(x: Tensor, first: int) -> Tensor:
+    """Return x[:, :, first::2, first::2] as a dense tensor whose gradient is dense too."""
     if memory_format(x.device) == torch.channels_last:
         return x.permute(0, 2, 3, 1)[:, first::2, first::2].contiguous().permute(0, 3, 1, 2)
     return x[:, :, first::2, first::2].contiguous()
 
 
-def batch_norm(x, bn, bn_updates):
-    """Apply the module `bn` with the batch's statistics, or the running ones where `bn_updates` is None.
+# ---- BatchNorm
 
-    To the list `bn_updates` is added what `move_statistics` needs.
+
+class NormUpdate(NamedTuple):
+    """The batch statistics by which a BatchNorm's running statistics move."""
+
+    norm: nn.BatchNorm2d
+    mean: Tensor  # (C,)
+    inverse_std: Tensor  # (C,), 1 / sqrt(biased variance + eps)
+    count: int  # values per channel, B * H * W
+
+
+def batch_norm(x: Tensor, norm: nn.BatchNorm2d, updates: list[NormUpdate] | None) -> Tensor:
+    """Apply a BatchNorm module to x (B, C, H, W) without moving its running statistics.
+
+    With a list `updates`, normalise with the batch's statistics and append them to the list, for
+    `move_statistics`. With `updates` None, normalise with the running statistics.
     """
-    if bn_updates is None:
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0.0, bn.eps)
-    y, mean, inverse_std = batch_norm_stats(x, bn.weight, bn.bias, bn.eps)
-    bn_updates.append((bn, mean, inverse_std, x.numel() // x.shape[1]))
+    if updates is None:
+        return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+    y, mean, inverse_std = batch_norm_stats(x, norm.weight, norm.bias, norm.eps)
+    updates.append(NormUpdate(norm, mean, inverse_std, count=x.numel() // x.shape[1]))
     return y
 
 
-def batch_norm_stats(x, scale, shift, eps):
-    """Return BatchNorm with the batch's statistics, and these: (y, mean, 1 / sqrt(biased variance + eps)).
+def batch_norm_stats(
+    x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise x (B, C, H, W) with the batch's statistics.
 
-    On a CPU torch sums a channels-last tensor up in one float32 accumulator, which errs by 1e-5 in the variance.
-    Without gradients it is given fewer pixels at a time; with them see ExactBatchNormCPU.
+    Returns (y (B, C, H, W), mean (C,), inverse_std (C,)), where inverse_std is
+    1 / sqrt(biased variance + eps).
+
+    On a CPU, torch sums a channels-last tensor in one float32 accumulator, so the variance of a
+    large batch has an error of 1e-5. Without gradients we give torch smaller parts of the batch and
+    combine their statistics. With gradients see `ExactBatchNormCPU`.
     """
     if not on_cpu(x):
         return torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # which fuses the sums of a whole batch
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler would fuse the parts again
         return ExactBatchNormCPU.apply(x, scale, shift, eps)
-    parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(max(1, PIXELS // x[0, 0].numel()))
-    moments = [torch.batch_norm_update_stats(part, None, None, 0.0) for part in parts]  # mean, biased variance
-    means, variances = (torch.stack(of) for of in zip(*moments, strict=True))  # (parts, C)
-    shares = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)
+    images_per_part = max(1, PIXELS_PER_PART // x[0, 0].numel())
+    parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(images_per_part)
+    part_means = []
+    part_variances = []
+    for part in parts:
+        mean, variance = torch.batch_norm_update_stats(part, None, None, 0.0)  # (C,), biased variance (C,)
+        part_means.append(mean)
+        part_variances.append(variance)
+    means = torch.stack(part_means)  # (parts, C)
+    variances = torch.stack(part_variances)  # (parts, C)
+    shares = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)  # (parts, 1)
     mean = (shares * means).sum(0)
-    var = (shares * (variances + (means - mean).square())).sum(0)
-    return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, torch.rsqrt(var + eps)
+    variance = (shares * (variances + (means - mean).square())).sum(0)
+    y = F.batch_norm(x, mean, variance, scale, shift, False, eps=eps)
+    return y, mean, torch.rsqrt(variance + eps)
 
 
 class ExactBatchNormCPU(torch.autograd.Function):
-    """`batch_norm_stats` with gradients, for which the smallest error can flip a ReLU and so become visible."""
+    """`batch_norm_stats` with gradients, which computes the variance as the mean squared deviation.
+
+    In training it has to be this precise: a tiny error can flip a ReLU, which shows in a gradient.
+    """
 
     @staticmethod
-    def forward(ctx, x, scale, shift, eps):
+    def forward(
+        ctx: FunctionCtx, x: Tensor, scale: Tensor | None, shift: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = x.permute(0, 2, 3, 1).flatten(0, 2)  # (B * H * W, C), a view if channels-last
         rows = rows.to(torch.promote_types(x.dtype, torch.float32))
         mean = rows.mean(0)
-        var = (rows - mean).square_().mean(0)
-        inverse_std = torch.rsqrt(var + eps)
+        variance = (rows - mean).square_().mean(0)
+        inverse_std = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, scale, mean, inverse_std)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, inverse_std)
-        return F.batch_norm(x, mean, var, scale, shift, False, eps=eps), mean, inverse_std
+        return F.batch_norm(x, mean, variance, scale, shift, False, eps=eps), mean, inverse_std
 
     @staticmethod
-    def backward(ctx, gradient, *_):
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, mean, inverse_std = ctx.saved_tensors
         needed = list(ctx.needs_input_grad[:3])
-        return *torch.ops.aten.native_batch_norm_backward(
-            gradient, x, scale, None, None, mean, inverse_std, True, ctx.eps, needed
-        ), None
+        gradients = torch.ops.aten.native_batch_norm_backward(
+            grad, x, scale, None, None, mean, inverse_std, True, ctx.eps, needed
+        )
+        return *gradients, None
 
 
 @torch.no_grad()
-def move_statistics(bn_updates):
-    """Move the running statistics as training does, in few kernels.
+def move_statistics(updates: Iterable[NormUpdate]) -> None:
+    """Move running statistics as BatchNorm modules do in training, all of them in few kernels.
 
-    `bn_updates` has for each BatchNorm (module, mean, inverse standard deviation as in `batch_norm_stats`, values).
+    Updates of BatchNorms without running statistics are ignored. The others have the same momentum
+    and eps.
     """
-    bn_updates = [update for update in bn_updates if update[0].running_mean is not None]
-    norms, means, inverse_stds, counts = zip(*bn_updates, strict=True)
-    variances = torch._foreach_pow(inverse_stds, -2)
+    updates = [update for update in updates if update.norm.running_mean is not None]
+    norms = [update.norm for update in updates]
+    momentum = norms[0].momentum
+    variances = torch._foreach_pow([update.inverse_std for update in updates], -2)
     torch._foreach_sub_(variances, norms[0].eps)
-    torch._foreach_mul_(variances, [count / (count - 1) for count in counts])
-    torch._foreach_lerp_([bn.running_mean for bn in norms], means, norms[0].momentum)
-    torch._foreach_lerp_([bn.running_var for bn in norms], variances, norms[0].momentum)
-    torch._foreach_add_([bn.num_batches_tracked for bn in norms], 1)
+    torch._foreach_mul_(variances, [update.count / (update.count - 1) for update in updates])  # unbiased
+    torch._foreach_lerp_([norm.running_mean for norm in norms], [update.mean for update in updates], momentum)
+    torch._foreach_lerp_([norm.running_var for norm in norms], variances, momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
-def fast_average_pool(x, stride=1):
-    """Compute `average_pool` in the form that is fast on the device: on a CPU, a depthwise convolution."""
+def split_update(norms: list[nn.BatchNorm2d], mean: Tensor, inverse_std: Tensor, count: int) -> Iterator[NormUpdate]:
+    """Yield the update of each of k BatchNorms that were computed as one, from their joint statistics.
+
+    If they normalised the same C channels, `mean` is (C,) and applies to all. If they normalised
+    k C concatenated channels, `mean` is (k C,) and each gets its part.
+    """
+    same_channels = len(mean) == norms[0].num_features
+    means = [mean] * len(norms) if same_channels else mean.chunk(len(norms))
+    inverse_stds = [inverse_std] * len(norms) if same_channels else inverse_std.chunk(len(norms))
+    for norm, norm_mean, norm_inverse_std in zip(norms, means, inverse_stds, strict=True):
+        yield NormUpdate(norm, norm_mean, norm_inverse_std, count)
+
+
+# ---- pools and depthwise convolutions
+
+
+def fast_average_pool(x: Tensor, stride: int = 1) -> Tensor:
+    """Compute `average_pool` by the way that is fastest on the device: on a CPU, as a depthwise convolution."""
     return neighbour_mean(x, stride) if on_cpu(x) else average_pool(x, stride)
 
 
-def depthwise(x, kernel, dilation=1, even=None):
-    """Convolve each channel with its kernel of (C, 1, k, k): with stride 2 where every second pixel of x is given."""
-    stride, padding = 1 if even is None else 2, dilation * (kernel.shape[-1] // 2)
-    if even is not None and dilation == 2:  # stride and dilation 2, even padding: no other pixel counts
-        x, stride, padding, dilation = even, 1, padding // 2, 1
+def depthwise(x: Tensor, kernel: Tensor, dilation: int = 1, even: Tensor | None = None) -> Tensor:
+    """Convolve each channel of x (B, C, H, W) with its own kernel, one of (C, 1, k, k).
+
+    The stride is 1, or 2 if `even` is given, which is every_second(x, 0): -> (B, C, H / 2, W / 2).
+    """
+    padding = dilation * (kernel.shape[-1] // 2)
+    stride = 1 if even is None else 2
+    if stride == 2 and dilation == 2:
+        # All pixels that count have even coordinates, since the padding is even too.
+        x = even
+        stride = 1
+        padding = padding // 2
+        dilation = 1
     if on_cpu(x) and x.requires_grad and not in_low_precision_on_cpu(x):
         return Depthwise.apply(x, kernel, stride, padding, dilation)
     return depthwise_conv(x, kernel, stride, padding, dilation)
 
 
 class Depthwise(torch.autograd.Function):
-    """Depthwise convolution whose backward pass avoids what oneDNN is slow at: dilation, and rows wider than 3."""
+    """Depthwise convolution for CPUs, whose backward pass avoids the cases in which oneDNN is slow.
+
+    These are dilation, which becomes dilation 1 on the phases of the image, and kernels wider than
+    3, of which the gradient is computed in two overlapping halves.
+    """
 
     @staticmethod
-    def forward(ctx, x, kernel, stride, padding, dilation):
+    def forward(ctx: FunctionCtx, x: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
         ctx.save_for_backward(x, kernel)
-        ctx.settings = stride, padding, dilation
+        ctx.settings = (stride, padding, dilation)
         return F.conv2d(x, kernel, None, stride, padding, dilation, len(kernel))
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, kernel = ctx.saved_tensors
         stride, padding, dilation = ctx.settings
         C, _, k, _ = kernel.shape
@@ -140,10 +218,15 @@ class Depthwise(torch.autograd.Function):
         else:
             grad_x = conv2d_input(x.shape, kernel, grad, stride, padding, dilation, C)
         if dilation == 2 and x.shape[2] % 2 == x.shape[3] % 2 == 0:
-            x, grad, padding, dilation = split_phases(x), split_phases(grad), padding // 2, 1
-        if (k, dilation) == (5, 1):
+            x = split_phases(x)
+            grad = split_phases(grad)
+            padding = padding // 2
+            dilation = 1
+        if k == 5 and dilation == 1:
             x = F.pad(x, (2, 2, 2, 2))
-            halves = (conv2d_weight(part, (C, 1, 5, 3), grad, stride, 0, 1, C) for part in (x[..., :-2], x[..., 2:]))
-            left, right = halves  # they share the middle column
-            return grad_x, torch.cat([left, right[..., 1:]], dim=3), None, None, None
-        return grad_x, conv2d_weight(x, kernel.shape, grad, stride, padding, dilation, C), None, None, None
+            left = conv2d_weight(x[..., :-2], (C, 1, 5, 3), grad, stride, 0, 1, C)  # columns 0, 1, 2
+            right = conv2d_weight(x[..., 2:], (C, 1, 5, 3), grad, stride, 0, 1, C)  # columns 2, 3, 4
+            grad_kernel = torch.cat([left, right[..., 1:]], dim=3)
+        else:
+            grad_kernel = conv2d_weight(x, kernel.shape, grad, stride, padding, dilation, C)
+        return grad_x, grad_kernel, None, None, None

@@ -1,26 +1,35 @@
 """The supernet of `model_search` computed faster, on the same modules and parameters.
 
-`forward` trains, an `Evaluator` measures many individuals on one batch. What makes them fast:
+`forward` trains the supernet, and an `Evaluator` measures many individuals on one batch. Tests hold
+both equal to the reference. What makes them fast:
 
-- channels-last throughout on CPU and CUDA; `none` left out; states are visited one after another and each adds its
-  edges to all later nodes, so ReLU, pools and normalised pools come once a state instead of once an edge, and live no
-  longer than it;
-- BatchNorm's scale is the mixing weight, and weighted candidates are added up in place;
-- where a cell reduces, dilated and 1x1 convolutions see every second pixel only, which is sliced once a state, and the
-  1x1 convolutions of all edges out of it are one;
-- candidates out of the first cell's inputs, the same for all individuals, are computed once a batch, and an
-  individual's weighted sums of them are one matrix product;
-- on a CPU, depthwise convolutions have a backward pass made of the kernels that are fast there (see Depthwise), and
-  average pools are depthwise convolutions.
+- The layout is channels-last throughout, on CPU and CUDA. `none` is left out.
+- A cell is computed state by state instead of node by node. Each state adds its edges to all later
+  nodes, so ReLU, pools and their BatchNorms run once per state instead of once per edge, and their
+  results are freed before the next state.
+- The scale of a BatchNorm is the mixing weight. Weighted candidates are added up in place.
+- Where a cell reduces, dilated and 1x1 convolutions see only every second pixel, which is sliced
+  once per state. The 1x1 convolutions of all edges out of a state are one convolution.
+- In a search's fitness, the first cell has the same inputs for all individuals. The candidates on
+  the edges out of them are computed once per batch, and the sums of an individual are one matrix
+  product (`SharedCandidates`).
+- On a CPU, depthwise convolutions have a backward pass made of kernels that are fast there
+  (`fast_ops.Depthwise`), and average pools are depthwise convolutions.
+
+Shapes: B images, C channels of a cell, E = 14 edges of a cell, O = 8 operations of an edge. States
+are numbered as in the reference: 0 and 1 are a cell's inputs, 2, 3, ... its nodes 0, 1, ...
 """
 
 import math
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fast_ops import (
+    NormUpdate,
     batch_norm,
     batch_norm_stats,
     concatenate,
@@ -28,255 +37,462 @@ from fast_ops import (
     every_second,
     fast_average_pool,
     move_statistics,
+    split_update,
 )
 from genotypes import PRIMITIVES
-from operations import FactorizedReduce
+from model_search import Cell, Network
+from operations import FactorizedReduce, Sequence
 from support.devices import memory_format, region_function
 
-MAX_POOL, AVG_POOL, SKIP = (PRIMITIVES.index(name) for name in ("max_pool_3x3", "avg_pool_3x3", "skip_connect"))
-FIRST_CONV = SKIP + 1
-RUNNING = ("running_mean", "running_var")
-SHARED_MB = 3072  # at most, of the first cell's shared candidates: 2,432 at the paper's sizes and batch, in float32
+MAX_POOL = PRIMITIVES.index("max_pool_3x3")
+AVG_POOL = PRIMITIVES.index("avg_pool_3x3")
+SKIP = PRIMITIVES.index("skip_connect")
+POOLS = (MAX_POOL, AVG_POOL)
+FIRST_CONV = SKIP + 1  # this operation and all later ones are separable convolutions
+# Limit for the shared candidates of the first cell. At the paper's sizes and a batch of 1,024 images
+# they take 2,432 MB in float32.
+SHARED_MB = 3072
 
 
-def row(node, state):
-    """Return the row in the alphas, and the place in a cell, of the edge from a state to a node."""
+def row(node: int, state: int) -> int:
+    """Return the number of the edge from a state to a node: its row in the alphas and its place in a cell."""
     return node * (node + 3) // 2 + state
 
 
-def forward(network, x, alphas, **settings):
-    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise.
+def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = False, checkpoint: bool = False) -> Tensor:
+    """Compute `network(x, alphas)` in train mode: logits (B, num_classes), with gradients.
 
-    `settings` are those of `region_function`.
+    Running statistics move as in the reference. `compile` compiles the cells, and `checkpoint`
+    computes them again in the backward pass instead of keeping their activations.
     """
-    bn_updates, cell_of = [], region_function(mixed_cell, **settings)
+    updates = []
+    cell_of = region_function(mixed_cell, compile, checkpoint)
 
-    def searched_cell(cell, h0, h1, weights):
-        kernels, norms, eps = outgoing_kernels(cell, "batch")
-        s, moments = cell_of([h0, h1, *[None] * cell._steps], weights, kernels, cell._multiplier, eps)
-        count = s.numel() // s.shape[1]
-        for group, of_group in zip(norms, moments, strict=True):
-            shared = len(of_group[0]) == group[0].num_features
-            rows = ([moment] * len(group) if shared else moment.chunk(len(group)) for moment in of_group)
-            bn_updates.extend((norm, *of_norm, count) for norm, *of_norm in zip(group, *rows, strict=True))
+    def searched_cell(cell: Cell, h0: Tensor, h1: Tensor, weights: Tensor) -> Tensor:
+        kernels = outgoing_kernels(cell, "batch")
+        states = [h0, h1, *[None] * cell._steps]
+        s, moments = cell_of(states, weights, kernels.outgoing, cell._multiplier, kernels.eps)
+        count = s.numel() // s.shape[1]  # all BatchNorms of a cell see as many pixels as its output has
+        for state, norms_of_state in enumerate(kernels.norms):
+            for number, norms in enumerate(norms_of_state):
+                mean, inverse_std = moments[state][number]
+                updates.extend(split_update(norms, mean, inverse_std, count))
         return s
 
-    inputs = first_cell_inputs(network, x, bn_updates)
-    logits = cells_logits(network, *inputs, torch.softmax(alphas, dim=-1), searched_cell, bn_updates)
-    move_statistics(bn_updates)
+    inputs = first_cell_inputs(network, x, updates)
+    logits = cells_logits(network, inputs, torch.softmax(alphas, dim=-1), searched_cell, updates)
+    move_statistics(updates)
     return logits
 
 
 class Evaluator:
-    """Measures individuals with "batch" or "running" BatchNorm statistics, without gradients, buffers untouched.
+    """Measures individuals without gradients, with the statistics `bn`: "batch" or "running".
 
-    What depends on the weights alone is prepared here, once: make a new one when they have moved.
+    It moves no running statistics. It prepares what depends on the network's weights, so make a
+    new one after the weights have changed.
     """
 
     @torch.no_grad()
-    def __init__(self, network, bn, *, compile=False):
-        self.network, self.bn = network, bn
+    def __init__(self, network: Network, bn: str, *, compile: bool = False):
+        self.network = network
+        self.bn = bn
         self.cell_of = region_function(mixed_cell, compile)
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
-        self.shared = SharedCandidates(network.cells[0], bn, *self.kernels[network.cells[0]][::2])
+        first = network.cells[0]
+        self.shared = SharedCandidates(first, bn, self.kernels[first])
 
     @torch.no_grad()
-    def set_batch(self, x):
-        """Do what all individuals share on a batch of images (B, 3, H, W)."""
-        self.inputs = first_cell_inputs(self.network, x, self.bn_updates())
-        self.shared.set_inputs(*self.inputs[:2])
+    def set_batch(self, x: Tensor) -> None:
+        """Compute what all individuals share on a batch of images (B, 3, H, W)."""
+        self.inputs = first_cell_inputs(self.network, x, self.new_updates())
+        self.shared.set_inputs(self.inputs.h0, self.inputs.h1)
 
     @torch.no_grad()
-    def logits(self, alphas):
-        """Return the logits (B, num_classes) of one individual (2, 14, 8), raw or decoded, on the batch."""
+    def logits(self, alphas: Tensor) -> Tensor:
+        """Return the logits (B, num_classes) of an individual (2, E, O), raw or decoded, on the batch."""
         weights = torch.softmax(alphas, dim=-1)
-        return cells_logits(self.network, *self.inputs, weights, self.searched_cell, self.bn_updates())
+        return cells_logits(self.network, self.inputs, weights, self.searched_cell, self.new_updates())
 
-    def searched_cell(self, cell, h0, h1, weights):
-        kernels, _, eps = self.kernels[cell]
+    def searched_cell(self, cell: Cell, h0: Tensor, h1: Tensor, weights: Tensor) -> Tensor:
+        """Compute a cell for its preprocessed inputs, or from the shared candidates where there are any."""
+        outgoing = self.kernels[cell].outgoing
         states = [h0, h1, *[None] * cell._steps]
         if cell is self.shared.cell and self.shared.matrix is not None:
-            states, kernels = [None, None, *self.shared.sums(weights)], kernels[2:]
-        return self.cell_of(states, weights, kernels, cell._multiplier, eps)[0]
+            states = [None, None, *self.shared.sums(weights)]
+            outgoing = outgoing[2:]  # the edges out of the inputs are in the sums already
+        return self.cell_of(states, weights, outgoing, cell._multiplier, self.kernels[cell].eps)[0]
 
-    def bn_updates(self):
+    def new_updates(self) -> list[NormUpdate] | None:
+        """Return the `updates` of `batch_norm` for the statistics; nothing reads the list."""
         return [] if self.bn == "batch" else None
 
 
 class SharedCandidates:
-    """The candidates on the edges out of the two inputs of a cell, where these are the same for all individuals.
+    """The candidates on the edges out of a cell's two inputs, if all individuals have the same inputs.
 
-    `matrix` has one in each row, flattened: first by input and operation the operations before `own`, which are the
-    same on all edges out of an input, then by node, input and operation the others. It is None where it would take more
-    than SHARED_MB.
+    `matrix` has one candidate in each row, flattened (B * C * H * W). It is None if it would take
+    more than SHARED_MB. Some operations are equal on all edges out of an input, because they have
+    no weights there: they have one row per input. The others have one row per edge.
+
+        first_per_edge                     operations with a row per input, before it
+        FIRST_CONV  batch statistics       max_pool, avg_pool, skip_connect
+        SKIP        the same, reducing     max_pool, avg_pool
+        MAX_POOL    running statistics     none: pools on two edges have other running statistics
+
+    This is the matrix for batch statistics, with two nodes instead of four. "in" is the input, "c"
+    one of the four convolutions:
+
+        per input                        | per edge: node 0            | per edge: node 1
+        in 0           | in 1            | in 0         | in 1         | in 0         | in 1
+        max  avg  skip | max  avg  skip  | c3 c5 d3 d5  | c3 c5 d3 d5  | c3 c5 d3 d5  | c3 c5 d3 d5
+
+    An individual's sums are `mixing @ matrix`. `mixing` has a row for each node, with that node's
+    mixing weights w; the edges of the other nodes have weight 0:
+
+        node 0:  w w w   w w w           | w w w w   w w w w           | 0 0 0 0   0 0 0 0
+        node 1:  w w w   w w w           | 0 0 0 0   0 0 0 0           | w w w w   w w w w
     """
 
-    def __init__(self, cell, bn, kernels, eps):
-        self.cell, self.kernels, self.eps = cell, kernels, eps
-        # A pool's norms differ between edges in their running statistics; so do skip_connects that reduce.
-        self.own = 1 if bn == "running" else SKIP if cell.reduction else FIRST_CONV
-
-    def set_inputs(self, *inputs):
-        """Compute them for the cell's preprocessed inputs (B, C, H, W)."""
-        self.matrix = None
-        h, nodes, operations = inputs[0], self.cell._steps, len(PRIMITIVES)
-        (B, C, *sides), common, own = h.shape, self.own - 1, operations - self.own
-        count = 2 * (common + nodes * own)
-        shape = (count * B, C, *(side // (2 if self.cell.reduction else 1) for side in sides))
-        if math.prod(shape) * h.element_size() > SHARED_MB * 2**20:
-            return
-        maps = torch.empty(shape, dtype=h.dtype, device=h.device, memory_format=memory_format(h.device)).chunk(count)
-        ones = next(self.cell.parameters()).new_ones(nodes, operations, C)
-        for state, h in enumerate(inputs):
-            for node, o, y, _ in candidates(h, *self.kernels[state], ones, self.eps, []):
-                of_input = state * common + o - 1
-                of_edge = 2 * common + (2 * node + state) * own + o - self.own
-                maps[of_input if o < self.own else of_edge].copy_(y)
-        self.map, values = maps[0], maps[0].numel()
-        self.matrix = maps[0].as_strided((count, values), (values, 1))
-
-    def sums(self, weights):
-        """Return for each node the sum (B, C, H, W) of its edges from the inputs, given the mixing weights (E, O)."""
-        weights = torch.stack([weights[row(node, 0) : row(node, 2)] for node in range(self.cell._steps)])
-        common, own = weights[..., 1 : self.own].flatten(1), weights[..., self.own :].flatten(1)  # (nodes, rows)
-        sums = torch.cat([common, torch.block_diag(*own)], dim=1).to(self.matrix.dtype) @ self.matrix
-        return [of_node.as_strided(self.map.shape, self.map.stride()) for of_node in sums]
-
-
-# ---- a searched cell, a function of tensors alone: compiled, equal cells share a graph
-
-
-def outgoing_kernels(cell, bn):
-    """Return (kernels, norms, eps of the norms) of a cell, in the order in which `candidates` needs them.
-
-    `kernels` has for each state the 1x1 kernels of the skip_connects out of it that reduce, concatenated over the edges
-    ([] where they do not); for each edge those of its convolutions by operation; and the (mean, variance) of its norms
-    with "running" statistics, else None. `norms` are the BatchNorms of all states, in groups of those which are
-    computed as one: of such skip_connects, and, with "batch" statistics, behind one pool.
-    """
-    kernels, norms = [], []
-    for state in range(1 + cell._steps):
-        edges = [list(cell._ops[row(node, state)]._ops) for node in range(max(0, state - 1), cell._steps)]
-        pools = [[ops[o][1] for o in (MAX_POOL, AVG_POOL)] for ops in edges]
-        of_state = list(zip(*pools, strict=True)) if bn == "batch" else []
-        skips = [ops[SKIP] for ops in edges if isinstance(ops[SKIP], FactorizedReduce)]
-        if skips:
-            of_state.append([skip.bn for skip in skips])
-        halves = ([skip.conv_1.weight for skip in skips], [skip.conv_2.weight for skip in skips])
-        convolutions = []
-        for ops, of_pools in zip(edges, pools, strict=True):
-            layers = [list(op.op) for op in ops[FIRST_CONV:]]
-            convolutions.append([[m.weight for m in of_op if isinstance(m, nn.Conv2d)] for of_op in layers])
-            of_state += [[m] for of_op in layers for m in of_op if isinstance(m, nn.BatchNorm2d)]
-            if bn == "running":
-                of_state += [[norm] for norm in of_pools]
-        running = None
+    def __init__(self, cell: Cell, bn: str, kernels: "CellKernels"):
+        self.cell = cell
+        self.outgoing = kernels.outgoing
+        self.eps = kernels.eps
         if bn == "running":
-            running = [[torch.cat([getattr(norm, name) for norm in group]) for name in RUNNING] for group in of_state]
-        kernels.append(([torch.cat(half) for half in halves if half], convolutions, running))
-        norms += of_state
-    return kernels, norms, norms[0][0].eps
+            self.first_per_edge = MAX_POOL
+        elif cell.reduction:
+            self.first_per_edge = SKIP
+        else:
+            self.first_per_edge = FIRST_CONV
+        self.ops_per_input = self.first_per_edge - 1  # `none`, operation 0, has no row
+        self.ops_per_edge = len(PRIMITIVES) - self.first_per_edge
+        self.rows = 2 * self.ops_per_input + 2 * cell._steps * self.ops_per_edge
+
+    def row_of(self, node: int, state: int, op: int) -> int:
+        """Return the row in `matrix` of an operation on the edge from input `state` to `node`."""
+        if op < self.first_per_edge:
+            return state * self.ops_per_input + op - 1
+        edge = 2 * node + state
+        return 2 * self.ops_per_input + edge * self.ops_per_edge + op - self.first_per_edge
+
+    def set_inputs(self, h0: Tensor, h1: Tensor) -> None:
+        """Compute the candidates for the cell's preprocessed inputs, each (B, C, H, W)."""
+        self.matrix = None
+        B, C, H, W = h0.shape
+        stride = 2 if self.cell.reduction else 1
+        shape = (self.rows * B, C, H // stride, W // stride)
+        if math.prod(shape) * h0.element_size() > SHARED_MB * 2**20:
+            return
+        maps = torch.empty(shape, dtype=h0.dtype, device=h0.device, memory_format=memory_format(h0.device))
+        maps = maps.chunk(self.rows)  # each (B, C, H, W)
+        edges = row(self.cell._steps, 0)
+        ones = next(self.cell.parameters()).new_ones(edges, len(PRIMITIVES), C)
+        for state, h in enumerate((h0, h1)):
+            for candidate in candidates(h, self.outgoing[state], ones, self.eps, moments={}):
+                # What has one row per input comes once per edge, each time with the same values.
+                maps[self.row_of(candidate.edge.node, state, candidate.op)].copy_(candidate.y)
+        # A row has a map's values in the order in which they are in memory, which is not that of its
+        # dimensions. So both views are made by strides; `view` would refuse.
+        self.one_map = maps[0]
+        values = maps[0].numel()
+        self.matrix = maps[0].as_strided((self.rows, values), (values, 1))
+
+    def sums(self, weights: Tensor) -> list[Tensor]:
+        """Return for each node the sum (B, C, H, W) of its edges from the inputs, with weights (E, O)."""
+        first = self.first_per_edge
+        # fmt: off
+        nodes = range(self.cell._steps)
+        from_inputs = [weights[row(node, 0) : row(node, 2)] for node in nodes]
+        weights = torch.stack(from_inputs)                       # (nodes, 2, O)
+        per_input = weights[..., 1:first].flatten(1)             # (nodes, 2 * ops_per_input)
+        per_edge = weights[..., first:].flatten(1)               # (nodes, 2 * ops_per_edge)
+        mixing = torch.cat([per_input, torch.block_diag(*per_edge)], dim=1)
+        sums = mixing.to(self.matrix.dtype) @ self.matrix        # (nodes, B * C * H * W)
+        return [node_sum.as_strided(self.one_map.shape, self.one_map.stride()) for node_sum in sums]
+        # fmt: on
 
 
-def mixed_cell(states, weights, kernels, multiplier, eps):
-    """Compute a cell from its preprocessed inputs (B, C, H, W) and the mixing weights (E, O).
+# ---- the parts of a cell that `mixed_cell` reads
+#
+# `mixed_cell` is a function of tensors, not of modules, so that equal cells share one compiled graph.
+# BatchNorms are therefore named by number: each state has a list of them, and `outgoing_of` gives out
+# the numbers. Both the running statistics that `candidates` reads and the batch statistics that it
+# returns are found by this number.
 
-    `states` are the two inputs and None for each node, and `kernels` as `outgoing_kernels` returns them. Or the inputs
-    are None, each node has the sum of its edges from them, and `kernels` are those of the nodes.
-    Returns the output (B, multiplier * C, H, W) and the batch's (mean, inverse standard deviation) of each group.
+
+class Separable(NamedTuple):
+    """A depthwise convolution, a 1x1 convolution and a BatchNorm."""
+
+    depthwise: Tensor  # (C, 1, k, k)
+    pointwise: Tensor  # (C, C, 1, 1)
+    norm: int
+
+
+class Edge(NamedTuple):
+    """An edge out of a state."""
+
+    node: int  # to which it leads
+    row: int  # in the alphas
+    convolutions: list[list[Separable]]  # by operation from FIRST_CONV on: one if dilated, else two
+    pool_norms: list[int] | None  # after each of POOLS; None if the state has them for all its edges
+
+
+class Skips(NamedTuple):
+    """The skip_connects on all edges out of a state, if they reduce. They are computed as one."""
+
+    kernels_1: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_1
+    kernels_2: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_2
+    norm: int  # of edges * C channels
+
+
+class Outgoing(NamedTuple):
+    """All edges out of a state."""
+
+    state: int
+    edges: list[Edge]
+    skips: Skips | None  # None if the skip_connects are identities
+    pool_norms: list[int] | None  # after each of POOLS, for all edges; None with running statistics
+    running: list[tuple[Tensor, Tensor]] | None  # (mean, variance) by norm; None with batch statistics
+
+
+class CellKernels(NamedTuple):
+    """The parts of a cell, and the BatchNorm modules that they name by number."""
+
+    outgoing: list[Outgoing]  # by state; the last node has no edges out of it
+    norms: list[list[list[nn.BatchNorm2d]]]  # by state and number: the modules that are computed as one
+    eps: float  # of all BatchNorms
+
+
+def outgoing_kernels(cell: Cell, bn: str) -> CellKernels:
+    """Return the parts of a cell for the statistics `bn`, "batch" or "running"."""
+    outgoing = []
+    norms = []
+    for state in range(1 + cell._steps):
+        of_state, norms_of_state = outgoing_of(cell, state, bn)
+        outgoing.append(of_state)
+        norms.append(norms_of_state)
+    return CellKernels(outgoing, norms, eps=norms[0][0][0].eps)
+
+
+def outgoing_of(cell: Cell, state: int, bn: str) -> tuple[Outgoing, list[list[nn.BatchNorm2d]]]:
+    """Return the edges out of a state, and its BatchNorms by number: lists of those computed as one."""
+    nodes = range(max(0, state - 1), cell._steps)
+    ops_of_edges = [cell._ops[row(node, state)]._ops for node in nodes]
+    norms = []
+
+    def number_of(*modules: nn.BatchNorm2d) -> int:
+        norms.append(list(modules))
+        return len(norms) - 1
+
+    # The BatchNorms after a pool differ between edges only in their running statistics.
+    pool_norms = None
+    if bn == "batch":
+        pool_norms = [number_of(*(ops[pool][1] for ops in ops_of_edges)) for pool in POOLS]
+    skips = None
+    if isinstance(ops_of_edges[0][SKIP], FactorizedReduce):
+        modules = [ops[SKIP] for ops in ops_of_edges]
+        skips = Skips(
+            kernels_1=torch.cat([skip.conv_1.weight for skip in modules]),
+            kernels_2=torch.cat([skip.conv_2.weight for skip in modules]),
+            norm=number_of(*(skip.bn for skip in modules)),
+        )
+    edges = []
+    for node, ops in zip(nodes, ops_of_edges, strict=True):
+        convolutions = [separables_of(op, number_of) for op in ops[FIRST_CONV:]]
+        edge_pool_norms = [number_of(ops[pool][1]) for pool in POOLS] if bn == "running" else None
+        edges.append(Edge(node, row(node, state), convolutions, edge_pool_norms))
+    running = [joint_statistics(modules) for modules in norms] if bn == "running" else None
+    return Outgoing(state, edges, skips, pool_norms, running), norms
+
+
+def separables_of(op: Sequence, number_of: Callable[[nn.BatchNorm2d], int]) -> list[Separable]:
+    """Return the separable convolutions of an operation, one or two."""
+    layers = list(op.op)
+    separables = []
+    for start in range(0, len(layers), 4):
+        _, depthwise_conv, pointwise_conv, norm = layers[start : start + 4]
+        separables.append(Separable(depthwise_conv.weight, pointwise_conv.weight, number_of(norm)))
+    return separables
+
+
+def joint_statistics(norms: list[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
+    """Return the concatenated running mean and variance of BatchNorms, each (norms * C,)."""
+    means = torch.cat([norm.running_mean for norm in norms])
+    variances = torch.cat([norm.running_var for norm in norms])
+    return means, variances
+
+
+# ---- a searched cell
+
+
+class Candidate(NamedTuple):
+    """A candidate operation's normalised output y (B, C, H, W) on an edge."""
+
+    edge: Edge
+    op: int
+    y: Tensor
+    is_scaled: bool  # whether y is multiplied by its mixing weight already
+
+
+Moments = dict[int, tuple[Tensor, Tensor]]  # by norm: (mean, inverse standard deviation) of the batch
+
+
+def mixed_cell(
+    states: list[Tensor | None], weights: Tensor, outgoing: list[Outgoing], multiplier: int, eps: float
+) -> tuple[Tensor, list[Moments]]:
+    """Compute a cell. Returns its output (B, multiplier * C, H, W) and the batch statistics by state.
+
+    `weights` are the mixing weights (E, O). There are two ways to call it:
+    - `states` are the two preprocessed inputs (B, C, H, W) and None for each node, and `outgoing`
+      has all states;
+    - `states` are None for the inputs and for each node the sum of its edges from them, and
+      `outgoing` has only the nodes.
     """
-    states, moments = list(states), []
+    states = list(states)
+    all_moments = []
     any_state = next(h for h in states if h is not None)
-    scales = weights.unsqueeze(-1).repeat(1, 1, any_state.shape[1])  # (E, O, C), as BatchNorm takes its scale
+    C = any_state.shape[1]
+    scales = weights.unsqueeze(-1).repeat(1, 1, C)  # (E, O, C), since a BatchNorm's scale is (C,)
     weights = weights.to(any_state.dtype)
-    for j, of_state in enumerate(kernels, start=len(states) - 1 - len(kernels)):
-        nodes = range(max(0, j - 1), len(states) - 2)
-        edges = [row(node, j) for node in nodes]
-        for i, o, y, scaled in candidates(states[j], *of_state, [scales[e] for e in edges], eps, moments):
-            total = states[2 + nodes[i]]
+    for of_state in outgoing:
+        moments = {}
+        for candidate in candidates(states[of_state.state], of_state, scales, eps, moments):
+            node = 2 + candidate.edge.node
+            total = states[node]
             if total is None:
-                total = y
-            elif scaled:
-                total = total.add_(y)
+                total = candidate.y  # the first one on an edge is scaled, see `candidates`
+            elif candidate.is_scaled:
+                total = total.add_(candidate.y)
             else:
-                total = total.addcmul_(y, weights[edges[i], o])
-            states[2 + nodes[i]] = total
-    return concatenate(states[-multiplier:]), moments
+                total = total.addcmul_(candidate.y, weights[candidate.edge.row, candidate.op])
+            states[node] = total
+        all_moments.append(moments)
+    return concatenate(states[-multiplier:]), all_moments
 
 
-def candidates(h, reducing, convolutions, running, scales, eps, moments):
-    """Yield the candidates on the edges out of a state h (B, C, H, W), normalised: (edge, operation, y, scaled).
+def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moments: Moments) -> Iterator[Candidate]:
+    """Yield all candidates, except `none`, on the edges out of a state h (B, C, H, W).
 
-    y is multiplied by the edge's part of `scales`, [(O, C)], where `scaled` says so; each edge's first one is. The
-    first three of the other arguments come from `outgoing_kernels`. To the list `moments` is added what the norms with
-    the batch's statistics return.
+    `scales` (E, O, C) are the mixing weights. The first candidate on each edge is a convolution,
+    which is scaled. The batch statistics are added to `moments`.
     """
-    unread = iter(running or ())
 
-    def norm(x, scale=None):
-        if running is not None:
-            return F.batch_norm(x, *next(unread), scale, None, False, 0.0, eps)
-        y, *of_group = batch_norm_stats(x, scale, None, eps)
-        moments.append(of_group)
+    def normalise(x: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
+        if outgoing.running is not None:
+            mean, variance = outgoing.running[norm]
+            return F.batch_norm(x, mean, variance, scale, None, False, 0.0, eps)
+        y, mean, inverse_std = batch_norm_stats(x, scale, None, eps)
+        moments[norm] = (mean, inverse_std)
         return y
 
-    stride, even = 2 if reducing else 1, None
-    pools = [F.max_pool2d(h, 3, stride, 1), fast_average_pool(h, stride)]
-    if running is None:  # once for all edges: the BatchNorms behind them differ in the running statistics only
-        pools = [norm(pool) for pool in pools]
-    relu = torch.relu(h)
+    edges = outgoing.edges
+    edge_scales = [scales[edge.row] for edge in edges]  # each (O, C)
+    reducing = outgoing.skips is not None
+    stride = 2 if reducing else 1
+
+    # Once per state: pools, ReLU and reducing skip_connects.
+    pools = [F.max_pool2d(h, 3, stride, 1), fast_average_pool(h, stride)]  # each (B, C, H / stride, W / stride)
+    if outgoing.pool_norms is not None:
+        pools = [normalise(pool, norm) for pool, norm in zip(pools, outgoing.pool_norms, strict=True)]
+    relu = torch.relu(h)  # (B, C, H, W)
+    even = None
     if reducing:
-        even = every_second(relu, 0)
-        skips = factorized_reduce(even, every_second(relu, 1), *reducing, len(scales))
-        skips = norm(skips, torch.cat([scale[SKIP] for scale in scales])).chunk(len(scales), dim=1)
-    for i, scale in enumerate(scales):
-        for o, (kernel, pointwise, *second) in enumerate(convolutions[i], start=FIRST_CONV):
-            y = F.conv2d(depthwise(relu, kernel, 1 if second else 2, even), pointwise)
-            if second:  # separable: the same again
-                kernel, pointwise = second
-                y = F.conv2d(depthwise(norm(y).relu_(), kernel), pointwise)
-            yield i, o, norm(y, scale[o]), True
-        yield (i, SKIP, skips[i], True) if reducing else (i, SKIP, h, False)
-        for o, pool in zip((MAX_POOL, AVG_POOL), pools, strict=True):
-            yield (i, o, norm(pool, scale[o]), True) if running else (i, o, pool, False)
+        even = every_second(relu, 0)  # (B, C, H / 2, W / 2)
+        odd = every_second(relu, 1)  # (B, C, H / 2, W / 2)
+        y = factorized_reduce(even, odd, outgoing.skips.kernels_1, outgoing.skips.kernels_2, len(edges))
+        skip_scales = torch.cat([scale[SKIP] for scale in edge_scales])  # (edges * C,)
+        skips = normalise(y, outgoing.skips.norm, skip_scales).chunk(len(edges), dim=1)
+        del odd, y
+
+    for i, (edge, scale) in enumerate(zip(edges, edge_scales, strict=True)):
+        for op, separables in enumerate(edge.convolutions, start=FIRST_CONV):
+            first = separables[0]
+            dilation = 2 if len(separables) == 1 else 1
+            y = F.conv2d(depthwise(relu, first.depthwise, dilation, even), first.pointwise)
+            last = first
+            if len(separables) == 2:  # the second one has stride 1
+                last = separables[1]
+                y = normalise(y, first.norm).relu_()
+                y = F.conv2d(depthwise(y, last.depthwise), last.pointwise)
+            yield Candidate(edge, op, normalise(y, last.norm, scale[op]), is_scaled=True)
+        if reducing:
+            yield Candidate(edge, SKIP, skips[i], is_scaled=True)
+        else:
+            yield Candidate(edge, SKIP, h, is_scaled=False)
+        for k, op in enumerate(POOLS):
+            if edge.pool_norms is None:  # normalised above
+                yield Candidate(edge, op, pools[k], is_scaled=False)
+            else:
+                yield Candidate(edge, op, normalise(pools[k], edge.pool_norms[k], scale[op]), is_scaled=True)
 
 
-def factorized_reduce(even, odd, kernels_1, kernels_2, edges=1):
-    """Compute FactorizedReduce before its BatchNorm, of several edges at once: (B, edges * C, H, W)."""
-    halves = F.conv2d(even, kernels_1).chunk(edges, dim=1), F.conv2d(odd, kernels_2).chunk(edges, dim=1)
-    return torch.cat([half for pair in zip(*halves, strict=True) for half in pair], dim=1)
+def factorized_reduce(even: Tensor, odd: Tensor, kernels_1: Tensor, kernels_2: Tensor, edges: int = 1) -> Tensor:
+    """Compute the FactorizedReduce of several edges at once, up to their BatchNorm.
+
+    `even` and `odd` (B, C_in, H, W) are the pixels that the two convolutions of each edge see. The
+    kernels are (edges * C / 2, C_in, 1, 1). Returns (B, edges * C, H, W), edge by edge.
+    """
+    first_halves = F.conv2d(even, kernels_1).chunk(edges, dim=1)  # of each edge (B, C / 2, H, W)
+    second_halves = F.conv2d(odd, kernels_2).chunk(edges, dim=1)
+    halves = []
+    for first, second in zip(first_halves, second_halves, strict=True):
+        halves += [first, second]
+    return torch.cat(halves, dim=1)
 
 
-# ---- the network around the searched cells; `bn_updates` is that of `batch_norm`
+# ---- the network around the searched cells; `updates` is that of `batch_norm`
 
 
-def first_cell_inputs(network, x, bn_updates):
-    """Return what does not depend on alphas: the first cell's inputs and the second's first, preprocessed."""
-    conv, bn = network.stem
-    s = batch_norm(conv(x.contiguous(memory_format=memory_format(x.device))), bn, bn_updates).relu_()
+class FirstInputs(NamedTuple):
+    """What does not depend on the alphas: preprocessed inputs of the first two cells."""
+
+    h0: Tensor  # (B, C, H, W), of the first cell
+    h1: Tensor  # (B, C, H, W), of the first cell
+    h0_next: Tensor | None  # of the second cell, which reads the stem too; None if there is only one
+
+
+def first_cell_inputs(network: Network, x: Tensor, updates: list[NormUpdate] | None) -> FirstInputs:
+    """Apply the stem to images x (B, 3, H, W), and preprocess its output for the cells that read it."""
+    conv, norm = network.stem
     cells = network.cells
-    h0_next = preprocess(cells[1].preprocess0, s, bn_updates) if len(cells) > 1 else None
-    return preprocess(cells[0].preprocess0, s, bn_updates), preprocess(cells[0].preprocess1, s, bn_updates), h0_next
+    x = x.contiguous(memory_format=memory_format(x.device))
+    s = batch_norm(conv(x), norm, updates).relu_()  # (B, C_stem, H, W), after the ReLU that all readers begin with
+    h0_next = preprocess(cells[1].preprocess0, s, updates) if len(cells) > 1 else None
+    h0 = preprocess(cells[0].preprocess0, s, updates)
+    h1 = preprocess(cells[0].preprocess1, s, updates)
+    return FirstInputs(h0, h1, h0_next)
 
 
-def cells_logits(network, h0, h1, h0_next, weights, searched_cell, bn_updates):
-    """Return the logits, from what `first_cell_inputs` returns and the mixing weights (2, E, O)."""
+def cells_logits(
+    network: Network,
+    inputs: FirstInputs,
+    weights: Tensor,
+    searched_cell: Callable[[Cell, Tensor, Tensor, Tensor], Tensor],
+    updates: list[NormUpdate] | None,
+) -> Tensor:
+    """Return the logits (B, num_classes), for the mixing weights (2, E, O).
+
+    searched_cell(cell, h0, h1, weights (E, O)) computes a cell from its preprocessed inputs.
+    """
     cells = network.cells
+    h0, h1, h0_next = inputs
     for i, cell in enumerate(cells):
         s = searched_cell(cell, h0, h1, weights[int(cell.reduction)])  # (B, multiplier * C, H, W)
         if i + 1 < len(cells):
-            # Both cells that take s do so now, behind one ReLU: the wide tensor need not wait for the second.
+            # The next two cells read s. Preprocess it for both now, so that the wide tensor can be freed.
             s = s.relu_()
-            h0, h1 = h0_next, preprocess(cells[i + 1].preprocess1, s, bn_updates)
-            h0_next = preprocess(cells[i + 2].preprocess0, s, bn_updates) if i + 2 < len(cells) else None
+            h0 = h0_next
+            h1 = preprocess(cells[i + 1].preprocess1, s, updates)
+            h0_next = preprocess(cells[i + 2].preprocess0, s, updates) if i + 2 < len(cells) else None
             del s
     return network.classifier(s.mean((2, 3)))
 
 
-def preprocess(module, s, bn_updates):
-    """Apply `module` to a state that has been through its ReLU."""
+def preprocess(module: nn.Module, s: Tensor, updates: list[NormUpdate] | None) -> Tensor:
+    """Apply a cell's preprocess0 or preprocess1, except for its ReLU, which s has been through."""
     if isinstance(module, FactorizedReduce):
-        pixels = every_second(s, 0), every_second(s, 1)
-        return batch_norm(factorized_reduce(*pixels, module.conv_1.weight, module.conv_2.weight), module.bn, bn_updates)
-    _, conv, bn = module.op
-    return batch_norm(conv(s), bn, bn_updates)
+        even = every_second(s, 0)
+        odd = every_second(s, 1)
+        y = factorized_reduce(even, odd, module.conv_1.weight, module.conv_2.weight)
+        return batch_norm(y, module.bn, updates)
+    _, conv, norm = module.op
+    return batch_norm(conv(s), norm, updates)

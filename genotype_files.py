@@ -128,7 +128,7 @@ def validate_pairs(pairs: object, where: str) -> list[tuple[str, int]]:
 
 
 def validate_concat(concat: object, nodes: int, where: str) -> list[int]:
-    """Return the nodes that make up the output of a cell with so many nodes. Raises UserError."""
+    """Return the list of nodes that make up the output of a cell with `nodes` nodes. Raises UserError."""
     possible = range(2, nodes + 2)
     if isinstance(concat, range):
         concat = list(concat[: nodes + 1])  # one too many is enough to refuse it; a range can be huge

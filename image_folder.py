@@ -1,32 +1,39 @@
-"""Which files of a folder are images, and which folders are classes.
+"""Folders of images: which files are images, which folders are classes, and reading them into memory.
 
-Training, tests and predictions all use this one rule.
+Training, tests and predictions all use this one rule for which files are images.
 """
 
 import collections
+import hashlib
 import itertools
+import math
 import os
-import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
+import torch
+from PIL import Image
+
+import memory
+from class_names import appearance, unicode_form
+from splits import Files, Images, Split, check_sides
 from support import distributed
 from support.files import UserError
-from support.images import SUFFIXES
+from support.images import SUFFIXES, load_cache, open_image, save_cache, to_rgb, to_size
 
+SMALL = 64  # pixels a side; smaller images are kept in memory and get the CIFAR recipe
 COUNTED = 1000  # folders in which unread images are counted; a link may lead to a whole disk
-# Letters of other alphabets that look like Latin ones.
-CYRILLIC = (
-    "\u0430\u0441\u0501\u0435\u04bb\u0456\u0458\u04cf\u043e\u0440\u051b\u0455\u051d\u0445\u0443"
-    "\u0410\u0412\u0421\u0415\u041d\u0406\u0408\u041a\u041c\u041e\u0420\u0405\u0422\u0425\u0423",
-    "acdehijlopqswxyABCEHIJKMOPSTXY",
-)
-GREEK = (
-    "\u0391\u0392\u0395\u0396\u0397\u0399\u039a\u039c\u039d\u039f\u03a1\u03a4\u03a5\u03a7\u03bf\u03bd\u03c1\u03b9",
-    "ABEZHIKMNOPTYXovpi",
-)
-LOOKS_LIKE = str.maketrans(CYRILLIC[0] + GREEK[0], CYRILLIC[1] + GREEK[1])
+CACHED = 5_000  # images; larger splits are cached once they are decoded
+CACHE = ".evnas-images.npz"  # the cache file, next to the class folders
+SAMPLED = 100  # image headers read to tell small images from large ones
+# Share of a folder's images. If as many have one small size, an image of another size is a mistake.
+SAME_SIZE = 0.9
+
+
+FolderId = tuple[int, int]  # device and inode
 
 
 class Listing(NamedTuple):
@@ -76,12 +83,12 @@ def list_folder(folder: Path) -> Listing:
     return listing
 
 
-def walk(folder: Path, visited: set | None = None) -> Iterator[Listing]:
+def walk(folder: Path, visited: set[FolderId] | None = None) -> Iterator[Listing]:
     """Yield the Listing of a folder, and of each folder below it.
 
     Links to folders are followed. Each folder is listed once, however many links lead to it, so
-    loops end. `visited` holds the (device, inode) of folders that are not to be listed; those that
-    are listed are added. The Listing of a folder that cannot be read has only `unreadable` in it.
+    loops end. Folders in `visited` are not listed; those that are listed are added to it. The
+    Listing of a folder that cannot be read has only `unreadable` in it.
     """
     visited = set() if visited is None else visited
     waiting = collections.deque([Path(folder)])
@@ -107,12 +114,13 @@ def status(path: Path) -> os.stat_result:
         raise cannot_read(path, error) from error
 
 
-def cannot_read(path, error):
+def cannot_read(path: Path, error: OSError) -> UserError:
+    """Return the error of a file or folder that the system cannot read."""
     return UserError(f"cannot read {path}: {error.strerror}. Restore or remove it.")
 
 
-def identity(folder):
-    """Return what two paths have in common if, and only if, they lead to the same folder."""
+def identity(folder: Path) -> FolderId:
+    """Return what two paths have in common if, and only if, they lead to the same folder. Raises UserError."""
     about = status(folder)
     return about.st_dev, about.st_ino
 
@@ -131,8 +139,8 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
     if top.unreadable:  # a class may be missing
         raise UserError(next(iter(top.unreadable.values())))
     if not top.folders:
-        hint = f", only {counted(len(top.images), 'image')}: make a folder for each class" if top.images else ""
-        raise UserError(f"{folder} has no class folders{hint}")
+        found = f", only {counted(len(top.images), 'image')}" if top.images else ""
+        raise UserError(f"{folder} has no class folders{found}: make a folder of images for each class")
     check_class_folders(folder, top.folders)
     visited = {identity(path) for path in (folder, *top.folders)}
     classes = {}
@@ -150,36 +158,36 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
     return classes
 
 
-def count_below(folder, visited):
-    """Return the Nested of a folder, of at most COUNTED folders in it. `visited`: see `walk`."""
+def count_below(folder: Path, visited: set[FolderId]) -> Nested:
+    """Count the images in a folder and in those below it, in up to COUNTED folders. `visited`: see `walk`."""
     listings = list(itertools.islice(walk(folder, visited), COUNTED + 1))
     images = sum(len(listing.images) for listing in listings[:COUNTED])
     unreadable = any(listing.unreadable for listing in listings)
     return Nested(folder, images, complete=len(listings) <= COUNTED and not unreadable)
 
 
-def no_images(class_folder, inside):
-    """Return the error of a class without images; they may be in a folder inside its folder."""
+def no_images(class_folder: Path, inside: list[Nested]) -> UserError:
+    """Return the error of a class without images; its images may be in a folder inside its folder."""
     largest = max(inside, key=lambda nested: nested.images, default=None)
     if largest and largest.images:
         hint = f"; {largest.folder} has {counted(largest.images, 'image')}: move them up into the class folder"
     else:
-        hint = ""
+        hint = ": add some, or remove the folder"
     return UserError(f"class folder {class_folder} has no images ({', '.join(SUFFIXES)}){hint}")
 
 
-def report_not_read(folder, beside, nested, others):
-    """Print a line on each kind of files that a folder of classes has and that are not read.
+def report_not_read(folder: Path, stray: list[Path], nested: list[Nested], others: list[Path]) -> None:
+    """Print a line for each kind of files in a split's folder that are not read.
 
-    These are files that are not images, images beside the class folders, and folders inside class
-    folders (Nested).
+    These are files that are not images (`others`), images next to the class folders (`stray`), and
+    folders inside class folders (`nested`).
     """
     start = f"note: not read in {folder}:"
     if others:
         files = f"{counted(len(others), 'file')} without the suffix of an image ({', '.join(SUFFIXES)})"
         distributed.say(f"{start} {files}, such as {others[0].relative_to(folder)}")
-    if beside:
-        images = f"{counted(len(beside), 'image')} beside the class folders, such as {beside[0].name}"
+    if stray:
+        images = f"{counted(len(stray), 'image')} next to the class folders, such as {stray[0].name}"
         distributed.say(f"{start} {images}. Move each into the folder of its class.")
     if nested:
         folders = f"{counted(len(nested), 'folder')} inside class folders"
@@ -190,14 +198,15 @@ def report_not_read(folder, beside, nested, others):
         distributed.say(f"{start} {folders}, with {images}, such as {largest.folder.relative_to(folder)}{hint}")
 
 
-def counted(number, noun):
+def counted(number: int, noun: str) -> str:
+    """Return "1 image" or "2 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def check_class_folders(folder, class_folders):
-    """Raise UserError if two class folders are the same or differ only in Unicode form.
+def check_class_folders(folder: Path, class_folders: list[Path]) -> None:
+    """Raise UserError if two class folders are the same folder, or have names that differ only in Unicode form.
 
-    Prints a note on other names that look alike.
+    Other names that look alike get a note.
     """
     by_identity = {}
     by_form = {}
@@ -209,7 +218,7 @@ def check_class_folders(folder, class_folders):
         other = by_identity.setdefault(identity(path), path)
         if other != path:
             raise UserError(f"{other} and {path} are the same folder, so its images have two classes: remove a link")
-        other = by_form.setdefault(unicodedata.normalize("NFC", path.name), path)
+        other = by_form.setdefault(unicode_form(path.name), path)
         if other != path:
             names = f"{ascii(other.name)} and {ascii(path.name)}"
             raise UserError(
@@ -221,44 +230,186 @@ def check_class_folders(folder, class_folders):
             distributed.say(f"note: two classes in {folder} look alike: {ascii(other.name)} and {ascii(path.name)}")
 
 
-# ---- names of classes
+# ---- a split on disk
 
 
-def appearance(name: str) -> str:
-    """Return the same text for all names that a reader would take for one another on a screen."""
-    visible = [char for char in unicodedata.normalize("NFC", name) if unicodedata.category(char) != "Cf"]
-    dashes = ("-" if unicodedata.category(char) == "Pd" else char for char in visible)
-    return " ".join("".join(dashes).translate(LOOKS_LIKE).split())
+def list_files(root: str | os.PathLike, folders: Sequence[str]) -> Files:
+    """List the images of the first of ROOT/FOLDER/CLASS/ that exists, for FOLDER in `folders`.
 
-
-def check_same_classes(name: str, classes: list[str], other_name: str, other_classes: list[str]) -> None:
-    """Raise UserError if two data sets, called `name` and `other_name`, have different classes.
-
-    The message says which. Names that look alike are in quotes, with all but ASCII escaped.
+    Classes are in the order of their names. Nothing is decoded. Raises UserError.
     """
-    if classes == other_classes:
-        return
-    shared = set(classes) & set(other_classes)
-    only = [one for one in classes if one not in shared]
-    only_other = [other for other in other_classes if other not in shared]
-    by_form = {unicodedata.normalize("NFC", one): one for one in only}
-    for other in only_other:
-        one = by_form.get(unicodedata.normalize("NFC", other))
-        if one is not None:
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"data directory {root} does not exist: give the right one with --data")
+    folder = next((root / name for name in folders if (root / name).is_dir()), None)
+    if folder is None:
+        raise UserError(
+            f"data directory {root} has no folder {' or '.join(folders)}: make one, with a folder of images per class"
+        )
+    images = read_classes(folder)
+    classes = list(images)
+    paths = []
+    labels = []
+    digest = hashlib.sha256()
+    for label, name in enumerate(classes):
+        found = images[name]
+        for path in found:
+            digest.update(os.fsencode(f"{name}/{path.name} {status(path).st_size}\n"))
+        paths += found
+        labels += [label] * len(found)
+    files = Files(paths, torch.tensor(labels), classes, digest.hexdigest())
+    if len(classes) == 1:
+        distributed.say(f"note: {folder} has only one class, {classes[0]}: accuracy will be 100 %")
+    single = [name for name, count in zip(classes, torch.bincount(files.labels), strict=True) if count == 1]
+    if single:
+        distributed.say(f"note: {len(single)} of the classes in {folder} have a single image, such as {single[0]}")
+    return files
+
+
+# ---- a split in memory
+
+
+def read_images(files: Files, *, resize: bool, workers: int | None = None, cache: bool = True) -> Split:
+    """Read a folder's images into memory.
+
+    With `resize` they are scaled and cropped to `files.image_size`. Without it they keep their
+    size, and `files` is returned unchanged if they are large or of different sizes. `workers`
+    threads decode them (default: one per core). With `cache`, splits of CACHED images or more are
+    decoded only once: see `read_cached`. Raises UserError for an unreadable image.
+    """
+    read = read_resized if resize else read_small
+    if cache and len(files) >= CACHED:
+        return read_cached(files, read, workers)
+    return read(files, workers)
+
+
+def read_small(files: Files, workers: int | None = None) -> Split:
+    """Return the images in memory if all are small and of one size, else `files` unchanged.
+
+    If nearly all have one size, those of another are taken for a mistake: raises UserError.
+    """
+    sizes = sample_sizes(files)
+    if mostly_large(sizes):
+        return files
+    width, height = min(sizes, key=math.prod)
+    check_fits(len(files), height, width)
+    arrays = read_all(files.paths, pixels_if_small, workers)
+    shape = common_shape(arrays)
+    if shape is None:
+        return files
+    same = sum(array is not None and array.shape == shape for array in arrays)
+    for path, array in zip(files.paths, arrays, strict=True):
+        if array is None or array.shape != shape:
+            height, width, _ = shape
             raise UserError(
-                f"class {ascii(one)} of {name} and class {ascii(other)} of {other_name} differ only in the Unicode "
-                "form of their names: rename the folder of one of them"
+                f"{path} is {size_on_disk(path)} pixels, but {same} of {len(files)} images in {path.parents[1]} are "
+                f"{width}x{height}: resize or remove it"
             )
-    alike = {appearance(one) for one in only} & {appearance(other) for other in only_other}
-    found = [f"only in {name}: {some_names(only, alike)}"] if only else []
-    found += [f"only in {other_name}: {some_names(only_other, alike)}"] if only_other else []
-    hint = ". Names in quotes look alike, but are not the same: rename the folders of one of the two" if alike else ""
-    raise UserError(f"the classes of {name} and {other_name} differ: {'; '.join(found) or 'in their order'}{hint}")
+    return to_images(files, arrays)
 
 
-def some_names(names, alike):
-    """Return up to three names as text, first those whose appearance is in `alike`, escaped."""
-    confusing = [ascii(name) for name in names if appearance(name) in alike]
-    plain = [name for name in names if appearance(name) not in alike]
-    shown = [*confusing, *plain]
-    return ", ".join(shown[:3]) + (", .." if len(shown) > 3 else "")
+def sample_sizes(files: Files) -> list[tuple[int, int]]:
+    """Return (width, height) of up to SAMPLED images, drawn at random but always the same.
+
+    The headers say them, so that a million photographs need not be decoded to see that they are
+    large.
+    """
+    order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
+    return [open_image(files.paths[i], lambda image: image.size) for i in order[:SAMPLED].tolist()]
+
+
+def mostly_large(sizes: list[tuple[int, int]]) -> bool:
+    """Return whether more than half of these images have a side of more than SMALL pixels."""
+    return sum(max(size) <= SMALL for size in sizes) < len(sizes) / 2
+
+
+def pixels_if_small(image: Image.Image) -> np.ndarray | None:
+    """Return the pixels of an opened image, uint8 (H, W, 3); None, without decoding it, if it is large."""
+    return np.asarray(to_rgb(image)) if max(image.size) <= SMALL else None
+
+
+def common_shape(arrays: list[np.ndarray | None]) -> tuple[int, int, int] | None:
+    """Return the shape (H, W, 3) of nearly all arrays (a share of SAME_SIZE), or None if there is none."""
+    shapes = collections.Counter(None if array is None else array.shape for array in arrays)
+    ((shape, count),) = shapes.most_common(1)
+    return shape if count >= SAME_SIZE * len(arrays) else None
+
+
+def read_resized(files: Files, workers: int | None = None) -> Images:
+    """Return the images in memory, scaled and cropped to `files.image_size`."""
+    height, width = files.image_size
+    check_fits(len(files), height, width)
+
+    def pixels(image: Image.Image) -> np.ndarray:
+        return np.asarray(to_size(to_rgb(image), width, height))
+
+    return to_images(files, read_all(files.paths, pixels, workers))
+
+
+def check_fits(count: int, height: int, width: int) -> None:
+    """Raise UserError if `count` images of this size do not fit into the machine's memory."""
+    images = {f"{count:,} images of {width}x{height} pixels": 3 * count * height * width}
+    memory.check(images, torch.device("cpu"), "take fewer images, or smaller ones (--image_size)")
+
+
+def read_all(paths: list[Path], use: Callable[[Image.Image], Any], workers: int | None) -> list:
+    """Return `use` of each opened image, in order. `workers` threads decode (default: one per core)."""
+    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
+        return pool.map(lambda path: open_image(path, use), paths, chunksize=256)
+
+
+def to_images(files: Files, arrays: list[np.ndarray]) -> Images:
+    """Make the Images of `files` from the pixels of each, uint8 (H, W, 3)."""
+    images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
+    return Images(images, files.labels, files.classes, files.source)
+
+
+def check_in_memory(split: Split, hint: str = "give --image_size") -> None:
+    """Raise UserError for images that a network of the CIFAR recipe cannot take."""
+    if isinstance(split, Files):
+        first = split.paths[0]
+        shown = [first]
+        first_size = open_image(first).size
+        if max(first_size) <= SMALL:
+            other = next((path for path in split.paths if open_image(path).size != first_size), None)
+            shown += [other] if other else []
+        sizes = " and ".join(f"{path} is {size_on_disk(path)}" for path in shown)
+        raise UserError(f"the images must all have one size of at most {SMALL} pixels a side, but {sizes}: {hint}")
+    check_sides(split.image_size, 4)
+
+
+def size_on_disk(path: Path) -> str:
+    """Return the size of an image file as text."""
+    width, height = open_image(path).size
+    return f"{width}x{height}"
+
+
+# ---- the cache of decoded images
+
+
+def read_cached(files: Files, read: Callable[[Files, int | None], Split], workers: int | None) -> Split:
+    """Return read(files, workers), from a cache file next to the class folders if that is there.
+
+    `read` is `read_small` or `read_resized`; if it returns Images, they are cached. A cache file
+    that is damaged or made from other files is ignored, and a folder that cannot be written gets
+    none.
+    """
+    path = files.paths[0].parents[1] / CACHE
+    key = fingerprint(files, read)
+    limit = len(files) * 3 * max(SMALL, *files.image_size) ** 2
+    images = load_cache(path, key, limit).get("images")
+    if images is not None and images.dtype == np.uint8 and images.ndim == 4 and images.shape[:2] == (len(files), 3):
+        return Images(torch.from_numpy(images), files.labels, files.classes, files.source)
+    split = read(files, workers)
+    if isinstance(split, Images):
+        save_cache(path, key, images=split.images.numpy())
+    return split
+
+
+def fingerprint(files: Files, read: Callable) -> bytes:
+    """Return a digest of the names, sizes and times of a split's files, and of the function that reads them."""
+    digest = hashlib.sha256(f"{read.__name__} {files.image_size}\n".encode())
+    for path in files.paths:
+        about = status(path)
+        digest.update(os.fsencode(f"{path.parent.name}/{path.name} {about.st_size} {about.st_mtime_ns}\n"))
+    return digest.digest()

@@ -33,8 +33,8 @@ class Cell(nn.Module):
         if reduction_prev:  # s0 has not been through the reduction, so it is twice as high and wide as s1
             self.preprocess0 = FactorizedReduce(C_prev_prev, C)
         else:
-            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0)
-        self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
+            self.preprocess0 = ReLUConvBN(C_prev_prev, C, kernel_size=1, stride=1, padding=0)
+        self.preprocess1 = ReLUConvBN(C_prev, C, kernel_size=1, stride=1, padding=0)
 
         pairs = genotype.reduce if reduction else genotype.normal
         self._concat = genotype.reduce_concat if reduction else genotype.normal_concat
@@ -46,7 +46,7 @@ class Cell(nn.Module):
         self.channels = len(self._concat) * C  # of the output
 
     def forward(self, s0: Tensor, s1: Tensor, drop_path: Tensor | None = None) -> Tensor:
-        """Return the cell's output (B, channels, H, W).
+        """Return the cell's output (B, channels, H', W'), where H' and W' are half of H and W in a reduction cell.
 
         `drop_path` (operations, B, 1, 1, 1) holds a factor for each operation and image, see
         `draw_drop_path`; None drops nothing.
@@ -56,11 +56,11 @@ class Cell(nn.Module):
         states = [s0, s1]
         for i in range(0, len(self._ops), 2):
             node = self._edge(i, states, drop_path) + self._edge(i + 1, states, drop_path)
-            states.append(node)                                     # (B, C, H, W); H / 2, W / 2 if this cell reduces
-        return torch.cat([states[i] for i in self._concat], dim=1)  # (B, channels, ..)
+            states.append(node)                                     # (B, C, H', W')
+        return torch.cat([states[i] for i in self._concat], dim=1)  # (B, channels, H', W')
 
     def _edge(self, i: int, states: list[Tensor], drop_path: Tensor | None) -> Tensor:
-        h = self._ops[i](states[self._inputs[i]])                   # (B, C, ..)
+        h = self._ops[i](states[self._inputs[i]])                   # (B, C, H', W')
         if drop_path is not None and not isinstance(self._ops[i], nn.Identity):  # a skip is never dropped
             h = h * drop_path[i].to(h.dtype)
         return h

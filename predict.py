@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = network.to(device)
     skipped = []
 
-    def skip(message):
+    def skip(message: str) -> None:
         skipped.append(message)
         line = " ".join(f"skipped: {message}".split())
         distributed.say(line, file=sys.stderr)

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import nn
 
-import data
+import augment
+import datasets
 import genotype_files
 import genotypes
+import image_folder
 import loaders
-import nas201.data
 import nas201.model
 import shared_flags
+import splits
 import utils
 from genotypes import Cell
 from model import NetworkCIFAR, NetworkImageNet
@@ -38,12 +41,6 @@ Loader = loaders.Loader | loaders.FileLoader
 # Help texts of flags that train.py and the test scripts have in common.
 ARCH = f"name of a cell ({', '.join(genotypes.NAMED)}), or an arch string of NAS-Bench-201"
 GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
-
-
-def data_help(datasets: Sequence[str]) -> str:
-    """Return the help text of --data for these data sets."""
-    others = [f"for {name} {data.FOLDERS[name]}" for name in datasets if name in data.FOLDERS]
-    return f"folder of the data set (default: {', '.join(['../data', *others])})"
 
 
 # ---- cell, recipe and network
@@ -99,25 +96,22 @@ def folder_of_cell(run_dir: str | Path) -> Path:
     return search if genotype_files.files_in(search) else run_dir
 
 
-def choose_recipe(cell: Cell, images: data.Images | data.Files) -> str:
+def choose_recipe(cell: Cell, images: splits.Split) -> str:
     """Return the name of the recipe: NAS-Bench-201's for an arch string, else the one for such images."""
     if isinstance(cell, str):
         return "nas201"
-    return "imagenet" if isinstance(images, data.Files) else "cifar"
+    return "imagenet" if isinstance(images, splits.Files) else "cifar"
 
 
 def choose_augmentation(
-    cell: Cell, dataset: str, images: data.Images | data.Files | None, about: dict | None = None
-) -> data.Augmentation:
+    cell: Cell, dataset: str, images: splits.Split | None, about: dict | None = None
+) -> augment.Augmentation:
     """Return how the images of a data set are normalised and augmented.
 
     Arch strings use the benchmark's normalisation, and so does ImageNet16-120, which has no other.
     For your own images, mean and std come from `about`, see `find_weights`, or from `images`.
     """
-    use_benchmark = isinstance(cell, str) or dataset not in data.AUGMENTATION
-    if use_benchmark and dataset in nas201.data.AUGMENTATION:
-        return nas201.data.AUGMENTATION[dataset]
-    return data.augmentation(dataset, images, about)
+    return datasets.augmentation(dataset, images, about, nas201=isinstance(cell, str))
 
 
 @dataclass(frozen=True)
@@ -134,11 +128,11 @@ class NetworkSettings:
 
 
 def check_settings(settings: NetworkSettings) -> None:
-    """Raise UserError if there is no such network."""
+    """Raise UserError if a network cannot have these settings."""
     imagenet = settings.recipe == "imagenet"
     if settings.auxiliary:
         if settings.recipe == "nas201":
-            raise UserError("--auxiliary is not for arch strings: the benchmark's networks have no auxiliary head")
+            raise UserError("--auxiliary is not for arch strings, whose networks have no auxiliary head: leave it out")
         if settings.layers < 2:
             raise UserError("--auxiliary needs at least 2 --layers: the head follows the second reduction cell")
         side = 224 if imagenet else 32
@@ -149,11 +143,11 @@ def check_settings(settings: NetworkSettings) -> None:
         raise UserError(
             f"--init_channels {settings.init_channels}: networks for ImageNet need an even number of channels"
         )
-    data.check_sides(settings.image_size, 32 if imagenet else 4)
+    splits.check_sides(settings.image_size, 32 if imagenet else 4)
 
 
 def make_network(settings: NetworkSettings) -> nn.Module:
-    """Make a network whose forward pass returns (logits, logits_aux). Raises UserError if there is no such network."""
+    """Make a network whose forward pass returns (logits, logits_aux). Raises UserError for impossible settings."""
     check_settings(settings)
     cell, classes = settings.cell, settings.classes
     if settings.recipe == "nas201":
@@ -195,7 +189,7 @@ POSSIBLE = {
     "init_channels": lambda value: is_whole(value, MOST.channels),
     "layers": lambda value: is_whole(value, MOST.cells),
     "auxiliary": lambda value: isinstance(value, bool),
-    "family": lambda value: value in RECIPES,
+    "family": lambda value: value in list(RECIPES),  # a list, because the value may not be hashable
     "resized": lambda value: isinstance(value, bool),
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "image_size": are_sides,
@@ -261,7 +255,7 @@ def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
     needed = 3 * settings.layers + 2 if settings.recipe == "nas201" else settings.layers
     if needed > found:
         raise UserError(
-            f"{path} holds no weights of this network: it has {found} cells, not {needed}. "
+            f"{path} holds no weights of this network: the file has {found} cells, the network {needed}. "
             f'Correct --layers, or "layers" in {weights.info_path(path)}'
         )
     with torch.device("meta"):
@@ -288,13 +282,13 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
         layers=about["layers"],
     )
     network = load_network(path, settings)
-    normalisation = data.Augmentation(about["mean"], about["std"])
+    normalisation = augment.Augmentation(about["mean"], about["std"])
     if settings.recipe == "imagenet":
-        to_input = loaders.imagenet_transform(normalisation, False, settings.image_size[0])
+        to_input = augment.imagenet_transform(normalisation, False, settings.image_size[0])
     else:
-        to_input = loaders.small_transform(normalisation, settings.image_size)
+        to_input = augment.small_transform(normalisation, settings.image_size)
 
-    def transform(image):
+    def transform(image: Image.Image | str | os.PathLike) -> torch.Tensor:
         is_path = isinstance(image, (str, os.PathLike))
         return to_input(open_image(image) if is_path else to_rgb(image))
 
@@ -307,7 +301,6 @@ def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
 def test(
     prog: str,
     description: str,
-    datasets: Sequence[str],
     argv: Sequence[str] | None = None,
     *,
     recipe: Recipe = CIFAR,
@@ -315,15 +308,15 @@ def test(
 ) -> dict:
     """Test weights on the test images of a data set: all that a test script does.
 
-    `prog` and `description` are the script's name and what its help says of it. `datasets` are the data
-    sets that it can test on, the first by default. `recipe` has the defaults for weights that nothing
-    describes. Prints the figures and returns them: see `run_test`. Raises UserError.
+    `prog` and `description` are the script's name and what its help says of it. The name also says
+    which data sets it can test on: see `datasets.offered_by`. `recipe` has the defaults for weights
+    that nothing describes. Prints the figures and returns them: see `run_test`. Raises UserError.
     """
-    args = make_test_parser(prog, description, datasets, recipe, batch_size).parse_args(argv)
+    args = make_test_parser(prog, description, recipe, batch_size).parse_args(argv)
     return run_test(resolve_test(args, recipe))
 
 
-def make_test_parser(prog: str, description: str, datasets: Sequence[str], recipe: Recipe, batch_size: int) -> Parser:
+def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: int) -> Parser:
     """Return the parser of a test script; the arguments are those of `test`."""
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("cell and weights")
@@ -334,7 +327,7 @@ def make_test_parser(prog: str, description: str, datasets: Sequence[str], recip
     group.add_argument("--arch", metavar="CELL", help=ARCH)
     group.add_argument("--genotype", metavar="FILE", help=GENOTYPE)
 
-    def default(name):
+    def default(name: str) -> str:
         values = f"{getattr(recipe, name)}, or {getattr(NAS201, name)} for arch strings"
         return f"(default: as in training; if that was not saved, {values})"
 
@@ -348,9 +341,7 @@ def make_test_parser(prog: str, description: str, datasets: Sequence[str], recip
     group.add_argument("--auxiliary", action="store_true", help=text)
 
     group = parser.add_argument_group("data and device")
-    data.add_data_arguments(group, None, data_help(datasets))
-    text = "data set whose test images are used; folder: your own images in DATA/test/CLASS/ or DATA/val/CLASS/"
-    group.add_argument("--dataset", default=datasets[0], choices=datasets, help=text)
+    datasets.add_data_arguments(group, prog)
     text = "images in a forward pass; lower it if memory runs out"
     group.add_argument("--batch_size", type=number(int, 1), default=batch_size, metavar="N", help=text)
     shared_flags.add_workers(group)
@@ -403,7 +394,7 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
             )
         setattr(args, field, given or in_training or getattr(RECIPES[name], field, None))
     args.auxiliary = args.auxiliary or bool(about.get("auxiliary"))
-    args.data = args.data or data.FOLDERS.get(args.dataset, "../data")
+    args.data = datasets.find_folder(args.dataset, args.data)
     return TestJob(args, cell, source, name, about)
 
 
@@ -444,19 +435,21 @@ def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
     Raises UserError if they do not fit the network: other classes, another size, too large.
     """
     args, about = job.args, job.about
-    in_memory = job.recipe != "imagenet"
-    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
-    images = nas201.data.load(args.dataset, args.data, "test", **settings)
-    if in_memory:
-        data.check_in_memory(images, "give --image_size, or test a network for ImageNet with test_imagenet.py")
-    found = data.describe(test=images)
-    data.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
+    if job.recipe == "imagenet":
+        images = datasets.list_files(args.dataset, args.data, "test", image_size=args.image_size)
+    else:
+        settings = dict(image_size=args.image_size, cache=args.image_cache)
+        images = datasets.load_images(args.dataset, args.data, "test", **settings)
+        hint = "give --image_size, or test a network for ImageNet with test_imagenet.py"
+        image_folder.check_in_memory(images, hint)
+    found = splits.describe(test=images)
+    splits.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
 
     # Mean and std of your own images are the training images', unless they were saved with the weights.
-    own_images = args.dataset in ("folder", "digits") and isinstance(images, data.Images)
+    measured = datasets.DATASETS[args.dataset].normalisation is None and isinstance(images, splits.Images)
     statistics_of = images
-    if own_images and "mean" not in about:
-        statistics_of = data.load(args.dataset, args.data, "train", **settings)
+    if measured and "mean" not in about:
+        statistics_of = datasets.load_images(args.dataset, args.data, "train", **settings)
     augmentation = choose_augmentation(job.cell, args.dataset, statistics_of, about)
     loader = loaders.make_loader(images, args.batch_size, augmentation, device, workers=args.workers)
     return loader, len(images.classes)

@@ -4,7 +4,7 @@
 #   ./searchNAS201.sh DATASET GPU OUTPUT_DIR [more flags of nas201.train_search]
 #   ./searchNAS201.sh digits cpu out --epochs 3 --pop_size 8 --tsize 3 --init_channels 4 --num_cells 1
 #
-# DATASET: cifar10, cifar100, ImageNet16-120, folder or digits. GPU: a number; -1 or cpu for the CPU.
+# DATASET: a choice of --dataset, such as cifar10 or ImageNet16-120. GPU: a number; -1 or cpu for the CPU.
 # Runs are OUTPUT_DIR/search-DATASET-seed18 and so on. Called again, it skips finished runs and continues broken ones.
 # Environment: PYTHON, the interpreter (python); DATA, the data directory (../data, or ../data/ImageNet16).
 set -euo pipefail
@@ -17,14 +17,6 @@ dataset=$1 gpu=$2 output=$3
 shift 3
 python=${PYTHON:-python}
 
-case $dataset in
-  cifar10 | cifar100 | folder | digits) data=../data ;;
-  ImageNet16-120) data=../data/ImageNet16 ;;
-  *)
-    echo "error: unknown data set $dataset: give cifar10, cifar100, ImageNet16-120, folder or digits" >&2
-    exit 2
-    ;;
-esac
 case $gpu in
   -1 | cpu) device=(--device cpu) ;;
   *) device=(--gpu "$gpu") ;;
@@ -38,8 +30,14 @@ for flag in "$@"; do
   esac
 done
 
-# Runs a module of this project from any folder, also through a link, and whatever modules lie in that folder.
+# This script may be called from any folder and through a link; modules in the current folder are not imported.
 root=$(cd "$(dirname "$(readlink -f "$0")")" && pwd)
+# The registry of data sets says which ones there are, and where each is unless DATA says otherwise.
+data=$("$python" -c 'import sys
+sys.path[0], name = sys.argv[1:]
+import datasets
+from support.cli import command
+command(lambda argv: print(datasets.default_folder(datasets.S2_SEARCH, name)))()' "$root" "$dataset")
 run_module() {
   "$python" -c 'import runpy, sys
 sys.path[0], module = sys.argv[1:3]

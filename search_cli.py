@@ -1,132 +1,48 @@
-"""What the searches of both spaces share: the description of a space, flags, loaders, set-up, result."""
+"""What the searches of both spaces share.
+
+These are the flags, the loaders, the set-up of a run, and what a finished search writes.
+"""
 
 from support.cli import Parser, file_name, number
 
 import argparse
 import functools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import baselines
-import data
+import datasets
 import loaders
 import seed_roles
 import shared_flags
-from baselines import Group
-from costs import COSTS, Costs
+from augment import Augmentation
+from costs import COSTS
 from evolution import VARIANTS
-from fitness import PlainEvaluator, measure_fitness
-from genotypes import Cell
 from reporting import report
 from run_settings import SETTINGS
+from search_space import SearchSetup, SearchSpace
 from shared_flags import MOST
+from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
-from training import plain_forward
 
 SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal numbers would make infinite violations
-
-
-# ---- search spaces
-
-
-class Remarks(NamedTuple):
-    """What a search space knows of a population or of a result."""
-
-    fields: dict  # for the history, or for baselines.json
-    text: str  # for the log: continues its line, so it starts with "; ", or is empty
-
-
-class SearchSpace:
-    """What a search needs to know of its search space. One subclass describes one space."""
-
-    name: str  # in args.json and in the side file of the weights
-    encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
-    fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
-    genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
-    nesterov = False  # whether the shared weights train with Nesterov momentum
-
-    def cell(self, alphas: torch.Tensor) -> Cell:
-        """Return the discrete cell of one raw individual (G, E, O)."""
-        raise NotImplementedError
-
-    def network(self, args: argparse.Namespace, cell: Cell, classes: int) -> nn.Module:
-        """Return the network that would be retrained with this cell."""
-        raise NotImplementedError
-
-    def cost_table(
-        self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cost of what `network` returns, as `costs.s1_table` does."""
-        raise NotImplementedError
-
-    def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
-        """Return the flags, beside cell and data, with which `train.py` retrains as the paper does."""
-        return []
-
-    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
-        """Return what is known of a population (P, G, E, O), best first, with fitness (P,)."""
-        return Remarks({}, "")
-
-    def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
-        """Return what is known of a search's result: the last population, winner first, and random architectures."""
-        return Remarks({}, "")
-
-
-@dataclass
-class SearchSetup:
-    """Everything that a search works with."""
-
-    args: argparse.Namespace
-    space: SearchSpace
-    network: nn.Module  # the supernet
-    train_loader: Any
-    valid_loader: Any
-    costs: Costs = field(init=False)
-
-    def __post_init__(self) -> None:
-        classes = self.network.classifier.out_features
-        self.costs = Costs(self.args, self.space, classes, self.valid_loader.image_shape, self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the supernet."""
-        return next(self.network.parameters()).device
-
-    def forward(self, *, compile: bool) -> Callable:
-        """Return forward(network, x, alphas), the pass of the supernet in training that the arguments choose."""
-        if self.args.plain:
-            return plain_forward
-        return functools.partial(self.space.fast.forward, compile=compile, checkpoint=self.args.checkpoint)
-
-    def measure(self, alphas: torch.Tensor, where: str) -> torch.Tensor:
-        """Return the fitness (P,) of `alphas` (P, G, E, O) on the validation images, see `measure_fitness`."""
-        args = self.args
-        make_evaluator = PlainEvaluator
-        if not args.plain:
-            make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
-        return measure_fitness(
-            self.network, alphas, self.valid_loader, args.bn, make_evaluator, amp=args.amp, where=where
-        )
 
 
 # ---- flags
 
 
-def search_parser(prog: str, description: str, datasets: Sequence[str], **defaults: object) -> Parser:
+def search_parser(prog: str, description: str, **defaults: object) -> Parser:
     """Make a parser with the flags that both spaces have, in groups. The defaults are the paper's.
 
     `defaults` replaces those that differ in a space.
     """
     parser = Parser(prog=prog, description=description)
-    add_data_flags(parser.add_argument_group("data"), datasets)
+    add_data_flags(parser.add_argument_group("data"), prog)
     add_evolution_flags(parser.add_argument_group("genetic algorithm"))
     add_training_flags(parser.add_argument_group("training of the shared weights"))
     add_run_flags(parser.add_argument_group("run"))
@@ -134,11 +50,9 @@ def search_parser(prog: str, description: str, datasets: Sequence[str], **defaul
     return parser
 
 
-def add_data_flags(group: argparse._ArgumentGroup, datasets: Sequence[str]) -> None:
-    """Add the flags that say which images a search uses."""
-    data.add_data_arguments(group, "../data", "folder of the data set; CIFAR is downloaded to it if it is not there")
-    text = "data set to search on; folder: your own images in DATA/train/CLASS/"
-    group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
+def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
+    """Add the flags that say which images the search `prog` uses."""
+    datasets.add_data_arguments(group, prog, folder="../data")
     shared_flags.add_training_image_arguments(group)
     text = "measure fitness on this many validation images, drawn from each class in proportion (default: all)"
     group.add_argument("--valid_samples", type=number(int, 1), metavar="N", help=text)
@@ -147,7 +61,7 @@ def add_data_flags(group: argparse._ArgumentGroup, datasets: Sequence[str]) -> N
 
 
 def add_evolution_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of the genetic algorithm, of fitness and of what the result is compared with."""
+    """Add the flags of the genetic algorithm, of fitness and of the comparison at the end."""
     text = "number of generations; each trains the shared weights for one epoch"
     group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, metavar="N", help=text)
     text = "individuals in the population"
@@ -215,20 +129,21 @@ def check_search(args: argparse.Namespace) -> None:
 
 def search_loaders(
     args: argparse.Namespace,
-    train: data.Images,
-    valid: data.Images,
-    augmentation: data.Augmentation,
+    train: Images,
+    valid: Images,
+    augmentation: Augmentation,
     device: torch.device,
 ) -> tuple[loaders.Loader, loaders.Loader]:
-    """Return the training and the validation loader, each with a random number generator of its own.
+    """Return the training and the validation loader.
 
-    Raises UserError for a split that is empty or too small for its batches.
+    Each has a random number generator of its own. Raises UserError for a split that is empty or too
+    small for its batches.
     """
-    data.check_batch(args.batch_size, train)
+    loaders.check_batch(args.batch_size, train)
     if not len(valid):
         raise UserError("the validation split is empty: use a smaller --train_portion, or more images")
     if args.bn == "batch":
-        data.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
+        loaders.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length
     train_loader = loaders.make_loader(
         train,
@@ -253,7 +168,10 @@ def search_loaders(
 
 
 def check_training_step(setup: SearchSetup) -> str:
-    """Check the kernels of a training step, see support/self_check.py; return a line for the log. Raises UserError."""
+    """Check the kernels of a training step; return a line for the log.
+
+    support/self_check.py says how. Raises UserError if a kernel is wrong.
+    """
     generator = torch.Generator().manual_seed(0)
     alphas = setup.space.encoding.random_alphas(1, generator=generator)[0]  # (G, E, O)
     alphas = alphas.to(setup.device)
@@ -262,13 +180,16 @@ def check_training_step(setup: SearchSetup) -> str:
         return F.cross_entropy(setup.forward(compile=compile)(network, x, alphas), y)
 
     loader = setup.train_loader
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = setup.network.classifier.out_features
     return self_check.self_check(setup.network, loss, images, loader.image_shape, classes, setup.args)
 
 
 def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
-    """Return whether --resume names a search that has come to its end, and if so, say it. Raises UserError."""
+    """Return whether --resume names a search that has come to its end; say it.
+
+    Raises UserError for a run that cannot be read.
+    """
     files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
     finished = runs.is_finished(
         args,
@@ -285,16 +206,16 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
 def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
     """Open the run directory, call search(setup, run), and write what a finished search has.
 
-    `prog` is the script or module of the command line. `inputs` holds what must be the same when the run is resumed,
-    such as its data. Raises UserError.
+    `prog` is the script or module of the command line. `inputs` holds what must be the same when
+    the run is resumed, such as its data. Raises UserError.
     """
     setup.costs.check()
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
-    with open_run(setup, prog, {"kind": "search", "space": setup.space.name, **inputs}) as run:
+    with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
         run.log(f"{devices.device_text(setup.device)}; run directory {run.path}")
-        run.log(data.counts_text(inputs["data"]))
+        run.log(counts_text(inputs["data"]))
         if checked:
             run.log(checked)
         state = search(setup, run)
@@ -308,7 +229,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
-        report.finish(run, best)
+        report.finish_run(run, best, setup.space.view)
 
 
 def open_run(setup: SearchSetup, prog: str, inputs: dict) -> runs.Run:

@@ -1,4 +1,4 @@
-"""Flags that several commands share: which images, how large a network, seeds, reports. No torch here."""
+"""Flags that several commands share: which images, how large a network, seeds, reports."""
 
 from support.cli import Published, number
 

@@ -12,7 +12,7 @@ import retrained
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict:
-    return retrained.test("test_cifar.py", __doc__, ["cifar10", "folder", "digits"], argv)
+    return retrained.test("test_cifar.py", __doc__, argv)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,10 @@ from collections.abc import Sequence
 import retrained
 from recipes import IMAGENET
 
-DATASETS = ["imagenet", "ImageNet16-120", "folder"]
-
 
 @command
 def main(argv: Sequence[str] | None = None) -> dict:
-    return retrained.test("test_imagenet.py", __doc__, DATASETS, argv, recipe=IMAGENET, batch_size=128)
+    return retrained.test("test_imagenet.py", __doc__, argv, recipe=IMAGENET, batch_size=128)
 
 
 if __name__ == "__main__":

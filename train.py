@@ -10,6 +10,7 @@ The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, a folder of you
 from support.cli import Parser, Published, command, file_name, number
 
 import argparse
+import functools
 import math
 import os
 import sys
@@ -24,26 +25,29 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import baselines
-import data
+import datasets
 import genotype_files
+import image_folder
 import loaders
 import memory
-import nas201.data
-import nas201.report  # registers arch strings with the drawings and the report
 import retrained
 import seed_roles
 import shared_flags
 import utils
+from augment import Augmentation
 from genotypes import Cell
 from nas201.genotypes import PRIMITIVES, from_arch_string
 from recipes import CIFAR, IMAGENET, NAS201, RECIPES
 from reporting import report
+from reporting.views import view_of
 from retrained import CellChoice, Loader, NetworkSettings
 from run_settings import SETTINGS
 from shared_flags import MOST
+from splits import Files, Split, check_alike, counts_text, describe, subsample
 from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
+from views import VIEWS
 
 # Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
@@ -56,7 +60,7 @@ LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch
 def make_parser() -> Parser:
     """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
 
-    def default(name):
+    def default(name: str) -> str:
         small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
         return f"(default: {small}; recipe imagenet: {imagenet}; recipe nas201: {nas201})"
 
@@ -64,18 +68,15 @@ def make_parser() -> Parser:
     add_cell_arguments(parser.add_argument_group("cell to retrain"))
 
     group = parser.add_argument_group("images")
-    datasets = ["cifar10", "cifar100", "imagenet", "ImageNet16-120", "folder", "digits"]
-    data.add_data_arguments(group, None, retrained.data_help(datasets))
+    datasets.add_data_arguments(group, parser.prog)
     group.add_argument("--tmp_data_dir", action=Published, instead="--data {}/imagenet")
-    text = "images to train and test on; folder: your own in DATA/train/CLASS/ and DATA/test/CLASS/"
-    group.add_argument("--dataset", default="cifar10", choices=datasets, help=text)
     shared_flags.add_training_image_arguments(group)
     shared_flags.add_workers(group)
 
     group = parser.add_argument_group("network")
     text = (
-        f"network and defaults: cifar for images of up to {data.SMALL} pixels a side, imagenet for larger ones, "
-        "nas201 for arch strings (default: what the cell and the images need)"
+        f"network and defaults: cifar for images of up to {image_folder.SMALL} pixels a side, imagenet for larger "
+        "ones, nas201 for arch strings (default: what the cell and the images need)"
     )
     group.add_argument("--recipe", choices=RECIPES, help=text)
     text = f"channels of the first cells; more make a larger and slower network {default('init_channels')}"
@@ -113,7 +114,7 @@ def make_parser() -> Parser:
     group.add_argument("--save", type=file_name, default="EXP", metavar="NAME", help=text)
     group.add_argument("--note", action=Published, instead="--save {}")
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
-    text = "ask for all GPUs; it says how to start train.py with torchrun, which runs one process for each GPU"
+    text = "insist on all GPUs: if there are several, stop and show the torchrun command that uses them"
     group.add_argument("--parallel", action="store_true", default=argparse.SUPPRESS, help=text)
     shared_flags.add_run_arguments(
         group, seed=None, seed_note=default("seed"), report_freq=None, report_note=default("report_freq")
@@ -170,9 +171,9 @@ def check_parallel(device: torch.device) -> None:
 class Splits(NamedTuple):
     """The images of a retraining."""
 
-    train: data.Images | data.Files
-    test: data.Images | data.Files
-    augmentation: data.Augmentation
+    train: Split
+    test: Split
+    augmentation: Augmentation
 
 
 def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
@@ -181,33 +182,34 @@ def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
     Raises UserError for images that do not fit the arguments.
     """
     if args.recipe and (args.recipe == "nas201") != isinstance(cell, str):
-        raise UserError(f"--recipe {args.recipe} does not fit this cell: arch strings need nas201, other cells do not")
-    if args.data is None:
-        args.data = data.FOLDERS.get(args.dataset, "../data")
-    if isinstance(cell, str) or args.recipe == "cifar":
-        in_memory = True
+        raise UserError(
+            f"--recipe {args.recipe} does not fit this cell: arch strings need nas201, and other cells cannot use it"
+        )
+    args.data = datasets.find_folder(args.dataset, args.data)
+    recipe = "nas201" if isinstance(cell, str) else args.recipe
+    if datasets.stays_on_disk(args.dataset, args.image_size, recipe):
+        read = functools.partial(datasets.list_files, image_size=args.image_size)
     else:
-        in_memory = None if args.recipe is None else False  # None: the images' size decides
-    settings = dict(image_size=args.image_size, in_memory=in_memory, cache=args.image_cache)
-    train = nas201.data.load(args.dataset, args.data, "train", **settings)
-    test = nas201.data.load(args.dataset, args.data, "test", **settings)
+        read = functools.partial(datasets.load_images, image_size=args.image_size, cache=args.image_cache)
+    train = read(args.dataset, args.data, "train")
+    test = read(args.dataset, args.data, "test")
 
     args.recipe = args.recipe or retrained.choose_recipe(cell, train)
     if args.recipe != "imagenet":
-        data.check_in_memory(train)
-    train_description = data.describe(train=train)
-    test_description = data.describe(test=test)
-    data.check_alike("the training images", train_description, f"the test images of {args.data}", test_description)
+        image_folder.check_in_memory(train)
+    train_description = describe(train=train)
+    test_description = describe(test=test)
+    check_alike("the training images", train_description, f"the test images of {args.data}", test_description)
     fill_in_recipe(args)
 
     augmentation = retrained.choose_augmentation(cell, args.dataset, train)
-    train = data.subsample(train, args.train_samples, seeds.generator(args, seed_roles.SPLIT))
-    large = isinstance(train, data.Files)
-    data.check_batch(args.batch_size, train, args.auxiliary and not large)
+    train = subsample(train, args.train_samples, seeds.generator(args, seed_roles.SPLIT))
+    large = isinstance(train, Files)
+    loaders.check_batch(args.batch_size, train, args.auxiliary and not large)
     if args.cutout and large:
-        raise UserError("--cutout is for small images in memory: the ImageNet recipe has no cutout")
+        raise UserError("--cutout is not part of the ImageNet recipe, which these images need: leave it out")
     if args.drop_path_prob and args.recipe == "nas201":
-        raise UserError("--drop_path_prob is not for arch strings: the benchmark's networks have no drop path")
+        raise UserError("--drop_path_prob is not for arch strings, whose networks have no drop path: leave it out")
     return Splits(train, test, augmentation)
 
 
@@ -368,17 +370,17 @@ def train_epoch(
 ) -> dict:
     """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
     loader = state.train_loader
-    full_batch = loaders.images_per_process(loader)
+    full_batch = loader.full_batch
     first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
-    def inputs_of(step):
+    def inputs_of(step: int) -> tuple[()]:
         # Drop path draws from the device's global generator. It gets a seed of its own for each step and
         # process, so that a resumed run draws the same numbers.
         number = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((first_seed + number) % 2**63)
         return ()
 
-    def loss_of(x, y):
+    def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         # The last batch is smaller. It is not worth graphs of its own.
         return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
@@ -389,12 +391,30 @@ def train_epoch(
 def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Loader) -> str:
     """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
 
-    def loss(network, x, y, compile):
+    def loss(network: nn.Module, x: Tensor, y: Tensor, compile: bool) -> Tensor:
         return training_loss(args, network, x, y, compile)[0]
 
-    images = loaders.images_per_process(loader)
+    images = loader.full_batch
     classes = network.classifier.out_features
     return self_check.self_check(network, loss, images, loader.image_shape, classes, args)
+
+
+def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> dict:
+    """Return what is saved next to the weights: what a test has to know about them."""
+    large = isinstance(splits.train, Files)
+    return {
+        "family": args.recipe,
+        "genotype": genotype_files.to_json(cell),
+        "dataset": args.dataset,
+        "classes": splits.train.classes,
+        "image_size": splits.train.image_size,
+        "resized": large or args.image_size is not None,
+        "mean": splits.augmentation.mean,
+        "std": splits.augmentation.std,
+        "init_channels": args.init_channels,
+        "layers": args.layers,
+        "auxiliary": args.auxiliary,
+    }
 
 
 # ---- the whole of it
@@ -410,7 +430,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs.check_arguments_alike(args, SETTINGS)
 
     splits = load_splits(args, cell)
-    large = isinstance(splits.train, data.Files)
     train_loader, test_loader = make_loaders(args, splits, device)
     settings = NetworkSettings(
         cell=cell,
@@ -426,20 +445,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     network = retrained.make_network(settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    about = {  # saved next to the weights: what a test has to know about them
-        "family": args.recipe,
-        "genotype": genotype_files.to_json(cell),
-        "dataset": args.dataset,
-        "classes": splits.train.classes,
-        "image_size": splits.train.image_size,
-        "resized": large or args.image_size is not None,
-        "mean": splits.augmentation.mean,
-        "std": splits.augmentation.std,
-        "init_channels": args.init_channels,
-        "layers": args.layers,
-        "auxiliary": args.auxiliary,
-    }
-    description = data.describe(train=splits.train, test=splits.test)
+    about = describe_weights(args, cell, splits)
+    description = describe(train=splits.train, test=splits.test)
     inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
     checked = None
     if self_check.is_needed(args, device):  # before the run directory is made
@@ -455,12 +462,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.log(f"{devices.device_text(device)}; run directory {run.path}")
         run.log(f"cell from {source}: {cell}")
         parameters = utils.parameters_in_millions(network)
-        run.log(f"parameters {parameters:.2f} M, {data.counts_text(description)}")
+        run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:
             run.log(checked)
-        warmup = large and args.batch_size > LARGE_BATCH
+        warmup = isinstance(splits.train, Files) and args.batch_size > LARGE_BATCH
         retrain(args, network, train_loader, test_loader, warmup, about, run)
-        report.finish(run, cell)
+        report.finish_run(run, cell, view_of(cell, VIEWS))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Search for a cell in the DARTS space (S1) with EvNAS: a genetic algorithm over the shared weights of one supernet."""
+"""Search for a cell in the DARTS space (S1) with EvNAS.
+
+EvNAS is a genetic algorithm over the shared weights of one supernet.
+"""
 
 from support.cli import command, number
 
@@ -9,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import data
+import datasets
 import encoding
 import fast_search
 import genotype_files
@@ -24,18 +27,20 @@ from model import NetworkCIFAR
 from model_search import Network
 from recipes import CIFAR
 from run_settings import SETTINGS
-from search_cli import SearchSetup, SearchSpace
+from search_space import SearchSetup, SearchSpace
 from search_state import SearchState, population_fields, restore_results, save_generation, speed_fields
 from shared_flags import MOST
+from splits import describe
 from support import devices, resume_args, runs, seeds
 from training import set_learning_rate, train_one_epoch
+from views import DARTS
 
 
 def search(setup: SearchSetup, run: runs.Run) -> SearchState:
-    """Run the search loop of EvNAS (paper, section 3); return the last state, whose first individual is the best.
+    """Run the search loop of EvNAS (paper, section 3).
 
-    Both search spaces use this loop. A resumed run continues after the last generation, or the last step, of its
-    checkpoint.
+    Returns the last state, whose first individual is the best. Both search spaces use this loop. A
+    resumed run continues after the last generation, or the last step, of its checkpoint.
     """
     args = setup.args
     variant = VARIANTS[args.variant]
@@ -72,7 +77,10 @@ def search(setup: SearchSetup, run: runs.Run) -> SearchState:
 def train_generation(
     setup: SearchSetup, state: SearchState, alphas: torch.Tensor, lr: float, where: str, run: runs.Run
 ) -> dict[str, float]:
-    """Train the shared weights for one epoch: batch t belongs to individual t mod P of `alphas` (P, G, E, O)."""
+    """Train the shared weights for one epoch.
+
+    Batch t belongs to individual t mod P of `alphas` (P, G, E, O).
+    """
     forward = setup.forward(compile=setup.args.compile)
     alphas = alphas.to(setup.device)
 
@@ -99,7 +107,7 @@ def cosine(high: float, low: float, progress: float) -> float:
 class S1(SearchSpace):
     """The DARTS space."""
 
-    name = "s1"
+    view = DARTS
     encoding = encoding
     fast = fast_search
     genotype_files = genotype_files.FILES
@@ -109,7 +117,10 @@ class S1(SearchSpace):
         return encoding.genotype(alphas)
 
     def network(self, args: argparse.Namespace, cell: genotypes.Genotype, classes: int) -> nn.Module:
-        """Return the network of the CIFAR recipe with --target_channels and --target_layers, without auxiliary head."""
+        """Return the network that `train.py` would train with the CIFAR recipe.
+
+        It has --target_channels and --target_layers, and no auxiliary head.
+        """
         return NetworkCIFAR(args.target_channels, classes, args.target_layers, False, cell)
 
     def cost_table(
@@ -128,7 +139,7 @@ class S1(SearchSpace):
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command: the flags of both spaces, and those of the DARTS space."""
-    parser = search_cli.search_parser("train_search.py", __doc__, ["cifar10", "cifar100", "folder", "digits"])
+    parser = search_cli.search_parser("train_search.py", __doc__)
     group = parser.add_argument_group("DARTS space")
     group.add_argument(
         "--layers", type=number(int, 1, MOST.cells), default=8, metavar="N", help="cells of the supernet"
@@ -153,7 +164,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     device = devices.choose_device(args)
     runs.check_arguments_alike(args, SETTINGS)
-    train, valid, augmentation = data.search_splits(args)
+    train, valid, augmentation = datasets.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
     candidates = tuple(genotypes.PRIMITIVES) * 14  # of a cell: every operation on every edge
     cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), candidates, candidates)
@@ -162,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = Network(args.init_channels, len(train.classes), args.layers)
     network = network.to(device, memory_format=devices.memory_format(device))
-    inputs = {"data": data.describe(train=train, valid=valid)}
+    inputs = {"data": describe(train=train, valid=valid)}
     setup = SearchSetup(args, S1(), network, train_loader, valid_loader)
     search_cli.run_search(search, setup, parser.prog, inputs)
 

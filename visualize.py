@@ -14,10 +14,10 @@ from typing import NamedTuple
 
 import genotype_files
 import genotypes
-import nas201.report  # noqa: F401  registers its space
 from genotypes import Cell
 from reporting import cells, report
 from support.files import UserError, emit
+from views import VIEWS
 
 TARGET = "a named cell such as EvNASA, a genotype file, a run directory or an arch string of NAS-Bench-201"
 
@@ -35,10 +35,10 @@ def resolve(text: str) -> Target:
     if text.lstrip().startswith("|"):
         return Target(text.strip(), "", ".")
     if os.path.isdir(text):
-        return Target(cells.load_architecture(genotype_files.file_in(text)), "", text)
+        return Target(cells.load_cell(genotype_files.file_in(text), VIEWS), "", text)
     if os.sep in text or text.endswith((".json", ".pickle")):
         name = os.path.splitext(os.path.basename(text))[0]
-        return Target(cells.load_architecture(text), name, ".")
+        return Target(cells.load_cell(text, VIEWS), name, ".")
     return Target(genotypes.get(text), text, ".")
 
 
@@ -60,10 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if (args.target is None) == (args.report is None):
         raise UserError(f"nothing or too much to draw: give either {TARGET}, or --report RUN_DIR")
     if args.report is not None:
-        paths = [report.write_report(args.report)]
+        paths = [report.write_report(args.report, VIEWS)]
     else:
         target = resolve(args.target)
-        paths = cells.write_cells(args.output or target.folder, target.cell, args.format, target.name)
+        paths = cells.write_cell(args.output or target.folder, target.cell, VIEWS, args.format, target.name)
     for path in paths:
         emit(path, sys.stdout)
 

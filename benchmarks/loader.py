@@ -11,9 +11,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import datasets
 from benchmarks.common import alternate, describe, finish
-from data import AUGMENTATION, Images
 from loaders import Loader
+from splits import Images
 
 
 def main():
@@ -25,7 +26,7 @@ def main():
     args = parser.parse_args()
     count, device = 25_000 if args.full else 4_096, torch.device(args.device)
     pixels = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    recipe = AUGMENTATION["cifar10"]
+    recipe = datasets.augmentation("cifar10")
     settings = dict(generator=torch.Generator().manual_seed(1), augment=True, cutout=16)
     loader = Loader(Images(pixels, torch.zeros(count, dtype=torch.int64), ["none"]), 64, recipe, device, **settings)
 

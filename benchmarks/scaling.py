@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
+import datasets
 import fast_search
 import loaders
 from benchmarks.common import describe, finish
@@ -42,8 +42,8 @@ def generation(rank, world, address, args, results):
 
     torch.distributed.all_reduce = counted
     device = torch.device("cpu")
-    digits = data.load("digits", None, "train")
-    recipe = data.augmentation("digits", digits)
+    digits = datasets.load_images("digits", None, "train")
+    recipe = datasets.augmentation("digits", digits)
     train, valid = (digits.subset(torch.arange(i, i + args.images)) for i in (0, args.images))
     settings = dict(generator=torch.Generator().manual_seed(1), augment=True)
     train_loader = loaders.Loader(train, 64, recipe, device, **settings)

@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
+import datasets
 import fast_search
 from benchmarks.common import WAYS, Way, compare, fastest, finish, search_arguments, show
 from encoding import decode, random_alphas
@@ -72,7 +72,7 @@ def compare_precisions(args, steps=200, individuals=100):
     """Fitness of random individuals on enlarged handwritten digits, in float32 and bfloat16 on the same weights."""
     from scipy.stats import kendalltau
 
-    digits = data.load("digits", None, "train")
+    digits = datasets.load_images("digits", None, "train")
     x = torch.nn.functional.interpolate(digits.images.float().div(128).sub(1), scale_factor=4).to(args.device)
     y = digits.labels.to(args.device)
     way = Way("fast", new_network(), fast_search, args)

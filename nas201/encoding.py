@@ -1,32 +1,39 @@
-"""Architecture parameters of the NAS-Bench-201 space: (..., G, E, O) = (..., 1, 6, 5), one or many."""
+"""Architecture parameters (alphas) of the NAS-Bench-201 search space.
+
+Alphas are (..., G, E, O) = (..., 1, 6, 5): one kind of cell, six edges, five operations. Leading
+dimensions are free, so that a function takes one individual or a whole population.
+"""
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 from nas201.genotypes import EDGES, PRIMITIVES, to_arch_string
 
 
-def random_alphas(P, generator=None):
-    """Draw P raw individuals (P, 1, 6, 5), entries uniform in [0, 1), float32, on the generator's device."""
-    device = generator and generator.device
+def random_alphas(P: int, generator: torch.Generator | None = None) -> Tensor:
+    """Draw P raw individuals (P, 1, 6, 5), uniform in [0, 1), float32, on the generator's device."""
+    device = generator.device if generator is not None else None
     return torch.rand(P, 1, len(EDGES), len(PRIMITIVES), generator=generator, device=device)
 
 
-def decode(alphas):
-    """Return the one-hot form of raw alphas (..., 6, 5): 1 at each edge's best operation, `none` included.
+def decode(alphas: Tensor) -> Tensor:
+    """Return the one-hot form of raw alphas (..., 6, 5): 1 at each edge's largest value.
 
-    The lowest index among equals wins. Idempotent.
+    Unlike in the DARTS space, `none` can be chosen. Among equal values the lowest index wins.
+    Decoding twice changes nothing more.
     """
-    best = alphas.argmax(dim=-1)  # argmax, unlike max, promises the lowest index among equals
-    return torch.nn.functional.one_hot(best, len(PRIMITIVES)).to(alphas.dtype)
+    best = alphas.argmax(dim=-1)  # argmax returns the lowest index among equals, which max does not promise
+    return F.one_hot(best, len(PRIMITIVES)).to(alphas.dtype)
 
 
-def arch_indices(alphas):
-    """Return six operation indices, in edge order, of one individual's alphas, (1, 6, 5) or (6, 5)."""
-    if alphas.shape not in ((1, len(EDGES), len(PRIMITIVES)), (len(EDGES), len(PRIMITIVES))):
+def arch_string(alphas: Tensor) -> str:
+    """Return the arch string of one individual's raw or decoded alphas, (1, 6, 5) or (6, 5).
+
+    Raises ValueError for another shape.
+    """
+    shape = (len(EDGES), len(PRIMITIVES))
+    if alphas.shape not in ((1, *shape), shape):
         raise ValueError(f"alphas of one architecture are (1, 6, 5) or (6, 5), not {tuple(alphas.shape)}")
-    return tuple(alphas.reshape(len(EDGES), len(PRIMITIVES)).argmax(dim=-1).tolist())
-
-
-def arch_string(alphas):
-    """Return the arch string of one individual's raw or decoded alphas, (1, 6, 5) or (6, 5)."""
-    return to_arch_string(arch_indices(alphas))
+    operations = alphas.reshape(shape).argmax(dim=-1).tolist()
+    return to_arch_string(tuple(operations))

@@ -1,218 +1,323 @@
-"""The supernet of `nas201.model_search` again, several times faster, on the same modules and parameters.
+"""The supernet of `nas201.model_search` computed several times faster, on the same modules and parameters.
 
-`forward` trains, an `Evaluator` measures a population. What makes them fast:
+`forward` trains the supernet, and an `Evaluator` measures many individuals on one batch. Tests hold
+both equal to the reference. What makes them fast:
 
-- channels-last throughout; one ReLU and one average pool a node instead of one an edge; `none` left out;
-- with batch statistics, the equal convolutions that leave a node are one convolution with concatenated output channels
-  and one BatchNorm, whose scale carries the mixing weights;
-- with running statistics BatchNorm is linear, so a node is one 3x3 convolution of the concatenated earlier nodes, whose
-  kernel holds both convolutions of every edge, their BatchNorms and the mixing weights, plus `skip` and `avg_pool`.
+- The layout is channels-last throughout. ReLU and the average pool run once per node instead of once
+  per edge. `none` is left out.
+- With batch statistics, the convolutions of the same kind out of a node are one convolution with
+  concatenated output channels and one BatchNorm, whose scale has the mixing weights.
+- With running statistics BatchNorm is linear. So a node is one 3x3 convolution of the concatenated
+  earlier nodes, plus their `skip_connect` and `avg_pool_3x3`. Its kernel has both convolutions of
+  every edge, their BatchNorms and the mixing weights folded into it.
 
-A cell is a function of tensors alone, so that `compile=True` compiles it once for each stage and batch size.
+A cell is a function of tensors, not of modules, so that equal cells share one compiled graph.
+
+Shapes: B images, C channels of a cell, E = 6 edges, O = 5 operations of an edge. Node 0 is a cell's
+input. "target<-source" is the edge from node `source` to the later node `target`.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fast_ops import batch_norm, batch_norm_stats, fast_average_pool, move_statistics
+from fast_ops import NormUpdate, batch_norm, batch_norm_stats, fast_average_pool, move_statistics, split_update
 from nas201.genotypes import PRIMITIVES
-from nas201.model_search import Cell
-from operations import on_cpu
+from nas201.model_search import Cell, Network
+from operations import ReLUConvBN, on_cpu
 from support.devices import memory_format, region_function
 
-SKIP, CONV1, CONV3, POOL = (
-    PRIMITIVES.index(name) for name in ("skip_connect", "nor_conv_1x1", "nor_conv_3x3", "avg_pool_3x3")
-)
-CONVS = (CONV1, CONV3)
-# With running statistics a CPU takes so many images at a time, so that their activations stay in its cache.
-IMAGES_PER_THREAD, COMPILED_IMAGES_PER_THREAD = 16, 64  # a compiled cell keeps fewer of them
+SKIP = PRIMITIVES.index("skip_connect")
+CONV1 = PRIMITIVES.index("nor_conv_1x1")
+CONV3 = PRIMITIVES.index("nor_conv_3x3")
+POOL = PRIMITIVES.index("avg_pool_3x3")
+CONVS = (CONV1, CONV3)  # neighbours in the alphas, which `mix` relies on
+# With running statistics a CPU takes this many images per thread at a time, so that their activations
+# stay in its cache. A compiled cell keeps fewer activations, so it takes more images.
+IMAGES_PER_THREAD = 16
+COMPILED_IMAGES_PER_THREAD = 64
+
+Moments = tuple[Tensor, Tensor]  # (mean, inverse standard deviation) of a batch
+ApplyNorm = Callable[[nn.BatchNorm2d, Tensor], Tensor]  # stands for calling the module
 
 
-def row(target, source):
-    """Return the row in the alphas of the edge target<-source: edges are numbered node by node."""
+def row(target: int, source: int) -> int:
+    """Return the number of the edge target<-source: its row in the alphas."""
     return target * (target - 1) // 2 + source
 
 
-def mixing_weights(alphas):
-    return torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
+def mixing_weights(alphas: Tensor) -> Tensor:
+    """Return the softmax over operations, (E, O), of alphas (1, E, O) or (E, O)."""
+    return torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)
 
 
 # ---- batch statistics
 
 
-def mixed_cell(x, weights, kernels, eps):
-    """Compute a cell with batch statistics: x (B, C, H, W), weights (E, O), `kernels` from `outgoing_kernels`.
+class CellKernels(NamedTuple):
+    """The convolutions of a cell, joined over the edges out of a node, and the BatchNorms after them.
 
-    Returns the output and the (mean, inverse standard deviation) of each BatchNorm of concatenated channels.
+    Both lists are by source node and then by operation, in the order of CONVS. `mixed_cell` returns
+    its statistics in the same order.
     """
-    nodes, statistics = [x] + [None] * len(kernels), []
-    for source, of_ops in enumerate(kernels):
-        x = nodes[source]
-        targets = range(source + 1, len(nodes))
-        w = torch.stack([weights[row(target, source)] for target in targets])  # (targets, O)
-        active, pooled, out = torch.relu(x), fast_average_pool(x), 0
-        for op, kernel in zip(CONVS, of_ops, strict=True):
-            y = F.conv2d(active, kernel, padding=kernel.shape[-1] // 2)  # (B, targets * C, H, W)
-            y, *moments = batch_norm_stats(y, w[:, op].repeat_interleave(x.shape[1]), None, eps)
-            out = out + y
-            statistics.append(moments)
-        w = w.to(out.dtype)
-        for target, of_edge, edge in zip(targets, w, out.chunk(len(targets), dim=1), strict=True):
-            edge = torch.addcmul(torch.addcmul(edge, x, of_edge[SKIP]), pooled, of_edge[POOL])
-            nodes[target] = edge if nodes[target] is None else nodes[target] + edge
-    return nodes[-1], statistics
+
+    kernels: list[list[Tensor]]  # (targets * C, C, k, k)
+    norms: list[list[list[nn.BatchNorm2d]]]  # of each target
 
 
-def outgoing_kernels(cell):
-    """Return, for each node but the last, the 1x1 and the 3x3 kernels of the edges out of it, concatenated.
-
-    Also, for each of these concatenations, the BatchNorms behind it.
-    """
-    kernels, norms = [], []
+def outgoing_kernels(cell: Cell) -> CellKernels:
+    """Join the convolutions of a cell for `mixed_cell`."""
+    kernels = []
+    norms = []
     for source in range(cell.max_nodes - 1):
         edges = [cell.edges[f"{target}<-{source}"] for target in range(source + 1, cell.max_nodes)]
-        kernels.append([torch.cat([edge[op].op[1].weight for edge in edges]) for op in CONVS])
-        norms += [[edge[op].op[2] for edge in edges] for op in CONVS]
-    return kernels, norms
+        kernels_of_source = []
+        norms_of_source = []
+        for op in CONVS:
+            kernels_of_source.append(torch.cat([edge[op].op[1].weight for edge in edges]))
+            norms_of_source.append([edge[op].op[2] for edge in edges])
+        kernels.append(kernels_of_source)
+        norms.append(norms_of_source)
+    return CellKernels(kernels, norms)
 
 
-def forward(network, x, alphas, **settings):
-    """Compute what `network(x, alphas)` does in train mode: logits, with gradients; BatchNorm buffers move likewise.
+def mixed_cell(
+    x: Tensor, weights: Tensor, kernels: list[list[Tensor]], eps: float
+) -> tuple[Tensor, list[list[Moments]]]:
+    """Compute a cell with batch statistics, for x (B, C, H, W) and the mixing weights (E, O).
 
-    `settings` are those of `region_function`.
+    `kernels` are those of CellKernels. Returns the output (B, C, H, W) and the batch statistics by
+    source node and operation.
     """
-    cell_of = region_function(mixed_cell, **settings)
-    weights, bn_updates = mixing_weights(alphas), []
+    C = x.shape[1]
+    nodes = [x] + [None] * len(kernels)
+    moments = []
+    for source, kernels_of_source in enumerate(kernels):
+        x = nodes[source]
+        targets = range(source + 1, len(nodes))
+        # fmt: off
+        w = torch.stack([weights[row(target, source)] for target in targets])  # (targets, O)
+        active = torch.relu(x)                                                 # (B, C, H, W)
+        pooled = fast_average_pool(x)                                          # (B, C, H, W)
+        # fmt: on
+        out = 0
+        moments_of_source = []
+        for op, kernel in zip(CONVS, kernels_of_source, strict=True):
+            scale = w[:, op].repeat_interleave(C)  # (targets * C,)
+            y = F.conv2d(active, kernel, padding=kernel.shape[-1] // 2)  # (B, targets * C, H, W)
+            y, mean, inverse_std = batch_norm_stats(y, scale, None, eps)
+            out = out + y
+            moments_of_source.append((mean, inverse_std))
+        moments.append(moments_of_source)
+        w = w.to(out.dtype)
+        convolved = out.chunk(len(targets), dim=1)  # each (B, C, H, W)
+        for target, edge_weights, edge in zip(targets, w, convolved, strict=True):
+            edge = torch.addcmul(edge, x, edge_weights[SKIP])
+            edge = torch.addcmul(edge, pooled, edge_weights[POOL])
+            nodes[target] = edge if nodes[target] is None else nodes[target] + edge
+    return nodes[-1], moments
 
-    def searched_cell(cell, s):
+
+def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = False, checkpoint: bool = False) -> Tensor:
+    """Compute `network(x, alphas)` in train mode: logits (B, num_classes), with gradients.
+
+    Running statistics move as in the reference. `compile` compiles the cells, and `checkpoint`
+    computes them again in the backward pass instead of keeping their activations.
+    """
+    cell_of = region_function(mixed_cell, compile, checkpoint)
+    weights = mixing_weights(alphas)
+    updates = []
+
+    def searched_cell(cell: Cell, s: Tensor) -> Tensor:
         kernels, norms = outgoing_kernels(cell)
-        out, statistics = cell_of(s, weights, kernels, norms[0][0].eps)
+        out, moments = cell_of(s, weights, kernels, norms[0][0][0].eps)
         count = s.numel() // s.shape[1]
-        for behind, moments in zip(norms, statistics, strict=True):
-            chunks = (moment.chunk(len(behind)) for moment in moments)
-            bn_updates.extend((norm, *chunk, count) for norm, *chunk in zip(behind, *chunks, strict=True))
+        for norms_of_source, moments_of_source in zip(norms, moments, strict=True):
+            for joined, (mean, inverse_std) in zip(norms_of_source, moments_of_source, strict=True):
+                updates.extend(split_update(joined, mean, inverse_std, count))
         return out
 
-    def norm_of(norm, x):
-        return batch_norm(x, norm, bn_updates)
+    def apply_norm(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        return batch_norm(x, norm, updates)
 
-    logits = after_stem(network, stem(network, x, norm_of), searched_cell, norm_of)
-    move_statistics(bn_updates)
+    s = stem(network, x, apply_norm)
+    logits = after_stem(network, s, searched_cell, apply_norm)
+    move_statistics(updates)
     return logits
 
 
 # ---- running statistics
 
 
-def folded_cell(x, weights, kernels, biases):
-    """Compute a cell as one convolution a node: of node k, `kernels[k - 1]` (C, k * C, 3, 3), `biases[k - 1]` (C,)."""
-    nodes, active, pooled = [x], [], []
+class Folded(NamedTuple):
+    """The convolutions of node k in several equal cells, each with its BatchNorm, before mixing."""
+
+    kernels: Tensor  # (cells, 2, C, k, C, 3, 3): by operation of CONVS, output channel, source node
+    biases: Tensor  # (cells, 2, C, k)
+
+
+class FoldedCell(NamedTuple):
+    """A cell with mixed weights: one convolution for each node k = 1, 2, ..."""
+
+    kernels: tuple[Tensor, ...]  # of node k: (C, k * C, 3, 3)
+    biases: tuple[Tensor, ...]  # (C,)
+
+
+def fold(cells: list[Cell]) -> list[Folded]:
+    """Fold the BatchNorms of equal cells into their convolutions, for each node but the first."""
+    nodes = []
+    for target in range(1, cells[0].max_nodes):
+        kernels = []
+        biases = []
+        for cell in cells:
+            for op in CONVS:
+                for source in range(target):
+                    kernel, bias = fold_conv(cell.edges[f"{target}<-{source}"][op])
+                    kernels.append(kernel)
+                    biases.append(bias)
+        shape = (len(cells), len(CONVS), target)
+        # (cells, 2, k, C, ...) -> (cells, 2, C, k, ...)
+        all_kernels = torch.stack(kernels).unflatten(0, shape).transpose(2, 3)
+        all_biases = torch.stack(biases).unflatten(0, shape).transpose(2, 3)
+        nodes.append(Folded(all_kernels, all_biases))
+    return nodes
+
+
+def fold_conv(module: ReLUConvBN) -> tuple[Tensor, Tensor]:
+    """Return the kernel (C, C, 3, 3) and bias (C,) of a convolution with its BatchNorm.
+
+    A 1x1 kernel becomes the centre of a 3x3 kernel.
+    """
+    _, conv, norm = module.op
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    margin = 1 - conv.padding[0]  # 1 if the kernel is 1x1, else 0
+    kernel = F.pad(conv.weight * scale.view(-1, 1, 1, 1), (margin,) * 4)
+    return kernel, -norm.running_mean * scale
+
+
+def mix(nodes: list[Folded], weights: Tensor) -> list[FoldedCell]:
+    """Apply the mixing weights (E, O) to the cells that were given to `fold`."""
+    kernels_of_nodes = []
+    biases_of_nodes = []
+    for k, (kernels, biases) in enumerate(nodes, start=1):
+        # fmt: off
+        w = weights[row(k, 0) : row(k + 1, 0), CONV1 : CONV3 + 1].t()  # (2, k)
+        mixed = (kernels * w.view(1, 2, 1, k, 1, 1, 1)).sum(1)         # (cells, C, k, C, 3, 3)
+        kernels_of_nodes.append(mixed.flatten(2, 3).unbind())          # each (C, k * C, 3, 3)
+        mixed = (biases * w.view(1, 2, 1, k)).sum((1, 3))              # (cells, C)
+        biases_of_nodes.append(mixed.unbind())                         # each (C,)
+        # fmt: on
+    kernels_of_cells = zip(*kernels_of_nodes, strict=True)
+    biases_of_cells = zip(*biases_of_nodes, strict=True)
+    return [FoldedCell(*parts) for parts in zip(kernels_of_cells, biases_of_cells, strict=True)]
+
+
+def folded_cell(x: Tensor, weights: Tensor, kernels: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor:
+    """Compute a cell as one convolution per node, for x (B, C, H, W) and the mixing weights (E, O).
+
+    The kernels and biases are those of FoldedCell.
+    """
+    nodes = [x]
+    active = []  # ReLU of each node
+    pooled = []  # average pool of each node
     for target, (kernel, bias) in enumerate(zip(kernels, biases, strict=True), start=1):
         active.append(torch.relu(nodes[-1]))
         pooled.append(fast_average_pool(nodes[-1]))
-        out = F.conv2d(torch.cat(active, dim=1), kernel, bias, padding=1)
+        out = F.conv2d(torch.cat(active, dim=1), kernel, bias, padding=1)  # (B, C, H, W)
         for source in range(target):
-            w = weights[row(target, source)].to(out.dtype)
+            w = weights[row(target, source)].to(out.dtype)  # (O,)
             out = out.addcmul_(nodes[source], w[SKIP]).addcmul_(pooled[source], w[POOL])
         nodes.append(out)
     return nodes[-1]
 
 
-def fold_conv(relu, conv, norm):
-    """Return kernel (C, C, 3, 3) and bias (C,) of a convolution with its BatchNorm; a 1x1 kernel goes to the centre."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    margin = 1 - conv.padding[0]
-    return F.pad(conv.weight * scale.view(-1, 1, 1, 1), (margin,) * 4), -norm.running_mean * scale
-
-
-def fold(cells):
-    """Return for each node k of equal cells kernels (cells, 2, C, k, C, 3, 3) and biases (cells, 2, C, k), unmixed."""
-    nodes = []
-    for target in range(1, cells[0].max_nodes):
-        edges = [[cell.edges[f"{target}<-{source}"] for source in range(target)] for cell in cells]
-        convs = [fold_conv(*edge[op].op) for of_cell in edges for op in CONVS for edge in of_cell]
-        shape = (len(cells), len(CONVS), target)
-        nodes.append([torch.stack(v).unflatten(0, shape).transpose(2, 3) for v in zip(*convs, strict=True)])
-    return nodes
-
-
-def mix(nodes, weights):
-    """Return, for each of the cells that `fold` had, the (kernels, biases) that `folded_cell` takes."""
-    kernels, biases = [], []
-    for target, (kernel, bias) in enumerate(nodes, start=1):
-        w = weights[row(target, 0) : row(target + 1, 0), CONV1 : CONV3 + 1].t()  # (2, k)
-        kernels.append((kernel * w.view(1, 2, 1, target, 1, 1, 1)).sum(1).flatten(2, 3).unbind())
-        biases.append((bias * w.view(1, 2, 1, target)).sum((1, 3)).unbind())
-    return zip(zip(*kernels, strict=True), zip(*biases, strict=True), strict=True)
-
-
 class Evaluator:
-    """Measures individuals with "batch" or "running" BatchNorm statistics, without gradients, buffers untouched.
+    """Measures individuals without gradients, with the statistics `bn`: "batch" or "running".
 
-    What depends on the weights alone is computed here, once: make a new one when they have moved.
+    It moves no running statistics. It prepares what depends on the network's weights, so make a new
+    one after the weights have changed.
     """
 
     @torch.no_grad()
-    def __init__(self, network, bn, *, compile=False):
-        self.network, self.bn = network, bn
+    def __init__(self, network: Network, bn: str, *, compile: bool = False):
+        self.network = network
+        self.bn = bn
         cells = [cell for cell in network.cells if isinstance(cell, Cell)]
-        self.kernels, norms = zip(*(outgoing_kernels(cell) for cell in cells), strict=True)
-        self.eps, tracked = norms[0][0][0].eps, norms[0][0][0].running_mean is not None
-        self.folding = bn == "running" and tracked  # without running statistics the searched cells use the batch's
-        cell_of = folded_cell if self.folding else mixed_cell
-        self.cell_of = region_function(cell_of, compile)
+        kernels_of_cells = [outgoing_kernels(cell) for cell in cells]
+        self.kernels = [kernels for kernels, _ in kernels_of_cells]
+        any_norm = kernels_of_cells[0].norms[0][0][0]
+        self.eps = any_norm.eps
+        # Searched cells without running statistics normalise with the batch's, whatever `bn` says.
+        self.folding = bn == "running" and any_norm.running_mean is not None
+        self.cell_of = region_function(folded_cell if self.folding else mixed_cell, compile)
         self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
-        cells_per_stage = len(cells) // 3  # one `mix` serves the equal cells of a stage
-        firsts = range(0, len(cells), cells_per_stage) if self.folding else ()
-        self.stages = [fold(cells[i : i + cells_per_stage]) for i in firsts]
+        self.stages = []  # by stage, whose cells are equal, what `mix` needs
+        if self.folding:
+            cells_per_stage = len(cells) // 3
+            for first in range(0, len(cells), cells_per_stage):
+                self.stages.append(fold(cells[first : first + cells_per_stage]))
 
     @torch.no_grad()
-    def set_batch(self, x):
-        """Do what all individuals share on a batch of images (B, 3, H, W)."""
-        s = stem(self.network, x, self.norm_of)
-        cut = self.folding and on_cpu(s)
-        self.parts = s.split(self.images_per_thread * torch.get_num_threads()) if cut else [s]
+    def set_batch(self, x: Tensor) -> None:
+        """Compute what all individuals share on a batch of images (B, 3, H, W)."""
+        s = stem(self.network, x, self.apply_norm)  # (B, C, H, W)
+        if self.folding and on_cpu(s):
+            self.parts = s.split(self.images_per_thread * torch.get_num_threads())
+        else:
+            self.parts = [s]
 
     @torch.no_grad()
-    def logits(self, alphas):
-        """Return the logits (B, num_classes) of one individual, (1, 6, 5) or (6, 5), raw or decoded, on the batch."""
+    def logits(self, alphas: Tensor) -> Tensor:
+        """Return the logits (B, num_classes) of an individual on the batch.
+
+        `alphas` are (1, E, O) or (E, O), raw or decoded.
+        """
         weights = mixing_weights(alphas)
         if self.folding:
             arguments = [cell for stage in self.stages for cell in mix(stage, weights)]
         else:
             arguments = [(kernels, self.eps) for kernels in self.kernels]
 
-        def part_logits(s):
-            of_cell = iter(arguments)
+        def part_logits(s: Tensor) -> Tensor:
+            remaining = iter(arguments)
 
-            def searched_cell(cell, s):
-                out = self.cell_of(s, weights, *next(of_cell))
+            def searched_cell(cell: Cell, s: Tensor) -> Tensor:
+                out = self.cell_of(s, weights, *next(remaining))
                 return out if self.folding else out[0]
 
-            return after_stem(self.network, s, searched_cell, self.norm_of)
+            return after_stem(self.network, s, searched_cell, self.apply_norm)
 
         return torch.cat([part_logits(part) for part in self.parts])
 
-    def norm_of(self, norm, x):
-        return batch_norm(x, norm, [] if self.bn == "batch" else None)
+    def apply_norm(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+        """Apply a BatchNorm of the network that is outside of the searched cells."""
+        updates: list[NormUpdate] | None = [] if self.bn == "batch" else None  # nothing reads the list
+        return batch_norm(x, norm, updates)
 
 
-# ---- the network around the searched cells; `norm_of(norm, x)` stands for calling the BatchNorm module
+# ---- the network around the searched cells
 
 
-def stem(network, x, norm_of):
+def stem(network: Network, x: Tensor, apply_norm: ApplyNorm) -> Tensor:
+    """Apply the stem: images (B, 3, H, W) -> (B, C, H, W)."""
     conv, norm = network.stem
-    return norm_of(norm, conv(x.contiguous(memory_format=memory_format(x.device))))
+    return apply_norm(norm, conv(x.contiguous(memory_format=memory_format(x.device))))
 
 
-def after_stem(network, s, searched_cell, norm_of):
+def after_stem(
+    network: Network, s: Tensor, searched_cell: Callable[[Cell, Tensor], Tensor], apply_norm: ApplyNorm
+) -> Tensor:
+    """Return the logits (B, num_classes) for the stem's output s (B, C, H, W)."""
     for cell in network.cells:
         if isinstance(cell, Cell):
             s = searched_cell(cell, s)
-        else:
+        else:  # a residual block, with half the resolution and twice the channels
             shortcut = cell.downsample(s)
             for relu, conv, norm in (cell.conv_a.op, cell.conv_b.op):
-                s = norm_of(norm, conv(relu(s)))
+                s = apply_norm(norm, conv(relu(s)))
             s = shortcut + s
     norm, relu = network.lastact
-    return network.classifier(network.global_pooling(relu(norm_of(norm, s))).flatten(1))
+    return network.classifier(network.global_pooling(relu(apply_norm(norm, s))).flatten(1))

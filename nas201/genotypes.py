@@ -1,10 +1,12 @@
-"""Arch strings, the discrete cells of NAS-Bench-201. No torch here.
+"""Arch strings, the cells of NAS-Bench-201. No torch here.
 
-A cell has four nodes and an operation on each of its six edges: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`, where `op~j` in
-the k-th group is the operation from node j to node k. Node 0 is the cell's input, node 3 its output.
+A cell has four nodes and one operation on each of its six edges. The arch string groups the edges by
+the node they lead to: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. In the group of node k, `op~j` is the
+operation from node j to node k. Node 0 is the cell's input and node 3 its output.
 """
 
 import re
+from collections.abc import Sequence
 
 from support.files import UserError
 
@@ -15,16 +17,17 @@ NUM_ARCHS = len(PRIMITIVES) ** len(EDGES)  # 15,625
 
 _TEMPLATE = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|"
 _PATTERN = re.compile(re.escape(_TEMPLATE).replace(r"\{\}", r"([^~|+]*)"))
+_MOST_SHOWN = 150  # characters of an arch string in a message
 
 
-def to_arch_string(ops):
-    """Return the arch string of six operation indices in edge order."""
-    return _TEMPLATE.format(*(PRIMITIVES[op] for op in ops))
+def to_arch_string(operations: Sequence[int]) -> str:
+    """Return the arch string of six indices into PRIMITIVES, in the order of EDGES."""
+    return _TEMPLATE.format(*(PRIMITIVES[index] for index in operations))
 
 
-def from_arch_string(text):
-    """Return six operation indices in edge order. Raises UserError saying what is wrong with `text`."""
-    shown = repr(text if len(text) <= 150 else text[:150] + "...")
+def from_arch_string(text: str) -> tuple[int, ...]:
+    """Return six indices into PRIMITIVES, in the order of EDGES. Raises UserError, which says what is wrong."""
+    shown = repr(text if len(text) <= _MOST_SHOWN else text[:_MOST_SHOWN] + "...")
     match = _PATTERN.fullmatch(text)
     if match is None:
         groups = text.split("+")
@@ -32,10 +35,11 @@ def from_arch_string(text):
             if node > len(groups) or f"~{source}|" not in groups[node - 1]:
                 raise UserError(f"arch string {shown} lacks the edge {node}<-{source}")
         raise UserError(f"arch string {shown} does not have the form {_TEMPLATE.replace('{}', 'OP')}")
-    for (node, source), op in zip(EDGES, match.groups(), strict=True):
-        if op not in PRIMITIVES:
+    names = match.groups()
+    for (node, source), name in zip(EDGES, names, strict=True):
+        if name not in PRIMITIVES:
             known = ", ".join(PRIMITIVES)
             raise UserError(
-                f"arch string {shown}: unknown operation {op!r} on edge {node}<-{source}; known are {known}"
+                f"arch string {shown}: unknown operation {name!r} on edge {node}<-{source}; known are {known}"
             )
-    return tuple(map(PRIMITIVES.index, match.groups()))
+    return tuple(PRIMITIVES.index(name) for name in names)

@@ -1,61 +1,78 @@
 """The network of one architecture of NAS-Bench-201, as it is retrained and tested."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from costs import count
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
 from support.devices import region_function
 
+NODES = 4  # of a cell, its input among them
+
 
 class Cell(nn.Module):
-    """A complete directed acyclic graph of four nodes with one operation on each edge; BatchNorm is affine."""
+    """A complete directed acyclic graph of four nodes with one operation on each edge; BatchNorm is affine.
 
-    def __init__(self, operations, C):
+    `operations` are six indices into PRIMITIVES, in the order of EDGES.
+    """
+
+    def __init__(self, operations: Sequence[int], C: int):
         super().__init__()
-        ops = (OPS[PRIMITIVES[index]](C, True, True) for index in operations)
-        self.edges = nn.ModuleDict({f"{node}<-{source}": op for (node, source), op in zip(EDGES, ops, strict=True)})
+        self.edges = nn.ModuleDict()
+        for (node, source), index in zip(EDGES, operations, strict=True):
+            self.edges[f"{node}<-{source}"] = OPS[PRIMITIVES[index]](C, True, True)
 
-    def forward(self, x):  # (B, C, H, W) -> (B, C, H, W)
-        nodes, ops = [x], iter(self.edges.values())
-        while len(nodes) < 4:
-            nodes.append(sum(next(ops)(h) for h in nodes))
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the cell's output (B, C, H, W) for its input x of the same shape."""
+        nodes = [x]
+        operations = iter(self.edges.values())  # node by node, within a node by source
+        while len(nodes) < NODES:
+            nodes.append(sum(next(operations)(h) for h in nodes))  # (B, C, H, W)
         return nodes[-1]
 
 
 class Network(Stages):
-    """`forward(x)`, x (B, 3, H, W), returns (logits, None) as the networks of the other space do: there is no head.
+    """Three stages of N cells each, with C, 2C and 4C channels.
 
-    N cells of the arch string in each of three stages with C, 2C and 4C channels. Raises UserError for an arch string
-    that is none. `settings` are those of `region_function`.
+    `forward(x)` takes images (B, 3, H, W), H and W multiples of 4, and returns (logits, None), logits
+    (B, num_classes): like the networks of the DARTS space, which have an auxiliary head as well.
+    `compile` and `checkpoint` are those of `region_function`. Raises UserError if `arch` is not an arch
+    string.
     """
 
     drop_path_prob = 0.0  # the benchmark's recipe has no drop path
 
-    def __init__(self, C, N, num_classes, arch):
+    def __init__(self, C: int, N: int, num_classes: int, arch: str):
         operations = from_arch_string(arch)
         super().__init__(C, N, num_classes, lambda channels: Cell(operations, channels))
 
-    def forward(self, x, **settings):
-        return super().forward(x, region_function(Cell.forward, **settings)), None
+    def forward(self, x: Tensor, compile: bool = False, checkpoint: bool = False) -> tuple[Tensor, None]:
+        return super().forward(x, region_function(Cell.forward, compile, checkpoint)), None
 
 
-def cost_table(C, N, classes, image_shape):
+def cost_table(C: int, N: int, classes: int, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return what the networks `Network(C, N, classes, arch)` cost on an image (3, H, W), as `costs.s1_table` does.
 
-    (2,) is the cost without the cells' operations, (1, 6, 5, 2) that of an operation on an edge, all cells together.
-    The benchmark's own figures are the same, but count the classifier's bias among the multiply-adds.
+    Returns two int64 tensors whose last axis is [parameters, mult-adds]: (2,) of the network without
+    its cells' operations, and (1, 6, 5, 2) of each operation on each edge, over all cells of the
+    network. The benchmark's own figures are the same, except that it counts the classifier's bias
+    among the mult-adds.
     """
-    pixels, choices = image_shape[1] * image_shape[2], torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)
+    pixels = image_shape[1] * image_shape[2]
     with torch.device("meta"):
         network = Network(C, N, classes, to_arch_string([0] * len(EDGES)))
     fixed = count(network.stem, pixels) + count(network.lastact, 1) + count(network.classifier, 1)
+    choices = torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)  # of one edge, over all cells: edges cost the same
     for part in network.cells:
         if isinstance(part, Cell):
             with torch.device("meta"):
-                choices += torch.stack([count(OPS[name](C, True, True), pixels) for name in PRIMITIVES])
-        else:  # a residual block
-            C, pixels = 2 * C, pixels // 4
+                operations = [OPS[name](C, True, True) for name in PRIMITIVES]
+            choices += torch.stack([count(operation, pixels) for operation in operations])
+        else:  # a residual block: twice the channels, half the height and width
+            C = 2 * C
+            pixels = pixels // 4
             fixed += count(part, pixels)
     return fixed, choices.expand(1, len(EDGES), *choices.shape)

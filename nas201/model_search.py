@@ -1,69 +1,81 @@
-"""The supernet of the NAS-Bench-201 space, written for reading: every candidate runs in every forward pass.
+"""The supernet of the NAS-Bench-201 search space (S2): every candidate runs in every forward pass.
 
-This is the reference. Faster paths elsewhere work on these same modules and are held equal to it by tests.
+This is the reference, written for reading. `nas201/fast_search.py` computes the same faster, on the
+same modules, and tests hold it equal to this file.
+
+Shapes: B images, C channels of a cell, E = 6 edges of a cell, O = 5 operations of an edge.
 """
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nas201.genotypes import PRIMITIVES
 from operations import AveragePool, Classifier, ReLUConvBN, Zero
 
-OPS = {  # (B, C, H, W) -> (B, C, H, W); `track`: whether BatchNorm keeps running statistics
+# `OPS[name](C, affine, track)` makes an operation, (B, C, H, W) -> (B, C, H, W). `track` says whether
+# its BatchNorm keeps running statistics.
+OPS: dict[str, Callable[[int, bool, bool], nn.Module]] = {
     "none": lambda C, affine, track: Zero(1),
     "skip_connect": lambda C, affine, track: nn.Identity(),
     "nor_conv_1x1": lambda C, affine, track: ReLUConvBN(C, C, 1, 1, 0, affine, track),
     "nor_conv_3x3": lambda C, affine, track: ReLUConvBN(C, C, 3, 1, 1, affine, track),
-    # Unlike in the DARTS space no BatchNorm follows the pool.
+    # Unlike in the DARTS space, no BatchNorm follows the pool.
     "avg_pool_3x3": lambda C, affine, track: AveragePool(1),
 }
 
 
 class ResidualBlock(nn.Module):
-    """The fixed block between two stages: halves the resolution. Its BatchNorms are affine."""
+    """The fixed block between two stages. It halves the resolution, and its BatchNorms are affine."""
 
-    def __init__(self, C_in, C_out):
+    def __init__(self, C_in: int, C_out: int):
         super().__init__()
         self.conv_a = ReLUConvBN(C_in, C_out, 3, stride=2, padding=1)
         self.conv_b = ReLUConvBN(C_out, C_out, 3, stride=1, padding=1)
         self.downsample = nn.Sequential(nn.AvgPool2d(2, stride=2), nn.Conv2d(C_in, C_out, 1, bias=False))
 
-    def forward(self, x):  # (B, C_in, H, W) -> (B, C_out, H/2, W/2)
+    def forward(self, x: Tensor) -> Tensor:
+        # (B, C_in, H, W) -> (B, C_out, H / 2, W / 2)
         return self.downsample(x) + self.conv_b(self.conv_a(x))
 
 
 class Cell(nn.Module):
-    """A complete directed acyclic graph of `max_nodes` nodes; each edge is the weighted sum of all candidates."""
+    """A cell of `max_nodes` nodes, of which node 0 is the input and the last one the output.
 
-    def __init__(self, C, max_nodes, track_running_stats):
+    Each node adds up its edges from all earlier nodes. An edge is the weighted sum of all candidates.
+    """
+
+    def __init__(self, C: int, max_nodes: int, track_running_stats: bool):
         super().__init__()
         self.max_nodes = max_nodes
-        self.edges = nn.ModuleDict()  # node by node, within a node by input
+        self.edges = nn.ModuleDict()  # node by node, and by input within a node
         for node in range(1, max_nodes):
             for source in range(node):
-                ops = (OPS[primitive](C, False, track_running_stats) for primitive in PRIMITIVES)
+                ops = [OPS[primitive](C, False, track_running_stats) for primitive in PRIMITIVES]
                 self.edges[f"{node}<-{source}"] = nn.ModuleList(ops)
 
-    def forward(self, x, weights):  # x: (B, C, H, W), weights: (E, O)
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """Return (B, C, H, W) for x (B, C, H, W) and the mixing weights (E, O)."""
         nodes = [x]
         edges = iter(zip(self.edges.values(), weights, strict=True))
         for _ in range(1, self.max_nodes):
             incoming = []
-            for state in nodes:
+            for h in nodes:
                 ops, edge_weights = next(edges)
-                incoming.append(sum(w * op(state) for w, op in zip(edge_weights, ops, strict=True)))
+                incoming.append(sum(w * op(h) for w, op in zip(edge_weights, ops, strict=True)))  # (B, C, H, W)
             nodes.append(sum(incoming))
-        return nodes[-1]  # (B, C, H, W)
+        return nodes[-1]
 
 
 class Stages(nn.Module):
-    """Stem, three stages of N cells with C, 2C and 4C channels, residual blocks between them, classifier.
+    """What all networks of this space have in common, from stem to classifier.
 
-    What all networks of this space have in common. A cell is make_cell(channels); cell_of(cell, s, *inputs)
-    computes it for the features s (B, channels, H, W).
+    Three stages of N cells have C, 2 C and 4 C channels, with residual blocks between them.
+    make_cell(channels) makes a cell.
     """
 
-    def __init__(self, C, N, num_classes, make_cell):
+    def __init__(self, C: int, N: int, num_classes: int, make_cell: Callable[[int], nn.Module]):
         super().__init__()
         self.stem = nn.Sequential(nn.Conv2d(3, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
         self.cells = nn.ModuleList()
@@ -76,31 +88,41 @@ class Stages(nn.Module):
         self.global_pooling = nn.AdaptiveAvgPool2d(1)
         self.classifier = Classifier(C, num_classes)
 
-    def forward(self, x, cell_of, *inputs):
-        s = self.stem(x)
+    def forward(self, x: Tensor, cell_of: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Return the logits (B, num_classes) of images x (B, 3, H, W).
+
+        cell_of(cell, s, *inputs) computes a cell for s (B, channels, H, W).
+        """
+        # fmt: off
+        s = self.stem(x)                                              # (B, C, H, W)
         for cell in self.cells:
             s = cell(s) if isinstance(cell, ResidualBlock) else cell_of(cell, s, *inputs)
-        return self.classifier(self.global_pooling(self.lastact(s)).flatten(1))
+        features = self.global_pooling(self.lastact(s)).flatten(1)    # (B, 4 * C)
+        return self.classifier(features)                              # (B, num_classes)
+        # fmt: on
 
 
 class Network(Stages):
-    """The supernet. BatchNorm in its searched cells has no affine parameters.
+    """The supernet. The BatchNorms of its searched cells are not affine.
 
-    `track_running_stats=False` takes the running statistics from the BatchNorms of the searched cells alone: these
-    normalise by the batch in eval mode too. Stem, blocks and `lastact` always keep theirs.
+    With `track_running_stats=False` the BatchNorms of the searched cells keep no running statistics,
+    so they use the batch's in eval mode too. Stem, residual blocks and `lastact` always keep theirs.
     """
 
-    not_loaded = ("arch_parameters",)  # alphas (6, 5), which published weights hold
+    not_loaded = ("arch_parameters",)  # alphas (6, 5), which published weight files hold
 
-    def __init__(self, C, N, num_classes, max_nodes=4, *, track_running_stats=True):
+    def __init__(self, C: int, N: int, num_classes: int, max_nodes: int = 4, *, track_running_stats: bool = True):
         super().__init__(C, N, num_classes, lambda channels: Cell(channels, max_nodes, track_running_stats))
 
-    def load_state_dict(self, state_dict, *args, **kwargs):
-        """Load as torch does, but leave out the entries named in `not_loaded`."""
+    def load_state_dict(self, state_dict: dict, *args, **kwargs) -> tuple[list[str], list[str]]:
+        """Load as torch does, but ignore the entries named in `not_loaded`."""
         state_dict = {name: value for name, value in state_dict.items() if name not in self.not_loaded}
         return super().load_state_dict(state_dict, *args, **kwargs)
 
-    def forward(self, x, alphas):
-        """Logits (B, num_classes) of images x (B, 3, H, W) with alphas (1, E, O) or (E, O), raw or decoded."""
+    def forward(self, x: Tensor, alphas: Tensor) -> Tensor:
+        """Return the logits (B, num_classes) of images x (B, 3, H, W).
+
+        `alphas` are (1, E, O) or (E, O), raw or decoded. The softmax is computed here.
+        """
         weights = torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
         return super().forward(x, Cell.__call__, weights)

@@ -1,92 +1,122 @@
-"""What reports and drawings show of NAS-Bench-201: arch strings, true accuracies, published figures.
-
-Importing this module registers it with `reporting`.
-"""
+"""What drawings and reports show of NAS-Bench-201: arch strings, true accuracies, published figures. No torch here."""
 
 from html import escape
+from typing import TYPE_CHECKING
 
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
-from reporting import cells, report
-from reporting.charts import chart, column, show, table
+from nas201.published import PUBLISHED
+from reporting.charts import Level, Line, chart, column, format_number, table
 from reporting.report import section
+from reporting.views import Drawing, Edge, SpaceView, title_of
 
-# True accuracy in percent on NAS-Bench-201 (200 epochs), {data set: [(valid, test) by HEAD]}.
-HEAD = ["EvNAS, published", "Best there is", "RSPS", "GDAS"]
-PUBLISHED = {
-    "cifar10": [(88.98, 92.18), (91.61, 94.37), (84.16, 87.66), (90.00, 93.51)],
-    "cifar100": [(66.35, 66.74), (73.49, 73.51), (59.00, 58.33), (71.14, 70.61)],
-    "ImageNet16-120": [(39.61, 39.00), (46.77, 47.31), (31.56, 31.14), (41.70, 41.84)],
+if TYPE_CHECKING:
+    import torch
+
+COLOURS = {
+    "none": "grey",
+    "skip_connect": "green",
+    "avg_pool_3x3": "yellow",
+    "nor_conv_1x1": "sky",
+    "nor_conv_3x3": "blue",
 }
-SPREAD = {"cifar10": (1.40, 1.11), "cifar100": (2.59, 3.08), "ImageNet16-120": (0.72, 0.44)}
-NOTE = (
-    "Accuracy in percent after 200 epochs of training, mean over the benchmark's seeds. EvNAS, published: mean and "
-    "standard deviation of three searches. RSPS: random search with shared weights. Published figures stand beside the "
-    "data set that was searched."
+NODES = ("0 (input)", "1", "2", "3 (output)")
+ABOUT = (
+    "True accuracy is what the benchmark measured: top-1 accuracy in percent after 200 epochs of training, averaged "
+    "over its seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the mean and "
+    "standard deviation of three searches; RSPS is random search with parameter sharing. Published figures are given "
+    "for the data set that was searched."
 )
-
-cells.COLOUR |= {"nor_conv_1x1": "sky", "nor_conv_3x3": "blue"}
-
-
-@cells.cells.register
-def _(architecture: str, name=""):
-    nodes = ("0 (input)", "1", "2", "3 (output)")
-    operations = zip(EDGES, from_arch_string(architecture), strict=True)
-    edges = [(nodes[source], nodes[target], PRIMITIVES[op]) for (target, source), op in operations]
-    return {"cell": {"title": cells.title(name, "cell"), "edges": edges}}
+HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS", "GDAS")
 
 
-def cells_of(rows, keys):
-    """Return the rows of a table from {name: {key: number}}."""
-    return [[escape(name), *(show(column([row], key)[0]) for key in keys)] for name, row in rows.items()]
+def decode(alphas: "torch.Tensor") -> "torch.Tensor":
+    """Return `nas201.encoding.decode(alphas)`. That module imports torch, so it is imported when it is needed."""
+    from nas201 import encoding
+
+    return encoding.decode(alphas)
 
 
-class Space(report.Space):
-    title = "EvNAS search, NAS-Bench-201 space"
-    cells = ("cell",)
-    cell_type = str
-
-    def encoding(self):
-        from nas201 import encoding
-
-        return encoding.decode, PRIMITIVES
-
-    def section(self, rows, searched):
-        """Return each generation\'s true accuracy beside the optimum and what searches on `searched` published."""
-        charts, lines = [], []
-        for data_set, published in PUBLISHED.items():
-            name = data_set.replace("cifar", "CIFAR-")
-            keys = [f"true_accuracy/{data_set}/{split}" for split in ("valid", "test")]
-            for i, key in enumerate(keys):
-                figures = [f"{row[i]:.2f}" for row in published]
-                figures[0] += f" ± {SPREAD[data_set][i]:.2f}"
-                if data_set != searched:
-                    figures = ["–", figures[1], "–", "–"]
-                lines.append([f"{name} {'test' if i else 'valid'}", f"<b>{show(column(rows, key)[-1])}</b>", *figures])
-            levels = [("best there is, test", "grey", published[1][1])]
-            levels += [("EvNAS, test", "orange", published[0][1])] if data_set == searched else []
-            curves = [("validation", "sky", keys[0]), ("test", "blue", keys[1])]
-            charts.append(chart(rows, f"True accuracy, {name}", "generation's best, %", curves, levels=levels))
-        card = f"<p>{NOTE}</p>" + table("True accuracy", ["Data set", "This run", *HEAD], lines)
-        curves = [("Kendall's tau", "purple", "kendall_tau"), ("Spearman's rho", "green", "spearman_rho")]
-        charts.append(chart(rows, "Rank correlation", "fitness and true accuracy", curves))
-        return section("NAS-Bench-201", *charts, card=card if any(charts) else "")
-
-    def baselines(self, worth):
-        """Return tables: the winner beside chance and the most parameters, and how fitness ranks architectures."""
-        html, rows = "", worth.get("accuracy") or {}
-        if rows:
-            heads = ["winner", "beaten by", "random, mean", "std", "best of 10", "best of 50", "six 3x3 convolutions"]
-            keys = ["accuracy", "beaten_by", "mean", "std", "best_of_10", "best_of_50", "most_parameters"]
-            html += table(
-                "True accuracy, %; best of: expected, of so many random ones",
-                ["Data set", *heads],
-                cells_of(rows, keys),
-            )
-        if taus := worth.get("kendall_tau"):
-            keys = ("architectures", "fitness", "parameters")
-            caption = f"Kendall's tau with {worth.get('truth')} accuracy"
-            html += table(caption, ["", *keys], cells_of(taus, keys))
-        return html
+def drawings(arch: str, name: str) -> dict[str, Drawing]:
+    """Return the drawing of an arch string, by file name. Raises UserError if the arch string is not valid."""
+    edges = []
+    for (target, source), operation in zip(EDGES, from_arch_string(arch), strict=True):
+        edges.append(Edge(NODES[source], NODES[target], PRIMITIVES[operation]))
+    return {"cell": Drawing(title_of(name, "cell"), edges, COLOURS)}
 
 
-report.SPACES["s2"] = Space()
+def accuracy_section(rows: list[dict], searched: str | None) -> str:
+    """Return the true accuracy of each generation's best, next to the optimum and what was published.
+
+    Published searches are only shown for the data set that this search used, `searched`.
+    """
+    charts = []
+    body = []
+    for dataset, published in PUBLISHED.items():
+        name = dataset.replace("cifar", "CIFAR-")
+        for split, figures in published.items():
+            found = format_number(column(rows, f"true_accuracy/{dataset}/{split}")[-1])
+            evnas, rsps, gdas = "–", "–", "–"
+            if dataset == searched:
+                evnas = f"{figures.evnas:.2f} ± {figures.evnas_std:.2f}"
+                rsps = f"{figures.rsps:.2f}"
+                gdas = f"{figures.gdas:.2f}"
+            body.append([f"{name} {split}", f"<b>{found}</b>", evnas, f"{figures.best:.2f}", rsps, gdas])
+        lines = [
+            Line("validation", "sky", f"true_accuracy/{dataset}/valid"),
+            Line("test", "blue", f"true_accuracy/{dataset}/test"),
+        ]
+        levels = [Level("best of the space, test", "grey", published["test"].best)]
+        if dataset == searched:
+            levels.append(Level("EvNAS, test", "orange", published["test"].evnas))
+        charts.append(chart(rows, f"True accuracy, {name}", "of each generation's best, %", lines, levels=levels))
+    lines = [Line("Kendall's tau", "purple", "kendall_tau"), Line("Spearman's rho", "green", "spearman_rho")]
+    charts.append(chart(rows, "Rank correlation", "of fitness and true accuracy", lines))
+    card = f"<p>{ABOUT}</p>" + table("True accuracy, %", HEADS, body)
+    return section("NAS-Bench-201", *charts, card=card if any(charts) else "")
+
+
+def result_tables(result: dict) -> str:
+    """Return two tables: the winner next to random and to the largest architectures, and how fitness ranks them.
+
+    `result` is the content of baselines.json.
+    """
+    html = ""
+    if accuracies := result.get("accuracy"):
+        columns = {
+            "accuracy": "winner",
+            "beaten_by": "architectures that beat it",
+            "mean": "random, mean",
+            "std": "random, std",
+            "best_of_10": "best of 10",
+            "best_of_50": "best of 50",
+            "most_parameters": "six 3x3 convolutions",
+        }
+        caption = "True accuracy, %. Best of n: the expected best of n random architectures"
+        html += table(caption, ["Data set", *columns.values()], body_of(accuracies, columns))
+    if taus := result.get("kendall_tau"):
+        columns = {"architectures": "architectures", "fitness": "of fitness", "parameters": "of parameters"}
+        caption = f"Kendall's tau with {result.get('truth')} accuracy"
+        html += table(caption, ["", *columns.values()], body_of(taus, columns))
+    return html
+
+
+def body_of(figures: dict[str, dict], columns: dict[str, str]) -> list[list[str]]:
+    """Return the lines of a table: of {name: {key: number}}, those with the keys of `columns`."""
+    body = []
+    for name, numbers in figures.items():
+        body.append([escape(name), *(format_number(column([numbers], key)[0]) for key in columns)])
+    return body
+
+
+NAS_BENCH_201 = SpaceView(
+    name="s2",
+    title="EvNAS search, NAS-Bench-201 space",
+    cell_type=str,
+    cell_names=("cell",),
+    operations=PRIMITIVES,
+    colours=COLOURS,
+    decode=decode,
+    drawings=drawings,
+    section=accuracy_section,
+    tables=result_tables,
+)

@@ -1,120 +1,166 @@
-"""Drawings of cells as SVG or PNG. matplotlib draws, without a display."""
+"""Drawings of cells as SVG or PNG. matplotlib draws them; no display is needed."""
 
 import contextlib
-import functools
 import io
 import os
 import re
 import sys
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from typing import TYPE_CHECKING, NamedTuple
 
 import genotype_files
-import genotypes
+from genotypes import Cell
+from reporting.views import Drawing, Views, drawings_of
 from support.files import UserError, atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes  # importing it takes a second
+    from matplotlib.figure import Figure
 
 PALETTE = {
     "paper": "#ffffff", "ink": "#1b1f27", "soft": "#5a6270", "line": "#6b7482", "rule": "#dde1e7", "node": "#e8ecf2",
     "blue": "#0069b4", "sky": "#1f9bcf", "green": "#00855f", "orange": "#c96a00", "yellow": "#8a8a00", "red": "#c9371f",
     "pink": "#b8478c", "purple": "#6a4fb5", "grey": "#7d8590",
 }  # fmt: skip
-COLOUR = {
-    "none": "grey", "skip_connect": "green", "max_pool_3x3": "orange", "avg_pool_3x3": "yellow",
-    "sep_conv_3x3": "blue", "sep_conv_5x5": "sky", "dil_conv_3x3": "red", "dil_conv_5x5": "pink",
-    "sep_conv_7x7": "purple", "conv_7x1_1x7": "purple",
-}  # fmt: skip
+OTHER = "line"  # the colour of operations to which a space gives none
 
-TEXT = 9  # points, as all sizes here
-LETTER = 5.8  # generous, since the viewer's font is not known here
-BOX, GAP, MARGIN, TITLE = 19, 9, 12, 24  # heights of a box and of the title, and the space around boxes
-HOP, ARROW = 18, 6  # from an operation to its node, and the size of the arrow there
-# Lightness is turned over and the hue kept where the viewer prefers dark pages.
+# Sizes are in points.
+TEXT = 9
+LETTER = 5.8  # width of a letter; generous, because we do not know the viewer's font
+BOX = 19  # height of a box
+GAP = 9  # between boxes
+MARGIN = 12  # around the drawing
+TITLE = 24  # height of the title
+HOP = 18  # from an operation to its node
+ARROW = 6  # size of the arrow at the node
+# Viewers that prefer dark pages get inverted lightness, with the same hues.
 DARK_CSS = "@media(prefers-color-scheme:dark){svg{filter:invert(.93) hue-rotate(180deg)}}"
 
 
 @contextlib.contextmanager
-def default_settings(style=()):
-    """Draw with matplotlib's defaults and `style`: a user's settings can ask for TeX, a notebook's for its screen."""
+def default_settings(style: Mapping[str, object] | None = None) -> Iterator[None]:
+    """Draw with matplotlib's defaults and `style`, whatever the user's settings are.
+
+    Those can ask for TeX, and those of a notebook for its own screen.
+    """
     if "matplotlib" not in sys.modules:
-        os.environ["MPLBACKEND"] = "agg"  # importing it fails where this names what is not there
+        os.environ["MPLBACKEND"] = "agg"  # the import fails if this variable names a backend that is not installed
     import matplotlib
 
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
-        matplotlib.rcParams.update(style)
+        matplotlib.rcParams.update(style or {})
         yield
 
 
+# ---- one drawing
+
+
+class Route(NamedTuple):
+    """What a row of a drawing shows: an operation, or the concatenation, between its sources and its target."""
+
+    sources: Sequence[str]
+    operation: str
+    target: str
+
+
 @default_settings()
-def cell_figure(edges, title, concat=(), inputs=()):
-    """Draw the cell as a matplotlib figure.
+def cell_figure(drawing: Drawing) -> "Figure":
+    """Draw a cell as a matplotlib figure.
 
-    edges: (source, target, operation) by names of nodes, listed target by target in topological order.
-    concat: the nodes whose concatenation is the output c_{k}. inputs: nodes to show even where no edge uses them.
-
-    Nodes step down a diagonal. Each edge has a row of its own, in which its operation stands just before the target:
-    the source's line runs down below the source and turns into the row at a dot. So boxes meet neither each other nor
-    a line, and lines meet at right angles, connected where there is a dot.
+    Nodes go down a diagonal, inputs first. Each edge has a row of its own, with its operation just before the target.
+    A line goes down below the source and turns into the row at a dot. So boxes touch neither other boxes nor lines,
+    and lines only meet at right angles. They are connected where there is a dot.
     """
     from matplotlib.figure import Figure
-    from matplotlib.patches import FancyBboxPatch
 
     figure = Figure(facecolor=PALETTE["paper"])
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     ink = {"color": PALETTE["ink"], "parse_math": False, "zorder": 3}
-    axes.text(MARGIN, MARGIN, title, fontsize=TEXT + 2, fontweight="bold", va="center", **ink)
+    axes.text(MARGIN, MARGIN, drawing.title, fontsize=TEXT + 2, fontweight="bold", va="center", **ink)
 
-    def draw_box(kind, text, x, y, width, height=BOX):  # x: left, y: middle
-        colour, fill, radius = ("ink", "node", 9) if kind == "node" else (COLOUR.get(text, "line"), "paper", 3)
-        style = {"fc": PALETTE[fill], "ec": PALETTE[colour], "ls": "--" if text == "none" else "-"}
-        style |= {"boxstyle": f"round,pad=0,rounding_size={radius}", "gid": f"{kind}_0", "lw": 1.2, "zorder": 3}
-        axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, **style))
-        axes.text(x + width / 2, y, text, fontsize=TEXT, ha="center", va="center_baseline", **ink)
-
-    def draw_line(xs, ys, style="-", **marker):
-        axes.plot(xs, ys, style, color=PALETTE["line"], lw=1.1, **marker)
-
-    routes = [([source], operation, target) for source, target, operation in edges]
-    routes += [(concat, "concat", "c_{k}")] if concat else []
-    targets = {target for _, _, target in routes}
-    names = dict.fromkeys([*inputs, *(name for sources, _, target in routes for name in (*sources, target))])
-    foot = {}  # of each node: where the line below it ends so far
-    x, y = MARGIN, TITLE + MARGIN + BOX / 2
-    for name in sorted(names, key=targets.__contains__):  # inputs first
-        rows = [(sources, operation) for sources, operation, target in routes if target == name]
-        width = max(len(name) * LETTER + 12, 24)
-        if not rows:
-            draw_box("node", name, x, y, width)
-            foot[name] = (x + width / 2, y + BOX / 2)
-            x += width + GAP
+    routes = [Route([edge.source], edge.operation, edge.target) for edge in drawing.edges]
+    if drawing.concat:
+        routes.append(Route(drawing.concat, "concat", "c_{k}"))
+    targets = {route.target for route in routes}
+    names = list(drawing.inputs)
+    for route in routes:
+        names += [*route.sources, route.target]
+    line_ends = {}  # {node: (x, y) at which the line below it ends so far}
+    x = MARGIN
+    y = TITLE + MARGIN + BOX / 2
+    for name in sorted(dict.fromkeys(names), key=targets.__contains__):  # each once, inputs first
+        incoming = [route for route in routes if route.target == name]
+        node_width = max(len(name) * LETTER + 12, 24)
+        if not incoming:
+            draw_node(axes, name, x, y, node_width, BOX)
+            line_ends[name] = (x + node_width / 2, y + BOX / 2)
+            x += node_width + GAP
             continue
-        x = max(at for at, _ in foot.values()) + HOP
-        wide = max(len(operation) for _, operation in rows) * LETTER + 12
-        left, y, top = x + wide + HOP, y + GAP, y + GAP + BOX / 2 + GAP
-        for sources, operation in rows:
+        x = max(end_x for end_x, _ in line_ends.values()) + HOP
+        operation_width = max(len(route.operation) for route in incoming) * LETTER + 12
+        node_left = x + operation_width + HOP
+        y += GAP
+        node_top = y + BOX / 2 + GAP
+        for route in incoming:
             y += BOX + GAP
-            style = "--" if operation == "none" else "-"
-            for source in sources:
-                start, above = foot[source]
-                draw_line([start, start], [above, y])
-                draw_line([start, x], [y, y], style, marker="o", markersize=4, markevery=[0])
-                foot[source] = (start, y)
-            draw_line([x + wide, left - ARROW / 2], [y, y], style, marker=">", markersize=ARROW, markevery=[1])
-            draw_box("op", operation, x, y, wide)
+            style = "--" if route.operation == "none" else "-"
+            for source in route.sources:
+                start, above = line_ends[source]
+                draw_line(axes, [start, start], [above, y])
+                draw_line(axes, [start, x], [y, y], style, marker="o", markersize=4, markevery=[0])
+                line_ends[source] = (start, y)
+            arrow = {"marker": ">", "markersize": ARROW, "markevery": [1]}
+            draw_line(axes, [x + operation_width, node_left - ARROW / 2], [y, y], style, **arrow)
+            colour = drawing.colours.get(route.operation, OTHER)
+            draw_operation(axes, route.operation, colour, x, y, operation_width)
         bottom = y + BOX / 2
-        draw_box("node", name, left, (top + bottom) / 2, width, bottom - top)
-        foot[name] = (left + width / 2, bottom)
-    size = (max(left + width, MARGIN + len(title) * LETTER * 1.3) + MARGIN, bottom + MARGIN)
-    axes.set(xlim=(0, size[0]), ylim=(size[1], 0))
-    figure.set_size_inches(size[0] / 72, size[1] / 72)
+        draw_node(axes, name, node_left, (node_top + bottom) / 2, node_width, bottom - node_top)
+        line_ends[name] = (node_left + node_width / 2, bottom)
+    width = max(node_left + node_width, MARGIN + len(drawing.title) * LETTER * 1.3) + MARGIN
+    height = bottom + MARGIN
+    axes.set(xlim=(0, width), ylim=(height, 0))
+    figure.set_size_inches(width / 72, height / 72)
     return figure
 
 
-@default_settings()
-def svg_of(figure, title, description):
-    """Return a figure as an <svg> element in which text stays text; equal figures give equal bytes.
+def draw_node(axes: "Axes", text: str, left: float, middle: float, width: float, height: float) -> None:
+    """Draw a node as a rounded box; `middle` is its y."""
+    draw_box(axes, "node", text, left, middle, width, height, edge="ink", fill="node", radius=9)
 
-    What matplotlib numbers becomes a class; only marks keep an id, made of their shape and the title.
+
+def draw_operation(axes: "Axes", text: str, colour: str, left: float, middle: float, width: float) -> None:
+    """Draw an operation as a box in its colour, a name in PALETTE; `middle` is its y."""
+    draw_box(axes, "op", text, left, middle, width, BOX, edge=colour, fill="paper", radius=3)
+
+
+def draw_box(
+    axes: "Axes", kind: str, text: str, left: float, middle: float, width: float, height: float,
+    *, edge: str, fill: str, radius: float,
+) -> None:  # fmt: skip
+    """Draw a box with its text. `svg_of` makes `kind` its class. `edge` and `fill` are names in PALETTE."""
+    from matplotlib.patches import FancyBboxPatch
+
+    style = {"fc": PALETTE[fill], "ec": PALETTE[edge], "ls": "--" if text == "none" else "-"}
+    style |= {"boxstyle": f"round,pad=0,rounding_size={radius}", "gid": f"{kind}_0", "lw": 1.2, "zorder": 3}
+    axes.add_patch(FancyBboxPatch((left, middle - height / 2), width, height, **style))
+    ink = {"color": PALETTE["ink"], "parse_math": False, "zorder": 3}
+    axes.text(left + width / 2, middle, text, fontsize=TEXT, ha="center", va="center_baseline", **ink)
+
+
+def draw_line(axes: "Axes", xs: list[float], ys: list[float], style: str = "-", **marker: object) -> None:
+    """Draw a straight line. `marker` is passed on to matplotlib: a dot or an arrow at one end."""
+    axes.plot(xs, ys, style, color=PALETTE["line"], lw=1.1, **marker)
+
+
+@default_settings()
+def svg_of(figure: "Figure", title: str, description: str) -> str:
+    """Return a figure as an <svg> element in which text stays text. Equal figures give equal bytes.
+
+    matplotlib numbers its elements. An id with a number becomes a class, so that many figures can share a page.
+    Only marks keep an id: it depends on their shape and on the title.
     """
     from matplotlib import rc_context
 
@@ -123,71 +169,49 @@ def svg_of(figure, title, description):
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
         figure.savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    svg = re.sub(r' id="([^"]*)_\d+"', r' class="\1"', file.getvalue()[file.getvalue().index("<svg") :])
+    svg = file.getvalue()
+    svg = svg[svg.index("<svg") :]  # without the XML header
+    svg = re.sub(r' id="([^"]*)_\d+"', r' class="\1"', svg)
     about = f"<title>{escape(title)}</title><desc>{escape(description)}</desc><style>{DARK_CSS}</style>"
     return svg.replace(">", f' role="img" aria-label="{escape(title)}">{about}', 1)
 
 
-def cell_svg(edges, title, concat=(), inputs=()):
-    """Return the cell as SVG text; `cell_figure` describes the arguments."""
-    description = "; ".join(f"{source} to {target}: {operation}" for source, target, operation in edges)
-    description += f". The output c_{{k}} concatenates {', '.join(concat)}." if concat else "."
-    return svg_of(cell_figure(edges, title, concat, inputs), title, description)
+def cell_svg(drawing: Drawing) -> str:
+    """Return a cell as SVG text, with a description in words."""
+    description = "; ".join(f"{edge.source} to {edge.target}: {edge.operation}" for edge in drawing.edges)
+    description += f". The output c_{{k}} concatenates {', '.join(drawing.concat)}." if drawing.concat else "."
+    return svg_of(cell_figure(drawing), drawing.title, description)
 
 
-# ---- architectures
+# ---- files
 
 
-@functools.singledispatch
-def cells(architecture, name=""):
-    """Return {file name: keyword arguments of `cell_figure`} of an architecture; titles begin with `name`.
-
-    A Genotype has "cell_normal" and "cell_reduce". Other search spaces register what they call an architecture.
-    """
-    raise UserError(f"{str(architecture)[:80]} is no architecture that can be drawn")
-
-
-@cells.register
-def _(architecture: genotypes.Genotype, name=""):
-    drawn = {}
-    for kind, words in (("normal", "normal cell"), ("reduce", "reduction cell")):
-        pairs = getattr(architecture, kind)
-        nodes = ["c_{k-2}", "c_{k-1}", *(str(i) for i in range(len(pairs) // 2))]
-        edges = [(nodes[source], nodes[2 + i // 2], op) for i, (op, source) in enumerate(pairs)]
-        concat = [nodes[i] for i in getattr(architecture, f"{kind}_concat")]
-        drawn[f"cell_{kind}"] = {"title": title(name, words), "edges": edges, "concat": concat, "inputs": nodes[:2]}
-    return drawn
-
-
-def title(name, words):
-    """Return the title of a drawing. XML is choosy about characters, names of files are not."""
-    name = "".join(c if c.isprintable() else "?" for c in name)
-    return f"{name}: {words}" if name else words.capitalize()
-
-
-def load_architecture(path):
-    """Return the Genotype or arch string in a genotype file. Raises UserError naming the file."""
-    architecture = genotype_files.load(path)
+def load_cell(path: str | os.PathLike, views: Views) -> Cell:
+    """Return the cell in a genotype file. Raises UserError, which names the file, also if it cannot be drawn."""
+    cell = genotype_files.load(path)
     try:
-        cells(architecture)
+        drawings_of(cell, views)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    return architecture
+    return cell
 
 
 @default_settings()
-def write_cells(folder, architecture, format="svg", name=""):
-    """Write cell_normal and cell_reduce (Genotype) or cell (arch string) into `folder`. Returns the paths.
+def write_cell(folder: str | os.PathLike, cell: Cell, views: Views, format: str = "svg", name: str = "") -> list[str]:
+    """Write cell_normal and cell_reduce (Genotype) or cell (arch string) into `folder`. Return the paths.
 
-    With `name` files are called NAME_normal and so on, and titles begin with it. Raises UserError and OSError.
+    With `name`, the files are NAME_normal and so on, and the titles begin with it. Raises UserError and OSError.
     """
     os.makedirs(folder, exist_ok=True)
     paths = []
-    for file, cell in cells(architecture, name).items():
-        paths.append(os.path.join(folder, f"{file.replace('cell', name, 1) if name else file}.{format}"))
-        with atomic_write(paths[-1]) as output:
+    for file, drawing in drawings_of(cell, views, name).items():
+        if name:
+            file = file.replace("cell", name, 1)
+        path = os.path.join(folder, f"{file}.{format}")
+        paths.append(path)
+        with atomic_write(path) as output:
             if format == "png":
-                cell_figure(**cell).savefig(output, format="png", dpi=150)
+                cell_figure(drawing).savefig(output, format="png", dpi=150)
             else:
-                output.write(cell_svg(**cell).encode())
+                output.write(cell_svg(drawing).encode())
     return paths

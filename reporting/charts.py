@@ -1,11 +1,17 @@
-"""Charts of a history, drawn by matplotlib as SVG, and the tables below them."""
+"""Charts of a history as SVG, drawn by matplotlib, and the HTML tables below them.
 
+A row is a line of a run's history, as a dictionary.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from typing import NamedTuple
 
 from reporting import cells
 from reporting.cells import PALETTE
 
-# Of a chart, for matplotlib; it is 4.2 inches wide, so that its text stays legible at 330 pixels.
+# matplotlib's settings for a chart. Charts are 4.2 inches wide, so that their text is legible at 330 pixels.
+WIDTH = 4.2
 STYLE = {
     "font.size": 9.5, "text.color": PALETTE["ink"], "axes.labelcolor": PALETTE["soft"], "axes.xmargin": 0,
     "axes.formatter.useoffset": False, "axes.formatter.limits": (-6, 6), "axes.grid": True, "axes.grid.axis": "y",
@@ -17,28 +23,35 @@ STYLE = {
 }  # fmt: skip
 
 
-def step_of(rows):
-    """Return what the rows of a history count."""
+# ---- numbers
+
+
+def step_of(rows: Sequence[dict]) -> str:
+    """Return what the rows of a history count: "generation" or "epoch"."""
     return "generation" if "generation" in rows[0] else "epoch"
 
 
-def column(rows, key):
-    """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test", None where none is a finite number."""
+def column(rows: Iterable[dict], key: str) -> list[float | None]:
+    """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test"; None for what is no finite number.
+
+    Values from 1e15 on are left out too, since no chart could show them.
+    """
     values = []
     for value in rows:
         for name in key.split("/"):
             value = value.get(name) if isinstance(value, dict) else None
-        values.append(float(value) if type(value) in (int, float) and abs(value) < 1e15 else None)
+        usable = type(value) in (int, float) and abs(value) < 1e15  # not of bool
+        values.append(float(value) if usable else None)
     return values
 
 
-def finite_values(rows, key):
-    """Return those values of a key that are finite numbers."""
+def finite_values(rows: Iterable[dict], key: str) -> list[float]:
+    """Return the values of a key that are finite numbers."""
     return [value for value in column(rows, key) if value is not None]
 
 
-def show(value, digits=2):
-    """Write a number as people do, and a dash where there is none."""
+def format_number(value: float | None, digits: int = 2) -> str:
+    """Return a number as text for a reader: at most `digits` decimals from 0.1 on, and a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 1000 or value == int(value):
@@ -46,95 +59,152 @@ def show(value, digits=2):
     return f"{value:.{digits}f}" if abs(value) >= 0.1 else f"{value:.3g}"
 
 
-def wide(content, label):
-    """Return HTML that scrolls by itself where the page is narrower than `content`."""
+# ---- HTML
+
+
+def scrolling(content: str, label: str) -> str:
+    """Return HTML that scrolls sideways by itself on a page that is narrower than `content`."""
     return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
 
 
-def pairs(values):
+def definition_list(values: Mapping[str, object]) -> str:
     """Return an HTML list of names and values."""
-    shown = ((escape(name), "–" if value in (None, "") else escape(str(value))) for name, value in values.items())
-    return f"<dl>{''.join(f'<div><dt>{name}</dt><dd>{value}</dd></div>' for name, value in shown)}</dl>"
+    content = ""
+    for name, value in values.items():
+        text = "–" if value in (None, "") else escape(str(value))
+        content += f"<div><dt>{escape(name)}</dt><dd>{text}</dd></div>"
+    return f"<dl>{content}</dl>"
 
 
-def table(caption, head, rows):
-    """Return an HTML table; the first column is the rows' header."""
-    caption, heads = escape(caption), "".join(f"<th scope=col>{name}</th>" for name in head)
-    body = ""
-    for first, *values in rows:
-        body += f"<tr><th scope=row>{first}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-    content = f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>"
-    return wide(f"<table>{content}</table>", caption)
+def table(caption: str, head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
+    """Return an HTML table. The first cell of each line of `body` is the line's heading. Cells are HTML."""
+    caption = escape(caption)
+    heads = "".join(f"<th scope=col>{name}</th>" for name in head)
+    lines = ""
+    for first, *values in body:
+        lines += f"<tr><th scope=row>{first}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
+    content = f"<caption>{caption}</caption><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody>"
+    return scrolling(f"<table>{content}</table>", caption)
 
 
-def chart(rows, title, note, lines, band=None, levels=(), zero=False):
-    """Return a chart of lines [(label, colour, key of the rows)] and its numbers; "" where there is no value.
+def figure_with_table(title: str, subtitle: str, svg: str, numbers: str) -> str:
+    """Return a chart below its title, and above the table of its numbers, which the reader can unfold."""
+    return (
+        f"<figure><figcaption>{title} <small>{subtitle}</small></figcaption>{svg}"
+        f"<details><summary>Numbers</summary>{numbers}</details></figure>"
+    )
 
-    band: the keys of a mean and its deviation. levels: [(label, colour, value)], dashed. zero: begin the axis at 0.
+
+# ---- charts
+
+
+class Line(NamedTuple):
+    """A line of a chart."""
+
+    label: str
+    colour: str  # name in PALETTE
+    key: str  # of the rows
+
+
+class Level(NamedTuple):
+    """A dashed horizontal line of a chart."""
+
+    label: str
+    colour: str  # name in PALETTE
+    value: float
+
+
+class Band(NamedTuple):
+    """The keys of a mean and its standard deviation, between which a chart is shaded."""
+
+    mean: str
+    deviation: str
+
+
+def chart(
+    rows: Sequence[dict],
+    title: str,
+    subtitle: str,
+    lines: Sequence[Line],
+    band: Band | None = None,
+    levels: Sequence[Level] = (),
+    from_zero: bool = False,
+) -> str:
+    """Return a chart of the history as HTML, with a table of its numbers; "" if no line has a value.
+
+    With `from_zero` the vertical axis begins at 0.
     """
     import numpy as np
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    step = step_of(rows)
-    steps = [row[step] for row in rows]
-    lines = [(label, colour, column(rows, name)) for label, colour, name in lines if finite_values(rows, name)]
+    lines = [line for line in lines if finite_values(rows, line.key)]
     if not lines:
         return ""
+    step = step_of(rows)
+    steps = [row[step] for row in rows]
+    columns = [column(rows, line.key) for line in lines]
     description = ""
     with cells.default_settings(STYLE):
-        figure = Figure(figsize=(4.2, 2.6 + 0.08 * len([*lines, *levels])), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.6 + 0.08 * (len(lines) + len(levels))), layout="constrained")
         axes = figure.subplots()
         axes.set_xlabel(step)
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        for label, colour, values in lines:
+        for line, values in zip(lines, columns, strict=True):
             finite = [value for value in values if value is not None]
-            first, last, lowest, highest = map(show, (finite[0], finite[-1], min(finite), max(finite)))
-            description += f"{label}: {first} at first, {last} at last; lowest {lowest}, highest {highest}. "
+            last = format_number(finite[-1])
+            description += f"{line.label}: {format_number(finite[0])} at first, {last} at last; "
+            description += f"lowest {format_number(min(finite))}, highest {format_number(max(finite))}. "
             style = "o-" if len(steps) <= 60 else "-"
-            axes.plot(steps, np.array(values, float), style, color=PALETTE[colour], label=f"{label} {last}")
+            axes.plot(steps, np.array(values, float), style, color=PALETTE[line.colour], label=f"{line.label} {last}")
         if band:
-            mean, deviation = (np.array(column(rows, name), float) for name in band)
-            about = {"color": PALETTE["blue"], "alpha": 0.2, "lw": 0, "label": "mean ± one deviation"}
-            axes.fill_between(steps, mean - deviation, mean + deviation, **about)
-        for label, colour, value in levels:
-            axes.axhline(value, ls="--", color=PALETTE[colour], label=f"{label} {show(value)}")
-        if zero:
+            mean = np.array(column(rows, band.mean), float)
+            deviation = np.array(column(rows, band.deviation), float)
+            look = {"color": PALETTE["blue"], "alpha": 0.2, "lw": 0, "label": "mean ± one standard deviation"}
+            axes.fill_between(steps, mean - deviation, mean + deviation, **look)
+        for level in levels:
+            label = f"{level.label} {format_number(level.value)}"
+            axes.axhline(level.value, ls="--", color=PALETTE[level.colour], label=label)
+        if from_zero:
             axes.set_ylim(bottom=0)
         figure.legend(loc="outside lower left", ncols=2)
         svg = cells.svg_of(figure, title, description)
-    numbers = zip(steps, *([show(v, 3) for v in values] for _, _, values in lines), strict=True)
-    return framed(title, note, svg, table(f"{title} by {step}", [step, *(label for label, *_ in lines)], numbers))
+    texts = [[format_number(value, 3) for value in values] for values in columns]
+    numbers = table(title, [step, *(line.label for line in lines)], zip(steps, *texts, strict=True))
+    return figure_with_table(title, subtitle, svg, numbers)
 
 
-def framed(title, note, svg, numbers):
-    """Return a chart with its heading, and its table to be unfolded."""
-    return (
-        f"<figure><figcaption>{title} <small>{note}</small></figcaption>{svg}"
-        f"<details><summary>Numbers</summary>{numbers}</details></figure>"
-    )
+class Point(NamedTuple):
+    """An individual in a chart of fitness against a cost."""
+
+    cost: float
+    fitness: float  # percent
 
 
-def scatter(title, note, axis, dots, front):
-    """Return a chart of fitness against a cost, of (cost, fitness), and its front in numbers; the first dot won.
+def scatter(title: str, subtitle: str, axis: str, individuals: Sequence[Point], front: Sequence[Point]) -> str:
+    """Return a chart of fitness against a cost as HTML, with a table of the front. The first individual is the winner.
 
-    The line goes through those of the front that are not dominated in this cost alone.
+    `front` is not dominated when all costs count. The line connects those of its points that are not dominated in
+    this cost alone.
     """
     from matplotlib.figure import Figure
 
-    line, (cost, fitness) = [], dots[0]
-    for point in sorted(front, key=lambda point: (point[0], -point[1])):
-        line += [point] if not line or point[1] > line[-1][1] else []
+    line = []
+    for point in sorted(front, key=lambda point: (point.cost, -point.fitness)):
+        if not line or point.fitness > line[-1].fitness:
+            line.append(point)
+    winner = individuals[0]
     with cells.default_settings(STYLE):
-        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
         axes = figure.subplots()
         axes.set_xmargin(0.05)
         axes.set_xlabel(axis)
-        axes.plot(*zip(*dots, strict=True), "o", color=PALETTE["grey"], label=f"{len(dots)} individuals")
+        axes.plot(*zip(*individuals, strict=True), "o", color=PALETTE["grey"], label=f"{len(individuals)} individuals")
         axes.plot(*zip(*line, strict=True), "o-", color=PALETTE["blue"], label="front")
-        axes.plot(cost, fitness, "*", color=PALETTE["red"], markersize=11, label="winner")
+        axes.plot(winner.cost, winner.fitness, "*", color=PALETTE["red"], markersize=11, label="winner")
         figure.legend(loc="outside lower left", ncols=3)
-        described = f"{len(dots)} individuals; the winner has {show(cost)} {axis}, fitness {show(fitness)} %."
-        svg = cells.svg_of(figure, title, described)
-    numbers = [[show(v, 3) for v in point] for point in front]
-    return framed(title, note, svg, table(f"{title}: the front", [axis, "fitness, %"], numbers))
+        description = f"{len(individuals)} individuals; the winner has {format_number(winner.cost)} {axis}"
+        description += f" and a fitness of {format_number(winner.fitness)} %."
+        svg = cells.svg_of(figure, title, description)
+    body = [[format_number(value, 3) for value in point] for point in front]
+    return figure_with_table(title, subtitle, svg, table(f"{title}: the front", [axis, "fitness, %"], body))

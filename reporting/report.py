@@ -1,18 +1,36 @@
-"""The report of a run: one self-contained HTML page, drawn from the files of the run directory.
+"""The report of a run: one self-contained HTML page, made of the files in the run directory.
 
-It needs no network and no script: charts are SVG by matplotlib, every chart has its numbers in a table below it.
+The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each has a table of its numbers.
+
+`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts them on a page (`render`). Each
+section is HTML, or "" if there is nothing to show. What a report lacks is noted in `ReportedRun.missing`.
 """
 
 import json
 import os
 import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from html import escape
+from typing import TYPE_CHECKING
 
 import genotype_files
-import genotypes
-from reporting import cells
-from reporting.cells import COLOUR
-from reporting.charts import chart, column, finite_values, pairs, scatter, show, step_of, wide
+from genotypes import Cell
+from reporting.cells import OTHER, cell_svg, load_cell, write_cell
+from reporting.charts import (
+    Band,
+    Line,
+    Point,
+    chart,
+    column,
+    definition_list,
+    finite_values,
+    format_number,
+    scatter,
+    scrolling,
+    step_of,
+)
+from reporting.views import SpaceView, Views, drawings_of
 from run_settings import SETTINGS
 from support.files import (
     UserError,
@@ -24,6 +42,9 @@ from support.files import (
     read_history,
     read_json,
 )
+
+if TYPE_CHECKING:
+    from support.runs import Run  # importing torch takes seconds
 
 CSS = """
 :root{color-scheme:light dark;--page:#f3f5f8;--card:#fff;--ink:#1b1f27;--soft:#5a6270;--rule:#dde1e7}
@@ -46,7 +67,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}capt
 th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--rule)}th:first-child{text-align:left}
 """
 
-# The policy makes browsers hold the page to its word: no script, no network.
+# The policy makes the browser refuse scripts and the network, whatever the page contains.
 PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -57,258 +78,375 @@ PAGE = """<!doctype html>
 """
 
 
-class Space:
-    """What a report has to know of a search space: here of the DARTS space; others register themselves in SPACES."""
-
-    title = "EvNAS search, DARTS space"
-    cells = ("normal cell", "reduction cell")  # in the order of the alphas' first axis
-    cell_type = dict  # of the best cell in the history
-
-    def encoding(self):
-        """Return `decode` and the operations by name. Imported when needed, since that takes torch seconds."""
-        import encoding
-
-        return encoding.decode, genotypes.PRIMITIVES
-
-    def section(self, rows, searched):
-        """Return a section of its own; `searched` is the data set."""
-        return ""
-
-    def baselines(self, worth):
-        """Return HTML on what baselines.json holds of this space alone."""
-        return ""
+MOST_POPULATION_BYTES = 64 << 20  # of a saved population, unpacked; 50 individuals have 45 KB
+FILES = ("args.json", "history.jsonl", "genotype.json")  # a run directory has at least one of them
 
 
-COSTS = {"parameters_M": "parameters, M", "mult_adds_M": "mult-adds, M", "latency_ms": "latency, ms"}
-SPACES = {"s1": Space()}  # by the name in args.json
+# ---- from run directory to page
 
 
-# ---- reading a run
+@dataclass
+class ReportedRun:
+    """What a run directory says of its run."""
+
+    path: str
+    about: dict  # the content of args.json, {} if it cannot be read
+    rows: list[dict]  # the history, in order
+    step: str  # what the rows count: "generation" in a search, "epoch" in a retraining
+    view: SpaceView
+    views: Views
+    missing: list[str] = field(default_factory=list)  # what the report lacks, and why, as sentences
+
+    @property
+    def arguments(self) -> dict:
+        """The command-line arguments by name, {} if they are not known."""
+        return self.about.get("args", {})
+
+    @property
+    def is_search(self) -> bool:
+        """Whether the run is a search, not a retraining."""
+        return self.step == "generation"
+
+    def file(self, name: str) -> str:
+        """Return the path of a file of the run."""
+        return os.path.join(self.path, name)
 
 
-def operation_shares(path, space):
-    """Return {"normal cell max_pool_3x3": percent of such cells' edges, ..} of a saved population. Raises UserError."""
-    import numpy as np
-    import torch
+def write_report(run_dir: str | os.PathLike, views: Views) -> str:
+    """Write RUN_DIR/report.html from what the run has saved so far; return its path.
 
-    decode, operations = space.encoding()
-    try:
-        with open_regular(path) as packed, np.load(packed, allow_pickle=False) as file:
-            check_unpacked_size(file.zip, 64 << 20)  # 50 individuals are 45 KB
-            alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
-        counts = decode(alphas).sum((0, 2))  # (G, O)
-        if counts.shape != (len(space.cells), len(operations)):
-            raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
-    except Exception as error:  # zipfile and numpy raise nearly any exception on damaged files
-        raise UserError(f"{path} is not a saved population: {type(error).__name__}: {error}") from error
-    shares = 100 * counts / counts.sum(1, keepdims=True)
-    names = [f"{cell} {operation}" for cell in space.cells for operation in operations]
-    return dict(zip(names, shares.flatten().tolist(), strict=True))
-
-
-# ---- sections: each returns HTML, or nothing, and adds to `missing` what it could not find
-
-
-def section(title, *charts, card=""):
-    """Return a heading, a card of other content, and charts side by side; "" where there is nothing to show."""
-    card = f"<div class=card>{card}</div>" if card else ""
-    charts = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
-    return f"<section><h2>{title}</h2>{card}{charts}</section>" if card or charts else ""
-
-
-def winner_section(run_dir, rows, missing):
-    """Return the cells of genotype.json, else of the last line of the history."""
-    path = os.path.join(run_dir, "genotype.json")
-    last = rows[-1].get("best_genotype") if rows else None
-    try:
-        if os.path.exists(path):
-            architecture = cells.load_architecture(path)
-        elif not last:
-            raise UserError("there is no genotype.json yet")
-        else:
-            architecture = last if isinstance(last, str) else genotype_files.from_dict(last, "history.jsonl, last line")
-            missing.append("genotype.json is missing; the cells are those of the last line of history.jsonl.")
-        drawn = cells.cells(architecture)
-    except UserError as error:
-        missing.append(f"The cells cannot be drawn: {error}")
-        return ""
-    card = "".join(wide(cells.cell_svg(**cell), cell["title"]) for cell in drawn.values())
-    text = architecture if isinstance(architecture, str) else json.dumps(genotype_files.to_dict(architecture))
-    card += f"<details><summary>As text</summary><pre>{escape(text)}</pre></details>"
-    return section("Winning architecture" if rows and "generation" in rows[0] else "Architecture", card=card)
-
-
-def population_section(run_dir, space, rows, missing):
-    """Return charts of the operations in each generation, read from the saved populations."""
-    counted, errors = [], {}
-    for row in rows:
-        path = os.path.join(run_dir, "population", f"{row['generation']:03d}.npz")
-        try:
-            counted.append(row | operation_shares(path, space))
-        except UserError as error:
-            counted.append(row)
-            errors[str(row["generation"])] = str(error)
-    if errors:
-        missing.append(f"Operation counts of generation {', '.join(errors)}: {'; '.join(list(errors.values())[:8])}")
-    charts = []
-    for cell in space.cells:
-        lines = [(operation, colour, f"{cell} {operation}") for operation, colour in COLOUR.items()]
-        lines = [line for line in lines if any(column(counted, line[2]))]  # those that occur
-        charts.append(chart(counted, f"Operations, {cell}", "% of the edges", lines, zero=True))
-    distinct = [("distinct architectures", "orange", "distinct")]
-    charts.append(chart(rows, "Distinct architectures", "in the population", distinct, zero=True))
-    return section("Population", *charts)
-
-
-def worth_section(run_dir, space, missing):
-    """Return the winner beside random architectures (baselines.json), and fitness against costs (pareto.json)."""
-    paths, card, charts = [os.path.join(run_dir, name) for name in ("baselines.json", "pareto.json")], "", []
-    try:
-        if os.path.exists(paths[0]):
-            worth = read_json(paths[0])
-            rows = [worth["winner"]]
-            shown = {"Winner's fitness, %": finite_values(rows, "fitness")}
-            shown |= {f"Its network's {axis}": finite_values(rows, name) for name, axis in COSTS.items()}
-            shown |= {f"Random architectures, {of}": finite_values([worth], f"random_{of}") for of in ("mean", "best")}
-            shown = {name: show(values[0]) for name, values in shown.items() if values}
-            card = f"<p>{escape(worth['sentence'])}.</p><pre>{escape(worth['retrain'])}</pre>"
-            card += pairs(shown) + space.baselines(worth)
-        if os.path.exists(paths[1]):
-            pareto = read_json(paths[1])
-            for name, axis in COSTS.items():
-                dots, front = (points(pareto[of], name) for of in ("individuals", "front"))
-                if dots and front:
-                    charts.append(scatter(f"Fitness and {axis}", "on the final weights, %", axis, dots, front))
-            card += f"<p>The charts: {escape(pareto['about'])}.</p>" if charts else ""
-    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
-        missing.append(f"What the winner is worth: baselines.json or pareto.json is damaged ({error!s:.200})")
-    return section("What the winner is worth", *charts, card=card)
-
-
-def points(rows, name):
-    """Return [(cost, fitness)] of those rows that have both."""
-    pairs = zip(column(rows, name), column(rows, "fitness"), strict=True)
-    return [pair for pair in pairs if None not in pair]
-
-
-def training_section(rows):
-    """Return the curves of a search (fitness, shared weights) or of a retraining (loss, accuracy)."""
-    if step_of(rows) == "generation":
-        fitness = [("best", "red", "fitness_best"), ("mean", "blue", "fitness_mean")]
-        return section(
-            "Fitness and training",
-            chart(rows, "Fitness", "top-1 on the validation split, %", fitness, ("fitness_mean", "fitness_std")),
-            chart(rows, "Training accuracy", "shared weights, %", [("top-1", "green", "train_top1")]),
-            chart(rows, "Training loss", "shared weights", [("loss", "purple", "train_loss")]),
-        )
-    loss, top1 = ([("training", "blue", f"train_{name}"), ("test", "red", f"test_{name}")] for name in ("loss", "top1"))
-    return section(
-        "Loss and accuracy",
-        chart(rows, "Loss", "cross-entropy", loss),
-        chart(rows, "Top-1 accuracy", "%", [("best test so far", "orange", "best_top1"), *top1]),
-        chart(rows, "Top-5 accuracy", "%", [("test", "red", "test_top5")]),
-    )
-
-
-def time_section(rows):
-    """Return charts of seconds, images/s and learning rate."""
-    rate, lr = [("images/s", "green", "images_per_second")], [("learning rate", "purple", "lr")]
-    return section(
-        "Time",
-        chart(rows, f"Time of each {step_of(rows)}", "seconds", [("seconds", "blue", "seconds")], zero=True),
-        chart(rows, "Throughput", "images/s", rate, zero=True),
-        chart(rows, "Learning rate", "", lr, zero=True),
-    )
-
-
-def settings_section(args):
-    """Return command, arguments and versions."""
-    about = {key: args[key] for key in ("git", "threads", "started") if key in args}
-    card = f"<pre>{escape(str(args.get('command', '')))}</pre>"
-    card += pairs(args["args"]) + "<h3>Versions</h3>" + pairs(args["versions"] | about)
-    return section("Settings", card=card)
-
-
-def summary_section(rows, total):
-    """Return the figures to see first."""
-    step, last = step_of(rows), rows[-1:]
-    minutes, seconds = divmod(int(sum(finite_values(rows, "seconds"))), 60)
-    shown = {f"{step.capitalize()}s": f"{last[0][step]} of {total}", "Time": f"{minutes} min {seconds} s"}
-    named = {"Best fitness, %": "fitness_best", "Mean fitness, %": "fitness_mean", "Distinct architectures": "distinct"}
-    named |= {"Test top-1, %": "test_top1", "Best test top-1, %": "best_top1"}
-    shown |= {name: show(value) for name, key in named.items() for value in finite_values(last, key)}
-    for value in finite_values(last, "test_top1"):
-        shown["Test error, %"] = show(100 - value)
-    if speeds := finite_values(rows, "images_per_second"):
-        shown["Images/s, median"] = show(statistics.median(speeds), 0)
-    if memory := finite_values(rows, "peak_memory_mb"):
-        shown["Peak memory"] = f"{show(max(memory), 0)} MB"
-    return section("Summary", card=pairs(shown))
-
-
-def write_report(run_dir):
-    """Write RUN_DIR/report.html from whatever the run has saved so far; return its path.
-
-    What is missing is said in the report. Raises UserError where `run_dir` is no run, for a malformed line of
-    history.jsonl, and where the report cannot be written.
+    `views` holds the search spaces that the run can be of. The report itself says what it lacks. Raises UserError if
+    `run_dir` is not a run directory, if a line of history.jsonl is not valid, and if the report cannot be written.
     """
-    files = ("args.json", "history.jsonl", "genotype.json")
-    if not any(os.path.isfile(os.path.join(run_dir, name)) for name in files):
-        raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(files)}")
-    missing = []
-    try:
-        args = read_json(os.path.join(run_dir, "args.json"))
-        if not isinstance(args, dict) or not all(isinstance(args.get(key), dict) for key in ("args", "versions")):
-            raise UserError("args.json does not hold the arguments of a run")
-    except UserError as error:
-        missing.append(f"Settings are left out: {error}.")
-        args = {}
-    flags, space = args.get("args", {}), SPACES.get(str(args.get("space")))
-    rows = read_history(run_dir, SETTINGS)
-    step = step_of(rows) if rows else "epoch" if args.get("kind") == "eval" else "generation"
-    rows = sorted({row[step]: row for row in rows}.values(), key=lambda row: row[step])
-    if space is None:
-        best = rows[-1].get("best_genotype") if rows else None
-        space = next((space for space in SPACES.values() if isinstance(best, space.cell_type)), SPACES["s1"])
-
-    parts = [winner_section(run_dir, rows, missing)]
-    if not rows:
-        missing.append(f"history.jsonl has no {step} yet, so there are no curves.")
-    elif step == "epoch":
-        parts = [training_section(rows), *parts, time_section(rows)]
-    else:
-        if not finite_values(rows, "fitness_best"):
-            missing.append("Fitness was not measured in any generation.")
-        parts += [worth_section(run_dir, space, missing), training_section(rows)]
-        parts += [space.section(rows, flags.get("dataset"))]
-        parts += [population_section(run_dir, space, rows, missing), time_section(rows)]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
-    notes = notes and f"<div class='card missing'>Not in this report:<ul>{notes}</ul></div>"
-    parts = [summary_section(rows, flags.get("epochs", "?")) if rows else "", notes, *parts]
-    parts.append(settings_section(args) if args else "")
-
-    title = space.title if step == "generation" else "EvNAS retraining"
-    about = [flags.get("dataset"), args.get("started"), os.path.basename(os.path.abspath(run_dir))]
-    about = escape(" · ".join(str(part) for part in about if part))
-    page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))
-    page = "\n".join(map(escaped, page.split("\n")))
+    run = read_run(run_dir, views)
+    page = render(run, sections(run))
     path = os.path.join(run_dir, "report.html")
     with atomic_write(path) as file:
         file.write(page.encode())
     return path
 
 
-def finish(run, architecture):
-    """Draw the cell (a Genotype or an arch string) and write the report: what a finished run ends with.
+def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
+    """Read arguments and history of a run. Raises UserError: see `write_report`."""
+    if not any(os.path.isfile(os.path.join(run_dir, name)) for name in FILES):
+        raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}")
+    missing = []
+    try:
+        about = read_about(os.path.join(run_dir, "args.json"))
+    except UserError as error:
+        missing.append(f"The settings: {error}.")
+        about = {}
+    rows = read_history(run_dir, SETTINGS)
+    if rows:
+        step = step_of(rows)
+    else:
+        step = "epoch" if about.get("kind") == "eval" else "generation"
+    row_of_step = {row[step]: row for row in rows}  # a step that was repeated after a crash counts once
+    rows = [row_of_step[number] for number in sorted(row_of_step)]
+    view = views.get(str(about.get("space"))) or guessed_view(rows, views)
+    return ReportedRun(os.fspath(run_dir), about, rows, step, view, views, missing)
 
-    A drawing that fails is a line in the log: the results are there all the same.
+
+def read_about(path: str) -> dict:
+    """Return the content of args.json. Raises UserError if it lacks the arguments or the versions."""
+    about = read_json(path)
+    if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("args", "versions")):
+        raise UserError("args.json does not hold the arguments of a run")
+    return about
+
+
+def guessed_view(rows: list[dict], views: Views) -> SpaceView:
+    """Return the view that fits the last cell of a history, or the first view."""
+    best = rows[-1].get("best_genotype") if rows else None
+    for view in views.values():
+        if isinstance(best, view.cell_type):
+            return view
+    return next(iter(views.values()))
+
+
+def sections(run: ReportedRun) -> list[str]:
+    """Return the sections of a report, in order."""
+    parts = search_sections(run) if run.is_search else retraining_sections(run)
+    return [summary_section(run), missing_card(run.missing), *parts, settings_section(run)]
+
+
+def search_sections(run: ReportedRun) -> list[str]:
+    """Return the sections on the cell, fitness, operations and time of a search."""
+    cell = cell_section(run, "Best cell of the last generation")
+    if not run.rows:
+        run.missing.append("The charts: history.jsonl has no generation yet.")
+        return [cell]
+    if not finite_values(run.rows, "fitness_best"):
+        run.missing.append("Fitness: it was not measured in any generation.")
+    return [
+        cell,
+        result_section(run),
+        fitness_section(run.rows),
+        run.view.section(run.rows, run.arguments.get("dataset")),
+        population_section(run),
+        time_section(run.rows),
+    ]
+
+
+def retraining_sections(run: ReportedRun) -> list[str]:
+    """Return the sections on accuracy, cell and time of a retraining."""
+    cell = cell_section(run, "Cell")
+    if not run.rows:
+        run.missing.append("The charts: history.jsonl has no epoch yet.")
+        return [cell]
+    return [accuracy_section(run.rows), cell, time_section(run.rows)]
+
+
+def render(run: ReportedRun, parts: list[str]) -> str:
+    """Return the page with these sections."""
+    title = run.view.title if run.is_search else "EvNAS retraining"
+    words = [run.arguments.get("dataset"), run.about.get("started"), os.path.basename(os.path.abspath(run.path))]
+    about = escape(" · ".join(str(word) for word in words if word))
+    page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))
+    return "\n".join(escaped(line) for line in page.split("\n"))
+
+
+# ---- sections
+
+
+def section(title: str, *charts: str, card: str = "") -> str:
+    """Return a heading, a card with other content, and charts side by side; "" if there is nothing below it."""
+    card = f"<div class=card>{card}</div>" if card else ""
+    figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
+    return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
+
+
+def summary_section(run: ReportedRun) -> str:
+    """Return the most important figures."""
+    if not run.rows:
+        return ""
+    last = run.rows[-1:]
+    minutes, seconds = divmod(int(sum(finite_values(run.rows, "seconds"))), 60)
+    figures = {
+        f"{run.step.capitalize()}s": f"{last[0][run.step]} of {run.arguments.get('epochs', '?')}",
+        "Time": f"{minutes} min {seconds} s",
+    }
+    names = {
+        "fitness_best": "Best fitness, %",
+        "fitness_mean": "Mean fitness, %",
+        "distinct": "Distinct architectures",
+        "test_top1": "Test top-1 accuracy, %",
+        "best_top1": "Best test top-1 accuracy, %",
+    }
+    for key, name in names.items():
+        for value in finite_values(last, key):
+            figures[name] = format_number(value)
+    for value in finite_values(last, "test_top1"):
+        figures["Test error, %"] = format_number(100 - value)
+    if speeds := finite_values(run.rows, "images_per_second"):
+        figures["Median throughput, images/s"] = format_number(statistics.median(speeds), 0)
+    if memory := finite_values(run.rows, "peak_memory_mb"):
+        figures["Peak memory"] = f"{format_number(max(memory), 0)} MB"
+    return section("Summary", card=definition_list(figures))
+
+
+def missing_card(missing: Sequence[str]) -> str:
+    """Return what the report lacks."""
+    if not missing:
+        return ""
+    notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
+    return f"<div class='card missing'>Missing from this report:<ul>{notes}</ul></div>"
+
+
+def cell_section(run: ReportedRun, title: str) -> str:
+    """Return the drawings of the cell in genotype.json or, if there is no such file, in the last row of the history."""
+    try:
+        cell = cell_of(run)
+        drawings = drawings_of(cell, run.views)
+    except UserError as error:
+        run.missing.append(f"The drawing of the cell: {error}")
+        return ""
+    card = "".join(scrolling(cell_svg(drawing), drawing.title) for drawing in drawings.values())
+    text = cell if isinstance(cell, str) else json.dumps(genotype_files.to_dict(cell))
+    card += f"<details><summary>The cell as text</summary><pre>{escape(text)}</pre></details>"
+    return section(title, card=card)
+
+
+def cell_of(run: ReportedRun) -> Cell:
+    """Return the best cell of a search or the cell of a retraining. Raises UserError."""
+    path = run.file("genotype.json")
+    if os.path.exists(path):
+        return load_cell(path, run.views)
+    last = run.rows[-1].get("best_genotype") if run.rows else None
+    if not last:
+        raise UserError("there is no genotype.json yet")
+    cell = genotype_files.from_json(last, "history.jsonl, last line")
+    run.missing.append("genotype.json: the report shows the cell in the last line of history.jsonl instead.")
+    return cell
+
+
+def result_section(run: ReportedRun) -> str:
+    """Return the winner next to random architectures (baselines.json), and fitness against costs (pareto.json)."""
+    from costs import COSTS  # imports torch
+
+    charts = []
+    card = ""
+    try:
+        if os.path.exists(run.file("baselines.json")):
+            result = read_json(run.file("baselines.json"))
+            winner = [result["winner"]]
+            values = {"Winner's fitness, %": finite_values(winner, "fitness")}
+            values |= {f"Winner's {cost.axis}": finite_values(winner, cost.name) for cost in COSTS}
+            values["Mean fitness of random architectures, %"] = finite_values([result], "random_mean")
+            values["Best fitness of random architectures, %"] = finite_values([result], "random_best")
+            figures = {name: format_number(found[0]) for name, found in values.items() if found}
+            sentence = result["sentence"]
+            card = f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"
+            card += f"<p>Retrain it with:</p><pre>{escape(result['retrain'])}</pre>"
+            card += definition_list(figures) + run.view.tables(result)
+        if os.path.exists(run.file("pareto.json")):
+            pareto = read_json(run.file("pareto.json"))
+            for cost in COSTS:
+                individuals = points(pareto["individuals"], cost.name)
+                front = points(pareto["front"], cost.name)
+                if individuals and front:
+                    title = f"Fitness against {cost.axis}"
+                    charts.append(scatter(title, "fitness on the final weights, %", cost.axis, individuals, front))
+            card += f"<p>The charts show {escape(pareto['about'])}.</p>" if charts else ""
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        run.missing.append(
+            f"Part of the winner's comparison: baselines.json or pareto.json is damaged ({error!s:.200})."
+        )
+    return section("The winner compared", *charts, card=card)
+
+
+def points(individuals: list[dict], cost: str) -> list[Point]:
+    """Return the cost and fitness of those individuals that have both."""
+    pairs = zip(column(individuals, cost), column(individuals, "fitness"), strict=True)
+    return [Point(*pair) for pair in pairs if None not in pair]
+
+
+def fitness_section(rows: list[dict]) -> str:
+    """Return the charts of fitness and of the training of the shared weights."""
+    fitness = [Line("best", "red", "fitness_best"), Line("mean", "blue", "fitness_mean")]
+    band = Band("fitness_mean", "fitness_std")
+    top1 = [Line("top-1", "green", "train_top1")]
+    loss = [Line("loss", "purple", "train_loss")]
+    return section(
+        "Fitness and training",
+        chart(rows, "Fitness", "top-1 accuracy on validation images, %", fitness, band),
+        chart(rows, "Training accuracy", "of the shared weights, %", top1),
+        chart(rows, "Training loss", "of the shared weights", loss),
+    )
+
+
+def accuracy_section(rows: list[dict]) -> str:
+    """Return the charts of loss and accuracy of a retraining."""
+    loss = [Line("training", "blue", "train_loss"), Line("test", "red", "test_loss")]
+    top1 = [
+        Line("best test so far", "orange", "best_top1"),
+        Line("training", "blue", "train_top1"),
+        Line("test", "red", "test_top1"),
+    ]
+    top5 = [Line("test", "red", "test_top5")]
+    return section(
+        "Loss and accuracy",
+        chart(rows, "Loss", "cross-entropy", loss),
+        chart(rows, "Top-1 accuracy", "%", top1),
+        chart(rows, "Top-5 accuracy", "%", top5),
+    )
+
+
+def population_section(run: ReportedRun) -> str:
+    """Return the charts of the population of each generation: operations, and how many architectures differ."""
+    rows = []
+    errors = {}  # {generation: why its population cannot be read}
+    for row in run.rows:
+        generation = row["generation"]
+        try:
+            shares = operation_shares(run.file(os.path.join("population", f"{generation:03d}.npz")), run.view)
+        except UserError as error:
+            shares = {}
+            errors[str(generation)] = str(error)
+        rows.append(row | shares)
+    if errors:
+        first = "; ".join(list(errors.values())[:8])
+        run.missing.append(f"The operations of generation {', '.join(errors)}: {first}.")
+    charts = []
+    for cell_name in run.view.cell_names:
+        lines = operation_lines(rows, cell_name, run.view)
+        charts.append(chart(rows, f"Operations, {cell_name}", "share of the edges, %", lines, from_zero=True))
+    distinct = [Line("distinct architectures", "orange", "distinct")]
+    charts.append(chart(rows, "Distinct architectures", "in the population", distinct, from_zero=True))
+    return section("Population", *charts)
+
+
+def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[Line]:
+    """Return a line for each operation that occurs in cells of this name. Operations without a colour are grey."""
+    lines = []
+    for operation in dict.fromkeys([*view.colours, *view.operations]):  # in the order of the colours
+        line = Line(operation, view.colours.get(operation, OTHER), f"{cell_name} {operation}")
+        if any(column(rows, line.key)):
+            lines.append(line)
+    return lines
+
+
+def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
+    """Return {"normal cell max_pool_3x3": percent of the edges of such cells, ..} of a saved population.
+
+    Raises UserError if the file is not a population of this space.
+    """
+    import numpy as np
+    import torch
+
+    try:
+        with open_regular(path) as packed, np.load(packed, allow_pickle=False) as file:
+            check_unpacked_size(file.zip, MOST_POPULATION_BYTES)
+            alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
+        counts = view.decode(alphas).sum((0, 2))  # (G, O)
+        if counts.shape != (len(view.cell_names), len(view.operations)):
+            raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
+    except Exception as error:  # zipfile and numpy raise nearly any exception for damaged files
+        raise UserError(f"{path}: not a saved population ({type(error).__name__}: {error})") from error
+    shares = 100 * counts / counts.sum(1, keepdims=True)
+    names = [f"{cell} {operation}" for cell in view.cell_names for operation in view.operations]
+    return dict(zip(names, shares.flatten().tolist(), strict=True))
+
+
+def time_section(rows: list[dict]) -> str:
+    """Return the charts of time, throughput and learning rate."""
+    seconds = [Line("seconds", "blue", "seconds")]
+    throughput = [Line("images/s", "green", "images_per_second")]
+    lr = [Line("learning rate", "purple", "lr")]
+    return section(
+        "Time",
+        chart(rows, f"Time per {step_of(rows)}", "seconds", seconds, from_zero=True),
+        chart(rows, "Throughput", "images/s", throughput, from_zero=True),
+        chart(rows, "Learning rate", "", lr, from_zero=True),
+    )
+
+
+def settings_section(run: ReportedRun) -> str:
+    """Return the command, the arguments and the versions."""
+    if not run.about:
+        return ""
+    circumstances = {key: run.about[key] for key in ("git", "threads", "started") if key in run.about}
+    card = f"<pre>{escape(str(run.about.get('command', '')))}</pre>"
+    card += definition_list(run.arguments)
+    card += "<h3>Versions</h3>" + definition_list(run.about["versions"] | circumstances)
+    return section("Settings", card=card)
+
+
+# ---- the end of a run
+
+
+def finish_run(run: "Run", cell: Cell, view: SpaceView) -> None:
+    """Draw the cell and write the report of a run that has finished.
+
+    If a drawing fails, the log says why and how to try again. The results of the run are saved all the same.
     """
     if not run.writes:
         return
+    views = {view.name: view}
     try:
-        cells.write_cells(run.path, architecture)
-        run.log(f"finished; report: {write_report(run.path)}")
+        write_cell(run.path, cell, views)
+        run.log(f"finished; report: {write_report(run.path, views)}")
     except Exception as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         again = f"python visualize.py --report {quoted(run.path)}"
-        run.log(f"finished, without a report ({reason}); for another try: {again}")
+        run.log(f"finished, but without a report ({reason}); to try again: {again}")

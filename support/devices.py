@@ -76,7 +76,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
             raise UserError(f"--amp: {gpu} does not support bfloat16. Leave --amp out")
     if args.compile and device.type == "cpu" and not has_compiler():
         raise UserError(
-            "--compile: no C++ compiler found (g++, or the one that CXX names). Install it, or leave it out"
+            "--compile: no C++ compiler found (g++, or what CXX names). Install one, or leave --compile out"
         )
     distributed.join_process_group(device)
     return device
@@ -134,9 +134,9 @@ def compiled(function: Callable) -> Callable:
 class Recorded:
     """A function of CUDA tensors that is recorded as a CUDA graph, so that its kernels are launched all at once.
 
-    The first two calls compute normally, so that libraries, compilers and the optimiser are ready. Whatever the function
-    reads besides its inputs must be tensors that stay at their addresses, or never change. Inputs of other shapes
-    than the first ones are computed without the graph.
+    The first two calls compute normally, so that libraries, compilers and the optimiser are ready.
+    Whatever the function reads besides its inputs must be tensors that stay at their addresses, or
+    never change. Inputs of other shapes than the first ones are computed without the graph.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:

@@ -25,7 +25,10 @@ MOST_STEPS = 700_000  # opcodes of a pickle; the largest of our files has fewer 
 
 
 class UserError(ValueError):
-    """Something that the user can fix. The message is one line: where, what is wrong, what to do. Scripts exit with 2."""
+    """Something that the user can fix. Its message is one line: where, what is wrong, what to do.
+
+    Scripts print it and exit with 2.
+    """
 
 
 # ---- writing

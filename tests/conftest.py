@@ -65,23 +65,33 @@ def fails(tmp_path, monkeypatch, capsys):
     return run
 
 
-@pytest.fixture
-def make_images(tmp_path):
-    """`make_images("train", per_class, sizes)`: writes random images below tmp_path/images and returns that folder.
+@pytest.fixture(scope="session")
+def write_images():
+    """`write_images(root, "train", per_class, sizes)`: writes random images to ROOT/train/CLASS/.
 
     `sizes` (width, height) and `suffixes` are taken in turn; every second image is grey. Classes differ in brightness.
     """
 
-    def make(split, per_class, sizes, suffixes=(".jpg",), classes=("ant", "bee", "cat")):
+    def write(root, split, per_class, sizes, suffixes=(".jpg",), classes=("ant", "bee", "cat")):
         random = np.random.RandomState(len(split))
         for label, name in enumerate(classes):
-            folder = tmp_path / "images" / split / name
+            folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(per_class):
                 width, height = sizes[i % len(sizes)]
                 pixels = random.randint(70 * label, 70 * label + 90, (height, width, 3)).astype(np.uint8)
                 image = Image.fromarray(pixels)
                 (image.convert("L") if i % 2 else image).save(folder / f"{i}{suffixes[i % len(suffixes)]}")
+
+    return write
+
+
+@pytest.fixture
+def make_images(tmp_path, write_images):
+    """`make_images("train", per_class, sizes)`: as `write_images`, below tmp_path/images; returns that folder."""
+
+    def make(split, per_class, sizes, **settings):
+        write_images(tmp_path / "images", split, per_class, sizes, **settings)
         return tmp_path / "images"
 
     return make
@@ -100,3 +110,11 @@ def draw_no_charts(patch=setattr):
 @pytest.fixture
 def quick_report(monkeypatch):
     draw_no_charts(monkeypatch.setattr)
+
+
+@pytest.fixture(scope="module")
+def quick_reports():
+    """As `quick_report`, for the runs of a module's fixtures."""
+    with pytest.MonkeyPatch.context() as patch:
+        draw_no_charts(patch.setattr)
+        yield

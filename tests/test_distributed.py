@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import data
+import datasets
 import loaders
 import train
 import train_search
@@ -78,8 +78,8 @@ def test_two_processes_measure_the_fitness_that_one_does(tmp_path):
 
 
 def digits_loader(shared=True):
-    digits = data.load("digits", None, "test")
-    return loaders.Loader(digits, 100, data.augmentation("digits", digits), torch.device("cpu"), shared=shared)
+    digits = datasets.load_images("digits", None, "test")
+    return loaders.Loader(digits, 100, datasets.augmentation("digits", digits), torch.device("cpu"), shared=shared)
 
 
 def train_one_layer(wrapped):

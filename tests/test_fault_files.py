@@ -28,20 +28,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
 import genotype_files
 import genotypes
+import imagenet16
 import nas201.data
 import retrained
 import test_cifar
 import train
 import train_search
 import visualize
-from nas201 import benchmark, imagenet16, summary
+from nas201 import benchmark, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
 from reporting import report
 from support import files, images, weights
 from support.files import UserError
+from views import DARTS, VIEWS
 
 import faults
 from faults import COUNTS, few, outcome, quick_report, saved
@@ -135,7 +136,7 @@ def valid_summary(name, folder):
         tau = {"random architectures": {"architectures": 3, "fitness": 0.3, "parameters": 0.5}}
         worth = {"winner": {"fitness": 9.5}, "sentence": "better", "retrain": "train.py", "kendall_tau": tau}
         files.write_json(run / "baselines.json", worth)
-        report.write_report(run)
+        report.write_report(run, VIEWS)
     return folder / "search-digits-seed19" / name, summary.main, [folder, "digits"]
 
 
@@ -189,8 +190,8 @@ READERS = {
     "table.csv.xz": benchmark.load,
     "meta.pickle.pbz2": lambda path: benchmark.load(path.parent),
     "000001.pickle.pbz2": lambda path: benchmark.load(path.parent).accuracy(1, "cifar10", "test"),
-    "001.npz": lambda path: report.operation_shares(path, report.SPACES["s1"]),
-    "val_data": lambda path: imagenet16._read_batch(path.parent, path.name),
+    "001.npz": lambda path: report.operation_shares(path, DARTS),
+    "val_data": lambda path: imagenet16.read_batch(path.parent, path.name),
 }
 
 
@@ -370,13 +371,16 @@ def test_hostile_files(process, tmp_path):
 
 
 def image_files():
-    """The bytes of a small image in each allowed format, in its modes, compressions and with metadata."""
+    """Yield (format, image, arguments of save) for each allowed format: its modes, compressions and metadata."""
     pixels = np.random.RandomState(0).randint(0, 256, (16, 24, 3)).astype(np.uint8)
     color = Image.fromarray(pixels)
+    grey = color.convert("L")
+    deep = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+    alpha = color.convert("RGBA")
+    palette = color.convert("P")
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "camera"
-    deep, grey = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257), color.convert("L")
-    alpha, palette = color.convert("RGBA"), color.convert("P")
+    exif[0x0112] = 6  # orientation
+    exif[0x010F] = "camera"
     yield from [("JPEG", color, dict(exif=exif)), ("JPEG", grey, dict(progressive=True))]
     yield from [("JPEG", color.convert("CMYK"), {}), ("MPO", color, dict(save_all=True, append_images=[color]))]
     yield from [("PNG", color, dict(exif=exif)), ("PNG", deep, {}), ("PNG", alpha, {}), ("PNG", grey.convert("LA"), {})]
@@ -395,10 +399,10 @@ def image_files():
 
 
 def mutated(content, other, luck):
-    """Bytes as a broken disk, a lost connection or an enemy leaves them."""
+    """Return `content` as a broken disk, a lost connection or an attacker leaves it; `other` is another file's."""
     content = bytearray(content)
     for _ in range(luck.choice([1, 1, 2, 5])):
-        early = luck.random() < 0.5  # headers say the most
+        early = luck.random() < 0.5  # in the header, which matters most
         at = luck.randrange(min(len(content), 64) if early else len(content)) if content else 0
         how = luck.randrange(6)
         if how == 0:
@@ -411,7 +415,8 @@ def mutated(content, other, luck):
         elif how == 3:
             content[at:at] = luck.randbytes(luck.choice([1, 2, 4, 30]))
         elif how == 4:
-            length, start = luck.choice([4, 20, 200]), luck.randrange(len(other))
+            length = luck.choice([4, 20, 200])
+            start = luck.randrange(len(other))
             content[at : at + length] = other[start : start + length]
         else:
             content[at : at + 4] = struct.pack(
@@ -421,8 +426,9 @@ def mutated(content, other, luck):
 
 
 def with_checksums(png):
-    """The chunks of a PNG file with right checksums, so that a reader goes on to what they hold."""
-    content, at = bytearray(png), 8
+    """Return a PNG file with the checksums of its chunks corrected, so that a reader goes on to what they hold."""
+    content = bytearray(png)
+    at = 8
     while at + 12 <= len(content):
         end = at + 8 + int.from_bytes(content[at : at + 4], "big")
         content[end : end + 4] = zlib.crc32(content[at + 4 : end]).to_bytes(4, "big")
@@ -431,20 +437,21 @@ def with_checksums(png):
 
 
 @pytest.mark.filterwarnings("ignore::Warning")
-def test_mutated_images(tmp_path, capfd):
-    """An image, or a UserError that names the file; any other exception of Pillow fails."""
-    luck, contents = random.Random(12), []
+def test_mutated_image_is_read_or_refused_by_name(tmp_path, capfd):
+    """Any other exception of Pillow fails."""
+    luck = random.Random(12)
+    contents = []
     for format, image, how in image_files():
         content = io.BytesIO()
         image.save(content, format, **how)
         contents.append((format, content.getvalue()))
-    path, count = tmp_path / "x.jpg", few(20_000, 300)
-    for i in range(count):
+    path = tmp_path / "x.jpg"
+    for i in range(few(20_000, 300)):
         format, content = contents[i % len(contents)]
         content = mutated(content, luck.choice(contents)[1], luck)
         path.write_bytes(with_checksums(content) if format == "PNG" and i % 2 else content)
         try:
-            image = data.open_image(path)
+            image = images.open_image(path)
             assert image.mode == "RGB"
             COUNTS[f"mutated image, {format}"]["read"] += 1
         except UserError as error:

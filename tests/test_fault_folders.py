@@ -1,8 +1,8 @@
-"""Folders of strangers, tried and counted: hidden files, links, loops, confusing names.
+"""Faults in folders of images: hidden files, links, loops, confusing names.
 
-Each folder is tested on and classified by the same network, so that both have to find the same
-images in it. The tests try one of each kind; `make test-faults` tries them all (EVNAS_FAULTS=full)
-and prints what came of them.
+The same network is tested on each folder and classifies the images in it, so both commands have to
+find the same images. The tests try one fault of each kind. `make test-faults` tries them all
+(EVNAS_FAULTS=full) and prints a table of the outcomes.
 """
 
 import contextlib
@@ -13,6 +13,8 @@ import re
 import shutil
 import unicodedata
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -30,11 +32,13 @@ CLASSES = ["ant", "b\u00e9e", "cat"]  # of two images each
 
 
 class Case(NamedTuple):
-    change: object  # function of the folder `test` with its class folders
-    tested: int | str  # how many images test_cifar.py tests on, or a part of the error message
-    not_read: int = 0  # how many images it says it does not read
-    predicted: int | None = None  # how many predict.py classifies (default: tested + not_read)
-    skipped: int = 0  # how many things it says it skips
+    """A fault, and what the two commands must do about it."""
+
+    change: Callable[[Path], object]  # makes the fault in the folder `test`, which has the class folders
+    tested: int | str  # number of images that test_cifar.py tests on, or a part of its error message
+    not_read: int = 0  # number of images that it says it does not read
+    predicted: int | None = None  # number of images that predict.py classifies (default: tested + not_read)
+    skipped: int = 0  # number of files and folders that it says it skips
 
 
 def image(*paths):
@@ -87,7 +91,7 @@ def renamed(name, new):
 
 
 NFD = unicodedata.normalize("NFD", CLASSES[1])
-# One of each kind, which `make test` tries.
+# One of each kind: `make test` tries these.
 SHORT = [
     "hidden folder in a class",
     "class is a link",
@@ -101,7 +105,7 @@ SHORT = [
 CASES = {
     "files of macOS": Case(lambda test: image(test / "ant/._0.png", test / "ant/.DS_Store"), 6),
     "hidden folder in a class": Case(lambda test: image(test / "ant/.ipynb_checkpoints/0.png"), 6),
-    "hidden folder beside classes": Case(lambda test: image(test / ".git/0.png", test / ".x.png"), 6),
+    "hidden folder next to classes": Case(lambda test: image(test / ".git/0.png", test / ".x.png"), 6),
     "class is a link": Case(moved_away, 6),
     "image is a link": Case(lambda test: link(test / "cat/5.png", "0.png"), 7),
     "class folder is linked in another": Case(lambda test: link(test / "cat/more", "../ant"), 6),
@@ -129,7 +133,7 @@ CASES = {
     "nested folder": Case(lambda test: image(*(test / f"cat/a/{i}.png" for i in range(10))), 6, not_read=10),
     "nested folder with a name of an image": Case(lambda test: image(test / "cat/a.png/1.png"), 6, not_read=1),
     "300 folders deep": Case(lambda test: image(test / ("cat" + "/d" * 300) / "1.png"), 6, not_read=1),
-    "images beside the classes": Case(lambda test: image(test / "1.png", test / "2.png"), 6, not_read=2),
+    "images next to the classes": Case(lambda test: image(test / "1.png", test / "2.png"), 6, not_read=2),
     "other files": Case(lambda test: [(test / name).touch() for name in ("a.txt", "cat/a.heic")], 6),
     "no class folders": Case(without_class_folders, "2 images", predicted=2),
     "one level too deep": Case(one_level_too_deep, "2 images", predicted=6),
@@ -143,14 +147,14 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The directory of a retrained network."""
+    """The run directory of a retrained network."""
     folder = tmp_path_factory.mktemp("run") / "run"
     retrained_run(folder, "cifar", None, classes=CLASSES)
     return folder
 
 
 def call(main, *argv):
-    """Returns (exit code, standard output, lines on standard error) of a script."""
+    """Return (exit code, standard output, lines on standard error) of a script."""
     output = io.StringIO()
     errors = io.StringIO()
     code = 0
@@ -163,7 +167,7 @@ def call(main, *argv):
 
 
 @pytest.mark.parametrize("name", few(CASES, SHORT))
-def test_folders_of_strangers(tmp_path, run, name):
+def test_faulty_folder_is_read_alike_or_refused_in_one_line(tmp_path, run, name):
     case = CASES[name]
     weights = run / "weights/weights.pt"
     test = tmp_path / "data/test"
@@ -174,12 +178,16 @@ def test_folders_of_strangers(tmp_path, run, name):
     code, output, errors = call(test_cifar.main, "--dataset", "folder", "--data", test.parent, "--model_path", weights)
     not_read = [int(count) for count in re.findall(r"^note: not read .*?(\d+) images?\b", output, re.M)]
     if isinstance(case.tested, int):
-        assert code == 0 and f" on {case.tested} images" in output.splitlines()[-1]
+        assert code == 0
+        assert f" on {case.tested} images" in output.splitlines()[-1]
         assert sum(not_read) == case.not_read
-        outcome = "read, and what is not read is said" if case.not_read else "read"
+        outcome = "read, with a note on what is not read" if case.not_read else "read"
     else:
         (line,) = errors
-        assert code == 2 and line.startswith("error: ") and case.tested in line and len(line) < 500
+        assert code == 2
+        assert line.startswith("error: ")
+        assert case.tested in line
+        assert len(line) < 500
         outcome = "refused in one line"
 
     expected = case.tested + case.not_read if case.predicted is None else case.predicted

@@ -161,10 +161,12 @@ def recorded(request, tmp_path_factory):
             (run,) = disk.root.iterdir()
             stop_at("after checkpoint 2", AT_ONCE, module.main, ["--resume", run])
             module.main(["--resume", str(run)])
-        if FULL:  # test_resume.py has that it makes no difference
+    if FULL:  # test_resume.py has that it makes no difference
+        with pytest.MonkeyPatch.context() as patch:
+            faults.conftest.draw_no_charts(patch.setattr)
             module.main([*argv, "--dir", str(root / "whole")])
-            run = next((root / "whole").iterdir())
-            assert_same_run(next(disk.root.iterdir()), run)
+        run = next((root / "whole").iterdir())
+        assert_same_run(next(disk.root.iterdir()), run)
     return script, run, argv, disk
 
 

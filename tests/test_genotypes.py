@@ -1,4 +1,4 @@
-"""The named cells, and reading and writing genotypes: JSON, legacy pickles, wrong and hostile files."""
+"""The named cells; reading and writing genotypes; wrong and hostile files."""
 
 import copy
 import json
@@ -75,17 +75,17 @@ def pickle_file(tmp_path):
     return lambda data: write(tmp_path / "genotype.pickle", data)
 
 
-# Named cells
+# ---- named cells
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_named_cell(name):
+def test_named_cell_is_the_published_one(name):
     expected = Genotype(**table_cells()[name])
     assert genotypes.get(name) == getattr(genotypes, name) == expected
     assert genotype_files.validate(expected) == expected
 
 
-def test_names_and_primitives():
+def test_names_and_primitives_keep_their_order():
     assert list(genotypes.NAMED) == NAMES
     assert genotypes.PRIMITIVES == (
         "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
@@ -94,18 +94,18 @@ def test_names_and_primitives():
 
 
 @pytest.mark.parametrize("name", ["EvNASD", "", "evnasa", "__class__", "os", "get"])
-def test_unknown_name_lists_the_names(name):
+def test_unknown_name_is_refused_with_the_list(name):
     with pytest.raises(UserError) as error:
         genotypes.get(name)
     assert all(known in one_line(error) for known in NAMES)
 
 
-# Files
+# ---- files
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("suffix", ["json", "pickle"])
-def test_round_trip(tmp_path, name, suffix):
+def test_saved_cell_is_loaded_unchanged(tmp_path, name, suffix):
     path = tmp_path / f"genotype.{suffix}"
     genotype_files.save(genotypes.get(name), path)
     loaded = genotype_files.load(path)
@@ -115,7 +115,7 @@ def test_round_trip(tmp_path, name, suffix):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_json_form(tmp_path):
+def test_json_file_holds_four_lists(tmp_path):
     genotype_files.save(genotypes.EvNASA, tmp_path / "genotype.json")
     value = json.loads((tmp_path / "genotype.json").read_text())
     assert list(value) == ["normal", "normal_concat", "reduce", "reduce_concat"]
@@ -123,7 +123,7 @@ def test_json_form(tmp_path):
     assert value["reduce_concat"] == [2, 3, 4, 5]
 
 
-def test_legacy_file():
+def test_published_file_is_read():
     assert genotype_files.load(LEGACY) == genotypes.EvNASA
 
 
@@ -155,7 +155,7 @@ def test_missing_file_is_named(tmp_path, suffix):
     assert f"absent.{suffix}" in one_line(error)
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
+def test_failed_write_keeps_the_old_file(tmp_path):
     path = tmp_path / "genotype.json"
     genotype_files.save(genotypes.EvNASA, path)
     with pytest.raises(TypeError):
@@ -165,14 +165,14 @@ def test_a_failed_write_keeps_the_old_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1", "nan", "\xff", "[" * 100_000, '{"normal": 1' + "0" * 5000 + "}"])
-def test_not_json(tmp_path, text):
+def test_damaged_json_is_refused(tmp_path, text):
     path = write(tmp_path / "genotype.json", text.encode("latin-1"))
     with pytest.raises(UserError) as error:
         genotype_files.load(path)
     assert "genotype.json" in one_line(error)
 
 
-# Malformed genotypes
+# ---- malformed genotypes
 
 
 def valid_dict():
@@ -189,26 +189,26 @@ def put(value, path, new):
 
 
 @pytest.mark.parametrize(
-    "path, new, message",
+    "path, new, named",
     [
-        ((), [1, 2, 3, 4], "keys normal"),
-        (("normal",), [], "normal must"),
-        (("normal",), "sep_conv_3x3", "normal must"),
-        (("reduce",), [["skip_connect", 0]] * 3, "reduce must"),
-        (("reduce",), [["skip_connect", 0]] * 42, "reduce must"),
+        ((), [1, 2, 3, 4], "normal_concat"),
+        (("normal",), [], "normal"),
+        (("normal",), "sep_conv_3x3", "normal"),
+        (("reduce",), [["skip_connect", 0]] * 3, "reduce"),
+        (("reduce",), [["skip_connect", 0]] * 42, "reduce"),
         (("normal", 3), ["skip_connect"], "normal[3]"),
         (("normal", 3), "ab", "normal[3]"),
         (("normal", 3), {"skip_connect": 0, "none": 1}, "normal[3]"),
-        (("reduce", 1, 0), "sep_conv_9x9", "'sep_conv_9x9'"),
-        (("reduce", 1, 0), "os.system", "'os.system'"),
+        (("reduce", 1, 0), "sep_conv_9x9", "reduce[1]"),
+        (("reduce", 1, 0), "os.system", "reduce[1]"),
         (("reduce", 1, 0), ["none"], "reduce[1]"),
         (("reduce", 1, 0), None, "reduce[1]"),
-        (("normal", 0, 1), 2, "normal[0] has the impossible input 2"),
-        (("normal", 1, 1), -1, "normal[1] has the impossible input -1"),
-        (("reduce", 7, 1), 5, "reduce[7] has the impossible input 5"),
-        (("reduce", 7, 1), True, "impossible input True"),
-        (("reduce", 7, 1), 1.0, "impossible input 1.0"),
-        (("reduce", 7, 1), "1", "impossible input '1'"),
+        (("normal", 0, 1), 2, "normal[0]"),
+        (("normal", 1, 1), -1, "normal[1]"),
+        (("reduce", 7, 1), 5, "reduce[7]"),
+        (("reduce", 7, 1), True, "reduce[7]"),
+        (("reduce", 7, 1), 1.0, "reduce[7]"),
+        (("reduce", 7, 1), "1", "reduce[7]"),
         (("normal_concat",), [], "normal_concat"),
         (("normal_concat",), [2, 3, 4, 6], "normal_concat"),
         (("normal_concat",), [1, 2, 3, 4], "normal_concat"),
@@ -220,20 +220,25 @@ def put(value, path, new):
         (("reduce_concat", 0), True, "reduce_concat"),
     ],
 )
-def test_malformed_genotype(tmp_path, path, new, message):
+def test_malformed_genotype_is_refused_by_entry(tmp_path, path, new, named):
     file = write(tmp_path / "g.json", json.dumps(put(valid_dict(), path, new)).encode())
     with pytest.raises(UserError) as error:
         genotype_files.load(file)
-    assert message in one_line(error) and "g.json" in one_line(error)
+    line = one_line(error)
+    assert "g.json" in line
+    assert named in line
 
 
-def test_missing_and_additional_parts():
+def test_missing_part_is_refused():
     value = valid_dict()
-    with pytest.raises(UserError):
-        genotype_files.from_dict({**value, "extra": 1})
     del value["reduce"]
     with pytest.raises(UserError):
         genotype_files.from_dict(value)
+
+
+def test_additional_part_is_refused():
+    with pytest.raises(UserError):
+        genotype_files.from_dict({**valid_dict(), "extra": 1})
 
 
 def is_cell(value):
@@ -272,7 +277,7 @@ PATHS = (
 
 @settings(derandomize=True, max_examples=300, deadline=None, database=None)
 @given(PATHS, VALUES | st.integers(-1, 6) | OPS | st.tuples(OPS, st.integers(-1, 6)).map(list))
-def test_exactly_the_possible_cells_are_accepted(path, new):
+def test_validation_accepts_exactly_the_possible_cells(path, new):
     value = put(valid_dict(), path, new)
     if is_cell(value):
         assert genotype_files.to_dict(genotype_files.from_dict(value)) == value
@@ -282,7 +287,7 @@ def test_exactly_the_possible_cells_are_accepted(path, new):
         one_line(error)
 
 
-# Hostile pickles
+# ---- hostile pickles
 
 
 def refused(path):
@@ -295,7 +300,7 @@ def refused(path):
 @pytest.mark.parametrize("protocol", range(6))
 @pytest.mark.parametrize("kind", ["system", "eval", "exec", "open"])
 @pytest.mark.parametrize("nested", [False, True])
-def test_calls_are_refused(tmp_path, pickle_file, protocol, kind, nested):
+def test_pickled_call_is_refused_and_not_executed(tmp_path, pickle_file, protocol, kind, nested):
     marker = tmp_path / "executed"
     value = {
         "system": Call(os.system, f"touch {marker}"),
@@ -312,7 +317,7 @@ def test_calls_are_refused(tmp_path, pickle_file, protocol, kind, nested):
     assert not marker.exists()
 
 
-def test_the_hostile_pickles_would_work(tmp_path):
+def test_ordinary_unpickler_would_execute_the_call(tmp_path):
     """Guards the test above: an ordinary unpickler does run them."""
     pickle.loads(pickle.dumps(Call(os.system, f"touch {tmp_path / 'executed'}")))
     assert (tmp_path / "executed").exists()
@@ -337,8 +342,8 @@ def text(value):
         ("os\nsystem", "\x1b[31m"),
     ],
 )
-def test_other_references_are_refused(pickle_file, module, name):
-    assert "refers to" in refused(pickle_file(b"\x80\x04" + text(module) + text(name) + b"\x93."))
+def test_pickled_reference_is_refused(pickle_file, module, name):
+    refused(pickle_file(b"\x80\x04" + text(module) + text(name) + b"\x93."))
 
 
 @pytest.mark.parametrize(
@@ -362,22 +367,22 @@ def test_other_references_are_refused(pickle_file, module, name):
         b"\x80\x02}X\x06\x00\x00\x00normalNs.",
     ],
 )
-def test_damaged_pickles(pickle_file, data):
+def test_damaged_pickle_is_refused(pickle_file, data):
     refused(pickle_file(data))
 
 
 @pytest.mark.parametrize("put_index", [b"p999999999999\n", b"p5000000\n", b"r\xff\xff\xff\x7f", b"q\xff"])
-def test_memo_indices_cannot_ask_for_memory(pickle_file, put_index):
-    assert "memo index" in refused(pickle_file(b"\x80\x02]" + put_index + b"."))
+def test_large_memo_index_is_refused(pickle_file, put_index):
+    refused(pickle_file(b"\x80\x02]" + put_index + b"."))
 
 
-def test_truncated_pickles(pickle_file):
+def test_truncated_pickle_is_refused(pickle_file):
     data = LEGACY.read_bytes()
     for length in range(len(data)):
         refused(pickle_file(data[:length]))
 
 
-def test_flipped_bits(pickle_file):
+def test_flipped_bit_gives_a_valid_cell_or_an_error(pickle_file):
     """Whatever comes of it: a valid cell or a UserError."""
     data = LEGACY.read_bytes()
     kinds = set()
@@ -400,18 +405,18 @@ HUGE = {"bomb": bomb(), "self": SELF, "int": 10**6000, "range": range(10**30), "
 
 @pytest.mark.parametrize("path", [("normal",), ("normal", 0), ("normal", 0, 0), ("normal", 0, 1), ("reduce_concat", 1)])
 @pytest.mark.parametrize("value", HUGE.values(), ids=HUGE)
-def test_huge_values(pickle_file, path, value):
+def test_huge_value_is_refused(pickle_file, path, value):
     cell = put(put(valid_dict(), ("normal", 0), ["skip_connect", 0]), path, value)
     refused(pickle_file(pickle.dumps(Genotype(**cell), 3)))
 
 
 @pytest.mark.parametrize("concat", [range(2, 10**30), range(10**30), range(2, 2), range(2, -(10**30), -1)])
-def test_ranges_that_are_no_nodes(pickle_file, concat):
+def test_impossible_range_is_refused(pickle_file, concat):
     refused(pickle_file(pickle.dumps(genotypes.EvNASA._replace(normal_concat=concat), 3)))
 
 
 @pytest.mark.parametrize("container", [lambda x: {x: 1}, lambda x: {x}, lambda x: frozenset([x])])
-def test_only_lists_and_tuples(pickle_file, container):
+def test_dictionary_or_set_is_refused(pickle_file, container):
     """Dictionaries and sets hash their content: on nested pairs that takes for ever."""
     data = pickle.dumps(container("key"), 4)
     key = pickle.dumps("key", 4)[11:-1]  # without header and stop
@@ -420,7 +425,7 @@ def test_only_lists_and_tuples(pickle_file, container):
     refused(pickle_file(b"\x80\x04" + data[11:].replace(key, nested)))
 
 
-def test_attributes_cannot_be_set(pickle_file):
+def test_pickle_cannot_set_attributes(pickle_file):
     """Opcode BUILD with a slot state sets attributes, of the class too."""
     state = pickle.dumps((None, {"_fields": ("a",), "__len__": None}), 2)[2:-1]
     fields = Genotype._fields

@@ -1,14 +1,22 @@
-"""Which files of a folder are images, and which folders are classes."""
+"""Folders of images: which files are images, which folders are classes, reading into memory, the cache."""
 
 import hashlib
 import os
 import unicodedata
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
-import data
+import augment
+import class_names
+import datasets
 import image_folder
+import loaders
 import predict
+from augment import Augmentation
+from splits import Files, Images
 from support.files import UserError
 
 NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
@@ -29,17 +37,18 @@ def make_files(tmp_path):
     return make
 
 
-def test_labels_order_and_digest_of_an_ordinary_folder_do_not_change(tmp_path):
+def test_labels_order_and_digest_do_not_change_between_versions(tmp_path):
     """A run is bound to them: `source` is the SHA-256 of lines `CLASS/NAME SIZE`."""
     sizes = {"bee/10.jpg": 3, "bee/9.JPEG": 4, "Ant/x.png": 5, "ant/\u00e9.webp": 6, "ant/a b.gif": 7}
     for name, size in {**sizes, "ant/list.txt": 1, ".hidden/1.jpg": 1, "ant/.1.jpg": 1}.items():
         path = tmp_path / "train" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(bytes(size))
-    files = data.scan_folder(tmp_path, "train")
+    files = image_folder.list_files(tmp_path, ["train"])
     order = ["Ant/x.png", "ant/a b.gif", "ant/\u00e9.webp", "bee/10.jpg", "bee/9.JPEG"]
     assert files.paths == [tmp_path / "train" / name for name in order]
-    assert files.classes == ["Ant", "ant", "bee"] and files.labels.tolist() == [0, 1, 1, 2, 2]
+    assert files.classes == ["Ant", "ant", "bee"]
+    assert files.labels.tolist() == [0, 1, 1, 2, 2]
     lines = "".join(f"{name} {sizes[name]}\n" for name in order)
     assert files.source == hashlib.sha256(lines.encode()).hexdigest()
     assert files.source == "41b21ef22ac4711de0293dd62940996dc95e14bdda51ad7af5cf2be102b2e32b"  # of commit 627560b
@@ -50,12 +59,12 @@ def test_training_and_prediction_read_the_same_images(make_files, tmp_path):
     folder = make_files("ant/1.jpg", "ant/2.jpeg -> 1.jpg", "ant/.3.jpg", "ant/x.txt", "bee -> ../elsewhere")
     make_files("ant/.ipynb_checkpoints/1.jpg", ".git/1.jpg", "bee/loop -> ../train", "ant/self -> .")
     expected = [folder / name for name in ("ant/1.jpg", "ant/2.jpeg", "bee/1.jpg", "bee/2.PNG")]
-    assert data.scan_folder(tmp_path, "train").paths == expected
+    assert image_folder.list_files(tmp_path, ["train"]).paths == expected
     assert predict.images_in(folder) == (expected, [])
 
 
 def test_folders_that_link_to_one_another_are_listed_once(make_files):
-    """Each of ten folders has a link to each other one: there are millions of ways through them."""
+    """Each of ten folders has a link to each other one, so there are millions of ways through them."""
     names = [f"{i}/{i}.jpg" for i in range(10)]
     folder = make_files(*names, *(f"{i}/to{j} -> ../{j}" for i in range(10) for j in range(10)))
     listings = list(image_folder.walk(folder))
@@ -63,103 +72,171 @@ def test_folders_that_link_to_one_another_are_listed_once(make_files):
     assert sorted(image for listing in listings for image in listing.images) == [folder / name for name in names]
 
 
-def test_links_that_lead_nowhere(make_files, tmp_path):
-    folder = make_files("ant/1.jpg", "ant/notes -> nowhere", "ant/round -> round", "ant/2.jpg -> 2.jpg")
-    listing = image_folder.list_folder(folder / "ant")
-    assert [path.name for path in listing.images] == ["1.jpg", "2.jpg"] and not listing.others
+@pytest.fixture
+def broken_links(make_files):
+    """A class folder with one image, and three links that lead nowhere, one of which is called an image."""
+    return make_files("ant/1.jpg", "ant/notes -> nowhere", "ant/round -> round", "ant/2.jpg -> 2.jpg")
+
+
+def test_broken_link_is_listed_as_unreadable_unless_it_is_called_an_image(broken_links):
+    listing = image_folder.list_folder(broken_links / "ant")
+    assert [path.name for path in listing.images] == ["1.jpg", "2.jpg"]
     assert [path.name for path in listing.unreadable] == ["notes", "round"]
-    images, unreadable = predict.images_in(folder)
-    assert images == listing.images and unreadable == list(listing.unreadable.values())
-    with pytest.raises(UserError, match="cannot read .*ant/2.jpg: .*Restore or remove it"):
-        data.scan_folder(tmp_path, "train")
+    assert not listing.others
 
 
-def test_a_folder_that_cannot_be_read(make_files, tmp_path, monkeypatch):
-    folder = make_files("ant/1.jpg", "ant/secret/1.jpg")
+def test_prediction_reports_broken_links(broken_links):
+    listing = image_folder.list_folder(broken_links / "ant")
+    assert predict.images_in(broken_links) == (listing.images, list(listing.unreadable.values()))
+
+
+def test_training_refuses_a_broken_link_that_is_called_an_image(broken_links, tmp_path):
+    with pytest.raises(UserError, match="ant/2.jpg"):
+        image_folder.list_files(tmp_path, ["train"])
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """`forbid(name)`: folders with this name cannot be listed. (root, who may run the tests, can list any folder.)"""
     scandir = os.scandir
 
-    def refused(path):
-        if os.path.basename(path) == name:
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+    def make(name):
+        def refused(path):
+            if os.path.basename(path) == name:
+                raise PermissionError(13, "Permission denied", str(path))
+            return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refused)
-    name = "secret"
+        monkeypatch.setattr(os, "scandir", refused)
+
+    return make
+
+
+def test_unreadable_folder_inside_a_class_is_left_out(make_files, tmp_path, forbid):
+    folder = make_files("ant/1.jpg", "ant/secret/1.jpg")
+    forbid("secret")
     images, (message,) = predict.images_in(folder)
-    assert images == [folder / "ant/1.jpg"] and f"cannot read {folder}/ant/secret: Permission denied" in message
-    assert len(data.scan_folder(tmp_path, "train")) == 1
-    name = "ant"
-    with pytest.raises(UserError, match="cannot read .*/ant: Permission denied"):
-        data.scan_folder(tmp_path, "train")
-    with pytest.raises(UserError, match="has no images: cannot read .*/ant: Permission denied"):
+    assert images == [folder / "ant/1.jpg"]
+    assert f"{folder}/ant/secret: Permission denied" in message
+    assert len(image_folder.list_files(tmp_path, ["train"])) == 1
+
+
+def test_unreadable_class_folder_is_refused(make_files, tmp_path, forbid):
+    folder = make_files("ant/1.jpg")
+    forbid("ant")
+    with pytest.raises(UserError, match="/ant: Permission denied"):
+        image_folder.list_files(tmp_path, ["train"])
+    with pytest.raises(UserError, match="/ant: Permission denied"):
         predict.images_in(folder)
 
 
-def test_what_is_not_read_is_counted(make_files, tmp_path, capsys):
-    """Each line says what it is: a folder is not called a file, nor an image a file that is none."""
+# ---- what is not read
+
+
+def test_hidden_files_are_left_out_without_a_word(make_files, tmp_path, capsys):
+    make_files("ant/1.jpg", "ant/2.jpg", "ant/._0.png", "ant/.DS_Store", "._ant/1.jpg", "bee/1.jpg", "bee/2.jpg")
+    assert len(image_folder.list_files(tmp_path, ["train"])) == 4
+    assert not capsys.readouterr().out
+
+
+def test_other_files_are_counted(make_files, tmp_path, capsys):
+    names = [f"bee/{i}.heic" for i in range(5)]
+    folder = make_files("list.txt", "ant/1.jpg", "ant/2.jpg", "bee/1.jpg", "bee/2.jpg", *names)
+    image_folder.list_files(tmp_path, ["train"])
+    line = capsys.readouterr().out
+    assert line.startswith(f"note: not read in {folder}: 6 files ")
+    assert line.endswith("such as list.txt\n")
+
+
+def test_each_kind_of_files_not_read_is_counted_by_itself(make_files, tmp_path, capsys):
     names = [f"dog/puppies/{i}.jpg" for i in range(10)]
-    folder = make_files("dog/1.jpg", "dog/2.jpg", "cat/1.jpg", "cat/2.jpg", "dog/empty/list.txt", "beside.jpg", *names)
+    folder = make_files("dog/1.jpg", "dog/2.jpg", "cat/1.jpg", "cat/2.jpg", "dog/empty/list.txt", "stray.jpg", *names)
     make_files("dog/puppies/small/1.jpg", "dog/x.jpg/1.png", "cat/clip.mp4", "cat/loop -> ..", "cat/more -> ../dog")
-    assert len(data.scan_folder(tmp_path, "train")) == 4
-    others, beside, nested = capsys.readouterr().out.splitlines()
+    assert len(image_folder.list_files(tmp_path, ["train"])) == 4
+    others, stray, nested = capsys.readouterr().out.splitlines()
     start = f"note: not read in {folder}: "
-    assert others.startswith(f"{start}1 file without ") and others.endswith("such as cat/clip.mp4")
-    assert beside.startswith(f"{start}1 image beside the class folders, such as beside.jpg.")
-    assert nested.startswith(f"{start}3 folders inside class folders, with 12 images, such as dog/puppies.")
+    assert others.startswith(f"{start}1 file ")
+    assert "cat/clip.mp4" in others
+    assert stray.startswith(f"{start}1 image ")
+    assert "stray.jpg" in stray
+    assert nested.startswith(f"{start}3 folders ")
+    assert "12 images, such as dog/puppies" in nested
     assert len(predict.images_in(folder)[0]) == 4 + 1 + 12
 
 
-def test_the_count_of_what_is_not_read_ends(make_files, tmp_path, capsys, monkeypatch):
-    """Behind a link there may be a whole disk."""
+def test_count_of_unread_images_ends_after_some_folders(make_files, tmp_path, capsys, monkeypatch):
+    """A link may lead to a whole disk."""
     monkeypatch.setattr(image_folder, "COUNTED", 3)
     make_files("ant/1.jpg", "ant/2.jpg", "ant/disk -> ../../disk", *(f"../disk/{i}/1.jpg" for i in range(5)))
-    assert len(data.scan_folder(tmp_path, "train")) == 2
-    assert "1 folder inside class folders, with at least 2 images, such as ant/disk" in capsys.readouterr().out
+    assert len(image_folder.list_files(tmp_path, ["train"])) == 2
+    assert "at least 2 images, such as ant/disk" in capsys.readouterr().out
 
 
-def test_images_that_are_not_where_a_class_has_them(make_files, tmp_path):
+# ---- classes
+
+
+def test_single_class_is_noted(make_files, tmp_path, capsys):
+    make_files("ant/1.jpg", "ant/2.jpg")
+    image_folder.list_files(tmp_path, ["train"])
+    assert "one class, ant" in capsys.readouterr().out
+
+
+def test_class_with_a_single_image_is_noted(make_files, tmp_path, capsys):
+    make_files("ant/1.jpg", "ant/2.jpg", "bee/1.jpg", "cat/1.jpg")
+    image_folder.list_files(tmp_path, ["train"])
+    line = capsys.readouterr().out
+    assert line.startswith("note: 2 ")
+    assert line.endswith("such as bee\n")
+
+
+def test_class_whose_images_are_one_folder_deeper_is_refused(make_files, tmp_path):
     make_files("train/ant/1.jpg", "train/ant/2.jpg")
     with pytest.raises(UserError, match="train/train has no images .*train/train/ant has 2 images"):
-        data.scan_folder(tmp_path, "train")
-    folder = make_files("1.jpg")
-    (folder / "train").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="train has no class folders, only 1 image"):
-        data.scan_folder(tmp_path, "train")
+        image_folder.list_files(tmp_path, ["train"])
+
+
+def test_folder_without_class_folders_is_refused(make_files, tmp_path):
+    make_files("1.jpg")
+    with pytest.raises(UserError, match="no class folders, only 1 image"):
+        image_folder.list_files(tmp_path, ["train"])
 
 
 @pytest.mark.parametrize("target", [".", "..", "../train", "ant"])
-def test_a_class_is_not_another_folder_again(make_files, tmp_path, target):
+def test_class_that_is_a_link_to_another_or_back_is_refused(make_files, tmp_path, target):
     make_files("ant/1.jpg", "1.jpg", "../2.jpg", f"bee -> {target}")
     with pytest.raises(UserError, match="train/bee .*remove .*link"):
-        data.scan_folder(tmp_path, "train")
+        image_folder.list_files(tmp_path, ["train"])
 
 
 # ---- names of classes
 
 
-def test_one_name_in_two_unicode_forms_within_a_split(make_files, tmp_path):
+def test_one_name_in_two_unicode_forms_is_refused_within_a_split(make_files, tmp_path):
     make_files(f"{NFC}/1.jpg", f"{NFD}/1.jpg")
     with pytest.raises(UserError, match="Unicode form") as caught:
-        data.scan_folder(tmp_path, "train")
-    assert ascii(NFC) in str(caught.value) and ascii(NFD) in str(caught.value) and str(caught.value).isascii()
+        image_folder.list_files(tmp_path, ["train"])
+    message = str(caught.value)
+    assert message.isascii()
+    assert ascii(NFC) in message
+    assert ascii(NFD) in message
 
 
-def test_names_that_look_alike_within_a_split_are_noted(make_files, tmp_path, capsys):
+def test_names_that_look_alike_are_noted_within_a_split(make_files, tmp_path, capsys):
     make_files("cat/1.jpg", "cat/2.jpg", "cat /1.jpg", "cat /2.jpg")
-    assert data.scan_folder(tmp_path, "train").classes == ["cat", "cat "]
-    assert capsys.readouterr().out.endswith("look alike: 'cat' and 'cat '\n")
+    assert image_folder.list_files(tmp_path, ["train"]).classes == ["cat", "cat "]
+    assert capsys.readouterr().out.endswith("'cat' and 'cat '\n")
 
 
 def difference(classes, other_classes):
-    one, other = ({"classes": names, "image_size": [8, 8]} for names in (classes, other_classes))
+    """Return the message about the different classes of two splits."""
     with pytest.raises(UserError) as caught:
-        data.check_alike("training", one, "test", other)
+        class_names.check_same_classes("training", classes, "test", other_classes)
     return str(caught.value)
 
 
-def test_one_name_in_two_unicode_forms_in_two_splits():
+def test_one_name_in_two_unicode_forms_is_refused_in_two_splits():
     text = difference(["ant", NFC], ["ant", NFD])
-    assert text.startswith(f"class {ascii(NFC)} of training and class {ascii(NFD)} of test") and "Unicode form" in text
+    assert text.startswith(f"class {ascii(NFC)} of training and class {ascii(NFD)} of test")
+    assert "Unicode form" in text
 
 
 @pytest.mark.parametrize(
@@ -176,12 +253,215 @@ def test_one_name_in_two_unicode_forms_in_two_splits():
 )
 def test_names_that_look_alike_are_shown_escaped(one, other):
     text = difference(["ant", "bee", "cat", "cow", "zoo", one], ["ant", other])
-    assert f"only in training: {ascii(one)}, bee, cat, .." in text and f"only in test: {ascii(other)}" in text
-    assert text.isascii() and "look alike" in text
+    assert f"only in training: {ascii(one)}, bee, cat, .." in text
+    assert f"only in test: {ascii(other)}" in text
+    assert text.isascii()
+    assert "look alike" in text
 
 
-def test_names_that_do_not_look_alike_are_shown_as_they_are():
+def test_other_names_are_shown_as_they_are():
     assert difference(["\u732b", "cat"], ["\u72ac", "cat"]).endswith("only in training: \u732b; only in test: \u72ac")
     assert difference(["x\u00b2"], ["x2"]).endswith("only in training: x\u00b2; only in test: x2")
     assert difference(["ant", "bee"], ["ant"]).endswith("only in training: bee")
     assert difference(["ant", "bee"], ["bee", "ant"]).endswith("in their order")
+
+
+# ---- reading into memory
+
+
+def read(root, split="train", **settings):
+    return image_folder.read_images(image_folder.list_files(root, [split]), resize=False, **settings)
+
+
+def test_small_images_of_one_size_are_read_into_memory(make_images):
+    root = make_images("train", 4, [(32, 16)], suffixes=[".png", ".jpg", ".JPEG"])
+    train = read(root)
+    assert isinstance(train, Images)
+    assert train.images.shape == (12, 3, 16, 32)
+    assert train.classes == ["ant", "bee", "cat"]
+    assert train.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    for i, path in enumerate(sorted((root / "train/bee").iterdir())):
+        pixels = np.asarray(Image.open(path).convert("RGB"))
+        assert (train.images[4 + i].numpy() == pixels.transpose(2, 0, 1)).all()
+
+
+@pytest.mark.parametrize("sizes", [[(32, 32), (32, 28)], [(65, 65)], [(32, 80)]])
+def test_large_or_uneven_images_stay_files(make_images, sizes):
+    files = read(make_images("train", 3, sizes))
+    assert isinstance(files, Files)
+    assert len(files) == 9
+    with pytest.raises(UserError, match=r"64 pixels .*ant/0.jpg is \d+x\d+.*--image_size"):
+        image_folder.check_in_memory(files)
+
+
+def test_subset_of_files_keeps_path_and_label_together(make_images):
+    files = image_folder.list_files(make_images("train", 3, [(80, 80)]), ["train"])
+    half = files.subset(torch.tensor([8, 1, 4]))
+    assert [files.classes[label] for label in half.labels] == [path.parent.name for path in half.paths]
+    assert half.source == files.source
+
+
+def test_sides_that_are_not_multiples_of_4_are_refused(make_images):
+    with pytest.raises(UserError, match="30x32 .*multiples of 4"):
+        image_folder.check_in_memory(read(make_images("train", 1, [(30, 32)])))
+
+
+# (width, height) of an image: the square that is cropped from it, as left, top, right and bottom.
+SQUARES = {(64, 48): (8, 0, 56, 48), (31, 90): (0, 29.5, 31, 60.5), (32, 32): (0, 0, 32, 32)}
+
+
+@pytest.fixture
+def uneven(make_images):
+    """A folder with images of three sizes, and each of them cropped to its centre and scaled to 32x32 pixels."""
+    root = make_images("train", 3, list(SQUARES), suffixes=[".png"])
+    expected = []
+    for path in sorted(root.glob("train/*/*.png")):
+        image = Image.open(path).convert("RGB")
+        expected.append(np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR, SQUARES[image.size])))
+    return root, torch.from_numpy(np.stack(expected)).permute(0, 3, 1, 2)
+
+
+def test_images_of_any_size_are_resized_and_cropped_at_their_centre(uneven):
+    root, expected = uneven
+    images = datasets.load_images("folder", root, "train", image_size=32)
+    assert torch.equal(images.images, expected)
+    assert images.subset(torch.arange(4)).image_size == [32, 32]
+
+
+def test_single_image_is_transformed_as_by_the_loader(uneven):
+    root, expected = uneven
+    augmentation = Augmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    images = datasets.load_images("folder", root, "train", image_size=32)
+    ((x, _),) = loaders.make_loader(images, 9, augmentation, torch.device("cpu"))
+    transform = augment.small_transform(augmentation, [32, 32])
+    for path, of_loader in zip(sorted(root.glob("train/*/*.png")), x, strict=True):
+        torch.testing.assert_close(transform(Image.open(path).convert("RGB")), of_loader)
+
+
+def test_listed_images_of_any_size_are_transformed_as_imagenet(uneven):
+    """They are scaled to 256/224 of the size first, then cropped."""
+    root, expected = uneven
+    augmentation = Augmentation((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))
+    files = datasets.list_files("folder", root, "train", image_size=32)
+    assert files.image_size == files.subset(torch.arange(4)).image_size == [32, 32]
+    ((x, _),) = loaders.make_loader(files, 9, augmentation, torch.device("cpu"))
+    transform = augment.imagenet_transform(augmentation, False, 32)
+    for path, of_loader in zip(sorted(root.glob("train/*/*.png")), x, strict=True):
+        torch.testing.assert_close(transform(Image.open(path).convert("RGB")), of_loader)
+
+
+# ---- the cache
+
+
+class Cached:
+    """A folder of 12 images, 8x12 pixels, large enough to be cached; `decodes` tells how it is read."""
+
+    def __init__(self, root, monkeypatch):
+        self.root = root
+        self.cache = root / "train" / image_folder.CACHE
+        self.opened = []
+        open_image = image_folder.open_image
+        monkeypatch.setattr(image_folder, "CACHED", 12)
+        self.expected = read(root, cache=False)
+
+        def counting(path, *use):
+            self.opened.append(path)
+            return open_image(path, *use)
+
+        monkeypatch.setattr(image_folder, "open_image", counting)
+
+    def decodes(self, **settings):
+        """Read the folder, which must give the same as ever; return whether its images were decoded for that."""
+        self.opened.clear()
+        split = read(self.root, **settings)
+        assert torch.equal(split.images, self.expected.images)
+        assert split.source == self.expected.source
+        return len(self.opened) > 12  # 12 headers are read anyway to see whether the images are small
+
+
+@pytest.fixture
+def cached(make_images, monkeypatch):
+    return Cached(make_images("train", 4, [(8, 12)]), monkeypatch)
+
+
+def test_cache_saves_decoding(cached):
+    assert cached.decodes()
+    assert cached.cache.exists()
+    assert not cached.decodes()
+
+
+def test_cache_is_not_written_for_few_images(cached, monkeypatch):
+    monkeypatch.setattr(image_folder, "CACHED", 13)
+    assert cached.decodes()
+    assert not cached.cache.exists()
+
+
+def test_cache_can_be_switched_off(cached):
+    assert cached.decodes(cache=False)
+    assert not cached.cache.exists()
+    assert cached.decodes()
+    assert cached.decodes(cache=False)
+
+
+def test_cache_of_other_files_is_ignored(cached):
+    cached.decodes()
+    os.utime(cached.root / "train/ant/0.jpg", (1, 1))
+    assert cached.decodes()
+    assert not cached.decodes()
+
+
+def test_cache_of_resized_images_is_another(cached):
+    cached.decodes()
+    resized = datasets.load_images("folder", cached.root, "train", image_size=4)
+    assert resized.image_size == [4, 4]
+    assert cached.decodes()
+    assert not cached.decodes()
+
+
+DAMAGES = [
+    lambda whole: b"",
+    lambda whole: whole[:-100],
+    lambda whole: whole[:500] + b"x" + whole[501:],
+    lambda whole: whole.replace(b"uint8", b"object"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_cache_is_ignored(cached, damage):
+    cached.decodes()
+    cached.cache.write_bytes(damage(cached.cache.read_bytes()))
+    cached.decodes()
+    assert not cached.decodes()
+
+
+@pytest.mark.parametrize(
+    "arrays",
+    [
+        {"images": np.zeros((12, 3, 12, 8), np.int8)},
+        {"images": np.zeros((11, 3, 12, 8), np.uint8)},
+        {},
+    ],
+)
+def test_cache_with_the_right_key_and_wrong_arrays_is_ignored(cached, arrays):
+    files = image_folder.list_files(cached.root, ["train"])
+    key = np.frombuffer(image_folder.fingerprint(files, image_folder.read_small), np.uint8)
+    with cached.cache.open("wb") as file:
+        np.savez(file, key=key, **arrays)
+    assert cached.decodes()
+    assert not cached.decodes()
+
+
+def test_fingerprint_does_not_change_between_versions(tmp_path):
+    """Caches are found by it: it is the SHA-256 of lines, the first of which names the function that reads."""
+    path = tmp_path / "ant/1.jpg"
+    path.parent.mkdir()
+    path.write_bytes(b"123")
+    os.utime(path, ns=(5, 5))
+    files = Files([path], torch.zeros(1), ["ant"], image_size=[8, 12])
+    expected = hashlib.sha256(b"read_small [8, 12]\nant/1.jpg 3 5\n").digest()
+    assert image_folder.fingerprint(files, image_folder.read_small) == expected
+
+
+def test_cache_that_cannot_be_written_is_no_error(cached):
+    cached.cache.mkdir()
+    assert cached.decodes()

@@ -1,5 +1,6 @@
 """Searches on NAS-Bench-201 end to end: resume, variants, the benchmark's figures, searchNAS201.sh, bad input."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,12 +14,15 @@ import torch
 from scipy import stats
 from torch import nn
 
-import data
+import datasets
 import search_cli
+import search_space
+import splits
 from nas201 import encoding, summary
 from nas201.train_search import main
-from reporting.cells import load_architecture
+from reporting.cells import load_cell
 from support import runs
+from views import VIEWS
 
 from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, s2_search, write_table
 
@@ -77,7 +81,7 @@ def test_a_run_and_its_history(tmp_path, table, capsys):
         assert entry["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
         assert entry["spearman_rho"] == pytest.approx(stats.spearmanr(fitness, truth).statistic)
     assert json.loads((run / "genotype.json").read_text()) == {"arch": entries[-1]["best_genotype"]}
-    assert load_architecture(run / "genotype.json") == entries[-1]["best_genotype"]
+    assert load_cell(run / "genotype.json", VIEWS) == entries[-1]["best_genotype"]
     assert (run / "cell.svg").exists() and (run / "weights/weights.pt").exists()
     assert "True accuracy, CIFAR-10" in (run / "report.html").read_text()
     assert "cifar10 valid accuracy of the best" in (run / "log.txt").read_text()
@@ -168,16 +172,17 @@ def test_a_run_is_bound_to_its_table_wherever_that_lies(tmp_path, table, monkeyp
 def test_a_run_is_bound_to_its_split_file_wherever_that_lies(tmp_path, monkeypatch, fails):
     """On CIFAR-10 in name; the images are random ones of 8x8 pixels."""
 
-    def load(dataset, root, split):
+    def load(root, split, workers):
         images = torch.randint(256, (50_000, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        return data.Images(images, torch.arange(50_000) % 10, list("0123456789"), dataset)
+        return splits.Images(images, torch.arange(50_000) % 10, list("0123456789"), "cifar10")
 
     def write_split(name, **lists):
         content = {key: ["int", list(map(str, indices))] for key, indices in lists.items()}
         (tmp_path / name).write_text(json.dumps(content))
         return ["--split_file", name]
 
-    monkeypatch.setattr(data, "load_cifar", load)
+    cifar10 = dataclasses.replace(datasets.DATASETS["cifar10"], load=load)
+    monkeypatch.setitem(datasets.DATASETS, "cifar10", cifar10)
     monkeypatch.chdir(tmp_path)
     lists = {"train": range(0, 1_000, 2), "valid": range(1, 1_000, 2)}
     run = s2_search(tmp_path, "--dataset", "cifar10", "--epochs", 1, *write_split("first.txt", **lists))
@@ -230,7 +235,7 @@ def test_variants(tmp_path, table, variant):
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
 def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
-    measure, checked = search_cli.measure_fitness, []
+    measure, checked = search_space.measure_fitness, []
 
     def check(network, *rest, **more):
         before = {name: value.clone() for name, value in network.state_dict().items()}
@@ -240,7 +245,7 @@ def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
         checked.append(fitness)
         return fitness
 
-    monkeypatch.setattr(search_cli, "measure_fitness", check)
+    monkeypatch.setattr(search_space, "measure_fitness", check)
     s2_search(tmp_path, "--bn", bn, "--epochs", 2)
     assert len(checked) == 3  # two generations, and at the end the random architectures
 
@@ -365,7 +370,7 @@ def test_the_benchmark_is_looked_for_where_the_published_script_had_it(tmp_path,
     ("words", "expected"),
     [
         (["digits", "cpu"], "usage"),
-        (["mnist", "cpu", "out"], "unknown data set mnist"),
+        (["mnist", "cpu", "out"], "mnist"),
         (["digits", "cpu", "out", "--seed", "3"], "--seed is set by"),
         (["digits", "cpu", "out", "--dir=x"], "--dir is set by"),
     ],
@@ -385,7 +390,7 @@ def test_bad_arguments(fails, table, tmp_path_factory):
     split.write_text('{"train": ["int", ["1"]], "valid": ["int", ["1"]]}')
     damaged.write_bytes(b"PK\x03\x04 no archive")
     for flags, words in (
-        (["--api_path", bad_table], "15624 rows"),
+        (["--api_path", bad_table], "15624"),
         (["--api_path", other / "absent.csv"], "absent.csv"),
         (["--api_path", damaged], "bench.pth"),
         (["--split_file", split], "--split_file and --split fixed are for"),

@@ -73,7 +73,7 @@ def test_searches_with_the_papers_seeds_have_no_stream_in_common(begin_search):
 
 
 def test_random_architectures_and_the_images_they_see_are_the_same_for_every_seed():
-    args = [search_cli.search_parser("", "", []).parse_args(["--seed", seed]) for seed in ("18", "2021")]
+    args = [search_cli.search_parser("train_search.py", "").parse_args(["--seed", seed]) for seed in ("18", "2021")]
     drawn = [torch.rand(9, generator=baselines.generator(each, seed_roles.RANDOM_ARCHITECTURES)) for each in args]
     born = torch.rand(9, generator=seeds.generator(args[1], seed_roles.POPULATION))
     assert torch.equal(*drawn) and not torch.equal(drawn[0], born)
@@ -81,5 +81,5 @@ def test_random_architectures_and_the_images_they_see_are_the_same_for_every_see
 
 @pytest.mark.parametrize("script, line", [(train_search, search_line), (train, train_line)])
 def test_a_new_run_records_how_its_seeds_were_derived(script, line):
-    parser = train.make_parser() if script is train else search_cli.search_parser("", "", ["digits"])
+    parser = train.make_parser() if script is train else search_cli.search_parser("train_search.py", "")
     assert parser.parse_known_args(line())[0].seed_scheme == 2

@@ -7,7 +7,7 @@ import threading
 import pytest
 import torch
 
-import data
+import datasets
 import loaders
 import train
 import train_search
@@ -64,7 +64,7 @@ def test_ctrl_c_promises_no_more_than_there_is(tmp_path, monkeypatch, capsys):
     def stop(*args, **settings):
         raise KeyboardInterrupt
 
-    for owner, name in ((data, "load"), (runs.Run, "restore")):
+    for owner, name in ((datasets, "load_images"), (runs.Run, "restore")):
         with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
             patch.setattr(owner, name, stop)
             search(tmp_path)
@@ -113,13 +113,14 @@ def test_signals_are_taken_over_while_a_run_is_open(tmp_path):
 @pytest.mark.parametrize("kind, workers", [("memory", 0), ("files", 0), ("files", 2)])
 def test_batches_that_are_over_are_left_out(make_images, monkeypatch, kind, workers):
     side = 8 if kind == "memory" else 80
-    split = data.load("folder", make_images("train", 5, [(side, side)]), "train")
-    opened, open_image = [], data.open_image
+    split = datasets.load_images("folder", make_images("train", 5, [(side, side)]), "train")
+    opened = []
+    open_image = loaders.open_image
     monkeypatch.setattr(loaders, "open_image", lambda path: opened.append(path) or open_image(path))
 
     def make():
         settings = dict(generator=torch.Generator().manual_seed(5), augment=True, workers=workers)
-        return loaders.make_loader(split, 4, data.AUGMENTATION["cifar10"], torch.device("cpu"), **settings)
+        return loaders.make_loader(split, 4, datasets.augmentation("cifar10"), torch.device("cpu"), **settings)
 
     whole, part = make(), make()
     for first in (3, 0, 1, 4):  # of the 4 batches

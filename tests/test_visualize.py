@@ -21,9 +21,12 @@ import genotype_files
 import genotypes
 import visualize
 from nas201.genotypes import PRIMITIVES
+from nas201.report import NAS_BENCH_201
 from reporting import cells as drawing
 from reporting import report
+from reporting.views import Drawing, Edge, drawings_of
 from support.files import UserError, write_json
+from views import DARTS, VIEWS
 
 from helpers import REPORTED_ARCH, reported_run
 
@@ -58,7 +61,7 @@ ARCHITECTURES = {
 
 def drawn(cell):
     """The root, [(kind, text, left, top, right, bottom)] of nodes and operations, and [(x, y, x, y)] of the lines."""
-    root = ElementTree.fromstring(drawing.cell_svg(**cell))
+    root = ElementTree.fromstring(drawing.cell_svg(cell))
     axes = next(group for group in root.iter(f"{SVG}g") if group.get("class") == "axes")
     boxes, lines = [], []
     for group, following in zip(axes, [*axes[1:], None], strict=True):
@@ -81,14 +84,14 @@ def drawn(cell):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_nothing_overlaps(name):
-    for cell in drawing.cells(ARCHITECTURES[name], name).values():
+    for cell in drawings_of(ARCHITECTURES[name], VIEWS, name).values():
         root, boxes, lines = drawn(cell)
         width, height = (float(root.get(key).removesuffix("pt")) for key in ("width", "height"))
         labels = sorted(text for kind, text, *_ in boxes if kind == "op" and text != "concat")
-        assert labels == sorted(op for _, _, op in cell["edges"])  # parallel edges have a label each, apart
-        nodes = {n for source, target, _ in cell["edges"] for n in (source, target)} | set(cell.get("inputs", ()))
+        assert labels == sorted(op for _, _, op in cell.edges)  # parallel edges have a label each, apart
+        nodes = {n for source, target, _ in cell.edges for n in (source, target)} | set(cell.inputs)
         assert sorted(text for kind, text, *_ in boxes if kind == "node") == sorted(
-            nodes | ({"c_{k}"} if cell.get("concat") else set())
+            nodes | ({"c_{k}"} if cell.concat else set())
         )
         for i, (_, text, left, top, right, bottom) in enumerate(boxes):
             assert 0 <= left and right <= width and drawing.TITLE <= top and bottom <= height
@@ -102,13 +105,13 @@ def test_nothing_overlaps(name):
         for i, (x0, y0, x1, y1) in enumerate(lines):  # lines of two sources may cross, and lie on each other in concat
             for ox0, oy0, ox1, oy1 in lines[:i]:
                 same_row = y0 == y1 == oy0 == oy1 and min(x1, ox1) > max(x0, ox0)
-                assert not same_row or (cell.get("concat") and y0 == max(line[3] for line in lines))
+                assert not same_row or (cell.concat and y0 == max(line[3] for line in lines))
                 assert not (x0 == x1 == ox0 == ox1 and min(y1, oy1) > max(y0, oy0))
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_lines_connect_what_the_genotype_says(name):
-    for cell in drawing.cells(ARCHITECTURES[name]).values():
+    for cell in drawings_of(ARCHITECTURES[name], VIEWS).values():
         _, boxes, lines = drawn(cell)
         near = lambda a, b: abs(a - b) < 0.2  # noqa: E731
         found = []
@@ -128,8 +131,8 @@ def test_lines_connect_what_the_genotype_says(name):
                     reached = max(reached, end) if start <= reached + 0.2 else reached
                 assert reached >= y - 0.2
                 found.append((source[1], target, operation))
-        concat = [(n, "c_{k}", "concat") for n in cell.get("concat", ())]
-        assert sorted(found) == sorted(cell["edges"] + concat)
+        concat = [(n, "c_{k}", "concat") for n in cell.concat]
+        assert sorted(found) == sorted(cell.edges + concat)
 
 
 def luminance_of(colour, dark):
@@ -145,10 +148,11 @@ def luminance_of(colour, dark):
 
 
 def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
-    strange = drawing.cells(REPORTED_ARCH, "\x01\udcff <b>")["cell"]  # the name of a file
-    ElementTree.fromstring(drawing.cell_svg(**strange).encode())
-    drawing.cell_figure(**strange).savefig(io.BytesIO(), format="png")
-    svg = drawing.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
+    strange = drawings_of(REPORTED_ARCH, VIEWS, "\x01\udcff <b>")["cell"]  # the name of a file
+    ElementTree.fromstring(drawing.cell_svg(strange).encode())
+    drawing.cell_figure(strange).savefig(io.BytesIO(), format="png")
+    simple = Drawing('A <b> & "c"', [Edge("c_{k-2}", "0", "skip_connect")], DARTS.colours, concat=["0"])
+    svg = drawing.cell_svg(simple)
     root = ElementTree.fromstring(svg)
     assert root.get("role") == "img" and root.get("aria-label") == 'A <b> & "c"'
     assert root.find(f"{SVG}desc").text == "c_{k-2} to 0: skip_connect. The output c_{k} concatenates 0."
@@ -158,7 +162,7 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
     assert "fill: #ffffff" in paper.get("style") and paper.get("d").split()[:5] == ["M", "0", height, "L", width]
     used = set(re.findall(r"#[0-9a-f]{6}\b", svg.partition("<defs>")[2].replace("xlink:href", "")))
     assert used <= set(drawing.PALETTE.values())
-    assert svg == drawing.cell_svg([("c_{k-2}", "0", "skip_connect")], 'A <b> & "c"', concat=["0"])
+    assert svg == drawing.cell_svg(simple)
 
     for theme in ("light", "dark"):
         luminance = {name: luminance_of(colour, theme == "dark") for name, colour in drawing.PALETTE.items()}
@@ -168,7 +172,7 @@ def test_svg_reads_on_light_and_dark_and_has_a_text_alternative():
             assert ratio >= least, (name, theme, ratio)
         ink, node = luminance["ink"], luminance["node"]
         assert max(ink, node) / min(ink, node) >= 7
-    assert set(genotypes.OPERATIONS) | set(PRIMITIVES) <= set(drawing.COLOUR)
+    assert set(genotypes.OPERATIONS) | set(PRIMITIVES) <= set(DARTS.colours) | set(NAS_BENCH_201.colours)
 
 
 def test_largest_cells_are_drawn_quickly():
@@ -176,8 +180,8 @@ def test_largest_cells_are_drawn_quickly():
     pairs = [(rng.choice(genotypes.OPERATIONS), rng.randrange(i // 2 + 2)) for i in range(40)]
     largest = genotype_files.validate(genotypes.Genotype(pairs, [2], pairs, list(range(2, 22))))
     start = time.monotonic()
-    for cell in drawing.cells(largest).values():
-        drawing.cell_svg(**cell)
+    for cell in drawings_of(largest, VIEWS).values():
+        drawing.cell_svg(cell)
     assert time.monotonic() - start < 20
 
 
@@ -249,7 +253,7 @@ def test_import_is_light():
 
 
 def page_of(run_dir):
-    path = report.write_report(run_dir)
+    path = report.write_report(run_dir, VIEWS)
     assert path == os.path.join(run_dir, "report.html")
     page = open(path, encoding="utf-8").read()
     assert "<script" not in page and "url(" not in page and "@import" not in page
@@ -269,11 +273,11 @@ def headings(page):
 
 def test_search_report(tmp_path):
     page = page_of(reported_run(tmp_path / "run"))
-    assert "EvNAS search, DARTS space" in page and "Not in this report" not in page
+    assert "EvNAS search, DARTS space" in page and "Missing from this report" not in page
     assert headings(page) == [
-        "Summary", "Winning architecture", "Fitness and training", "Population", "Time", "Settings",
+        "Summary", "Best cell of the last generation", "Fitness and training", "Population", "Time", "Settings",
         "Fitness", "Training accuracy", "Training loss", "Operations, normal cell", "Operations, reduction cell",
-        "Distinct architectures", "Time of each generation", "Throughput", "Learning rate",
+        "Distinct architectures", "Time per generation", "Throughput", "Learning rate",
     ]  # fmt: skip
     assert "4 of 5" in page and "python train_search.py &lt;&amp;&gt;" in page and "Reduction cell" in page
     assert "best: 61 at first, 64 at last" in page and "4 min 6 s" in page
@@ -300,8 +304,8 @@ def test_nas201_report(tmp_path, searched):
 
 def test_retraining_report(tmp_path):
     page = page_of(reported_run(tmp_path / "run", kind="eval", steps=130))
-    assert "EvNAS retraining" in page and "Population" not in page and "Not in this report" not in page
-    assert {"Loss", "Top-1 accuracy", "Top-5 accuracy", "Architecture"} <= set(headings(page))
+    assert "EvNAS retraining" in page and "Population" not in page and "Missing from this report" not in page
+    assert {"Loss", "Top-1 accuracy", "Top-5 accuracy", "Cell"} <= set(headings(page))
     assert "3.75" in page  # the test error
 
 
@@ -315,10 +319,10 @@ def test_operation_shares_are_those_of_the_decoded_population(tmp_path):
     for kind, name in (("normal", "normal cell"), ("reduce", "reduction cell")):
         chosen = [op for one in found for op, _ in getattr(one, kind)]
         expected |= {f"{name} {op}": 100 * chosen.count(op) / 40 for op in genotypes.PRIMITIVES}
-    assert report.operation_shares(tmp_path / "001.npz", report.SPACES["s1"]) == pytest.approx(expected)
+    assert report.operation_shares(tmp_path / "001.npz", DARTS) == pytest.approx(expected)
     np.savez(tmp_path / "002.npz", alphas=np.eye(5, dtype=np.float32)[[[[0, 3, 3, 3, 1, 0]]]], fitness=np.zeros(1))
     expected = {f"cell {op}": share for op, share in zip(PRIMITIVES, (100 / 3, 50 / 3, 0, 50, 0), strict=True)}
-    assert report.operation_shares(tmp_path / "002.npz", report.SPACES["s2"]) == pytest.approx(expected)
+    assert report.operation_shares(tmp_path / "002.npz", NAS_BENCH_201) == pytest.approx(expected)
 
 
 def test_report_says_what_is_missing(tmp_path):
@@ -329,16 +333,16 @@ def test_report_says_what_is_missing(tmp_path):
     (folder / "args.json").write_text("{")
     (folder / "genotype.json").unlink()
     page = page_of(folder)
-    for text in ("Fitness was not measured", "003.npz", "004.npz", "generation 2, 3, 4", "args.json", "genotype.json"):
+    for text in ("Fitness: ", "003.npz", "004.npz", "generation 2, 3, 4", "args.json", "genotype.json"):
         assert text in page
-    assert "Winning architecture" in page and "Learning rate" not in headings(page)
+    assert "Best cell" in page and "Learning rate" not in headings(page)
     (folder / "genotype.json").write_text('{"arch": 3}')
-    assert "The cells cannot be drawn" in page_of(folder)
+    assert "The drawing of the cell: " in page_of(folder)
     (folder / "history.jsonl").unlink()
-    assert "no generation yet" in page_of(folder)
+    assert "history.jsonl has no generation" in page_of(folder)
     shutil.rmtree(folder / "population")
     (folder / "history.jsonl").write_text("\n")
-    assert "no generation yet" in page_of(folder)
+    assert "history.jsonl has no generation" in page_of(folder)
 
 
 def test_malformed_history_names_file_and_line(tmp_path):
@@ -352,7 +356,7 @@ def test_malformed_history_names_file_and_line(tmp_path):
     for line in bad:
         (folder / "history.jsonl").write_text(good + line + "\n")
         with pytest.raises(UserError, match="history.jsonl line 5") as error:
-            report.write_report(folder)
+            report.write_report(folder, VIEWS)
         assert "\n" not in str(error.value)
 
 
@@ -365,7 +369,7 @@ def test_odd_values_do_not_break_a_report(tmp_path):
         assert "<b>" not in page_of(folder).replace("<td><b>", "")
     (folder / "history.jsonl").write_text('{"generation": 7, "best_genotype": {"normal": 1}}\n')
     (folder / "genotype.json").unlink()
-    assert "The cells cannot be drawn" in page_of(folder)
+    assert "The drawing of the cell: " in page_of(folder)
 
 
 # ---- in a browser
@@ -467,7 +471,7 @@ def chromium(tmp_path_factory):
 
 @pytest.mark.parametrize("kind, space", [("search", "s1"), ("search", "s2"), ("eval", "s1")])
 def test_report_in_a_browser(chromium, tmp_path, kind, space):
-    path = report.write_report(reported_run(tmp_path / "run", kind=kind, space=space, steps=50))
+    path = report.write_report(reported_run(tmp_path / "run", kind=kind, space=space, steps=50), VIEWS)
     url = f"file://{path}"
     for width in (1280, 390):
         events = chromium.open(url, width)
@@ -512,6 +516,6 @@ def test_settings_of_matplotlib_do_not_matter(tmp_path, backend):
 def test_a_drawing_that_fails_does_not_end_a_run(tmp_path, monkeypatch):
     lines = []
     run = SimpleNamespace(writes=True, path=tmp_path, log=lines.append)
-    monkeypatch.setattr(drawing, "cell_svg", lambda **cell: 1 / 0)
-    report.finish(run, genotypes.EvNASA)
+    monkeypatch.setattr(drawing, "cell_svg", lambda cell: 1 / 0)
+    report.finish_run(run, genotypes.EvNASA, DARTS)
     assert len(lines) == 1 and "ZeroDivisionError" in lines[0] and f"--report {tmp_path}" in lines[0]
