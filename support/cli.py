@@ -16,7 +16,7 @@ from pathlib import Path
 from support.files import UserError, emit
 
 # What ends a run although the program has no fault: a part of torch's message, and what the user is told.
-OUT_OF_MEMORY = "out of memory: try --checkpoint (in training) or a smaller batch size"
+OUT_OF_MEMORY = "out of memory: try --checkpoint (in training) or a smaller --batch_size"
 NO_COMPILER = "torch.compile found no compiler that works: give --no-compile, also with --resume"
 REMEDIES = {
     "can't allocate memory": OUT_OF_MEMORY,
