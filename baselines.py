@@ -1,5 +1,6 @@
-"""What the result of a search is worth, on the final weights: random architectures, and the front of fitness and costs.
+"""What the result of a search is worth, measured with the final weights.
 
+The winner is compared with random architectures, and the front of fitness and costs is found.
 `conclude` writes pareto.json and baselines.json into the run directory.
 """
 
@@ -8,42 +9,38 @@ import contextlib
 import statistics
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
 import seed_roles
+from costs import Costs
 from evolution import VARIANTS, non_dominated
 from fitness import unique
 from genotype_files import from_json, to_json
+from search_space import Group, SearchSetup, SearchSpace
 from support import distributed, seeds
 from support.files import UserError, read_json, write_json
 from support.provenance import shell_command
 from support.runs import Run
+from training import TrainingState
 
 FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
 SEED = 2021  # for the random architectures, and for order and augmentation of the images: the same in every run
 
 
-class Group(NamedTuple):
-    """Individuals that are compared with the winner."""
-
-    alphas: torch.Tensor  # (N, G, E, O) raw
-    fitness: torch.Tensor  # (N,) percent, on the final weights
-    parameters: torch.Tensor  # (N,) of the retrained networks, in millions
-
-
 def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
-    """Return the generator of one role. Unlike a run's other generators it does not depend on --seed."""
+    """Return the generator of one role. Unlike other generators it ignores --seed."""
     return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
 
-def conclude(setup, state, measure: Callable, run: Run) -> None:
-    """Measure the candidates again with the final weights, write pareto.json and baselines.json, log one sentence.
+def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: Run) -> None:
+    """Measure the candidates again with the final weights, and write what they are worth.
 
-    The candidates are the last population, the fronts of all generations and --baselines random architectures.
-    `measure(alphas)` gets all of them in one call, so that they see the same images, and returns their fitness (N,).
-    `setup` is a search_cli.SearchSetup, `state` a search_state.SearchState. Raises Interrupted.
+    It goes into pareto.json and baselines.json, and into one sentence of the log. The candidates
+    are the last population, the fronts of all generations and --baselines random architectures.
+    `measure(alphas)` gets all of them in one call, so that they see the same images, and returns
+    their fitness (N,). `state` is a search_state.SearchState.
+    Raises Interrupted.
     """
     args, space, costs = setup.args, setup.space, setup.costs
     searched, last = distinct_cells(space, state)
@@ -72,10 +69,11 @@ def conclude(setup, state, measure: Callable, run: Run) -> None:
     run.log(f"to retrain the winner: {command}")
 
 
-def distinct_cells(space, state) -> tuple[torch.Tensor, int]:
-    """Return the individuals of the last population and of all fronts, each cell once; and how many are of the former.
+def distinct_cells(space: SearchSpace, state: TrainingState) -> tuple[torch.Tensor, int]:
+    """Return each cell of the last population and of all fronts once.
 
-    The individuals are raw (N, G, E, O): first the last population, winner first, then the fronts, newest first.
+    Also returns how many of them are in the last population. The individuals are raw (N, G, E, O):
+    first the last population, winner first, then the fronts, newest first.
     """
     archived = [alphas.unsqueeze(0) for alphas in reversed(state.archive.values())]
     searched = torch.cat([state.alphas, *archived])
@@ -85,9 +83,10 @@ def distinct_cells(space, state) -> tuple[torch.Tensor, int]:
 
 
 def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tuple[dict, str]:
-    """Compare the winner with random architectures; return the fields for baselines.json, and the log's sentence.
+    """Compare the winner with random architectures.
 
-    `winner` holds the winner's fitness and costs. `feasible` says whether it meets the budgets.
+    Returns the fields for baselines.json and the sentence for the log. `winner` holds the winner's
+    fitness and costs. `feasible` says whether it meets the budgets.
     """
     fields = {"winner": winner, "feasible": feasible, "random_fitness": random_fitness, "random_seed": SEED}
     size = f"{winner['parameters_M']:.2f} M parameters, {winner['mult_adds_M']:.1f} M mult-adds"
@@ -103,7 +102,10 @@ def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tup
 
 
 def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
-    """Return the shell command that retrains the winner of the search in `path` with these flags."""
+    """Return the shell command that retrains the winner of the search in `path`.
+
+    `flags` are those that the search space adds.
+    """
     words = ["--dir", path, "--dataset", args.dataset, "--data", args.data]
     if args.image_size:
         words += ["--image_size", args.image_size]
@@ -111,7 +113,7 @@ def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
 
 
 def are_there(run: Run) -> bool:
-    """Return, in every process, whether `conclude` has been done for this run, so that it is not done again."""
+    """Return, in every process, whether `conclude` has been done for this run."""
     there = False
     if run.writes:
         with contextlib.suppress(UserError):
@@ -119,8 +121,13 @@ def are_there(run: Run) -> bool:
     return bool(distributed.sum_over_ranks(torch.tensor(float(there))).item())
 
 
-def front_of(space, costs, alphas: torch.Tensor, fitness: torch.Tensor, latency: dict[str, float]) -> dict:
-    """Return the content of pareto.json for individuals (N, G, E, O): all of them, and the front, fittest first."""
+def front_of(
+    space: SearchSpace, costs: Costs, alphas: torch.Tensor, fitness: torch.Tensor, latency: dict[str, float]
+) -> dict:
+    """Return the content of pareto.json for individuals (N, G, E, O).
+
+    It holds all of them, and their front, fittest first.
+    """
     amounts = costs.amounts(alphas, latency)  # (N, costs)
     names = ["fitness", *costs.names]
     values = torch.cat([fitness.unsqueeze(1), amounts], dim=1).tolist()
@@ -136,7 +143,10 @@ def front_of(space, costs, alphas: torch.Tensor, fitness: torch.Tensor, latency:
 
 
 def pick(run_dir: str | Path, number: int) -> tuple:
-    """Return the cell that is `number`, from 1, in the front of a search, and where it was found. Raises UserError."""
+    """Return the cell that is `number`, from 1, in the front of a search, and its source.
+
+    Raises UserError.
+    """
     path = f"{run_dir}/pareto.json"
     content = read_json(path)
     front = content.get("front") if isinstance(content, dict) else None

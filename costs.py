@@ -1,8 +1,9 @@
 """What a retrained network would cost (parameters, mult-adds, latency), and the budgets for it.
 
-The cost of an operation on one edge does not depend on the other edges. So the parameters and mult-adds of a whole
-population are one product of its decoded alphas with a table, exact in whole numbers. Every edge can have an operation
-without weights, so the smallest possible cost is that of the network without its cells' operations.
+The cost of an operation on one edge does not depend on the other edges. So the parameters and
+mult-adds of a whole population are one product of its decoded alphas with a table, exact in whole
+numbers. Every edge can have an operation without weights, so the smallest possible cost is that of
+the network without its cells' operations.
 """
 
 import argparse
@@ -62,7 +63,10 @@ COUNTED = (PARAMETERS, MULT_ADDS)  # the columns of a cost table; latency has to
 
 
 def count(module: nn.Module, pixels: int) -> torch.Tensor:
-    """Return [parameters, mult-adds], int64, of a module whose convolutions all have outputs of so many pixels."""
+    """Return [parameters, mult-adds], int64, of a module.
+
+    The outputs of all its convolutions have `pixels` pixels.
+    """
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     parameters = sum(p.numel() for p in module.parameters())
     return torch.tensor([parameters, weights * pixels], device="cpu")  # also while modules are made without storage
@@ -71,8 +75,9 @@ def count(module: nn.Module, pixels: int) -> torch.Tensor:
 def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return what `NetworkCIFAR(C, classes, layers, False, genotype)` costs on an image (3, H, W).
 
-    Returns two int64 tensors whose last axis is [parameters, mult-adds]: (2,) of the network without its cells'
-    operations, and (2, 14, 8, 2) of each operation on each edge, over all cells of the network.
+    Returns two int64 tensors whose last axis is [parameters, mult-adds]: (2,) of the network
+    without its cells' operations, and (2, 14, 8, 2) of each operation on each edge, over all cells
+    of the network.
     """
     pools = [("max_pool_3x3", 0), ("max_pool_3x3", 1)] * 4  # operations without weights
     concat = [2, 3, 4, 5]
@@ -97,10 +102,11 @@ def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int
 
 
 class Costs:
-    """The costs of individuals as networks retrained on images (3, H, W), and the budgets of the command line.
+    """The costs of individuals as retrained networks, and the budgets for them.
 
-    `space` is the search space, see search_cli.SearchSpace. `measured` lists the kinds of cost that this search knows:
-    latency only if it has a budget. `limits` holds the budgets by name, None where there is none.
+    The networks take images (3, H, W). `space` is a search_space.SearchSpace.
+    `measured` lists the kinds of cost that this search knows: latency only if it has a budget.
+    `limits` holds the budgets by name, None where there is none.
     """
 
     def __init__(
@@ -126,7 +132,7 @@ class Costs:
         return [cost.name for cost in self.measured]
 
     def check(self) -> None:
-        """Raise UserError for a budget that no architecture meets, or for a network too large to time."""
+        """Raise UserError for a budget that nothing meets, or a network too large to time."""
         if self.args.max_latency:
             advice = "make the network smaller, or leave --max_latency out"
             memory.check({"the network that is timed": 4 * self.fixed[0].item()}, self.device, advice)
@@ -139,15 +145,15 @@ class Costs:
                 )
 
     def counts(self, alphas: torch.Tensor) -> torch.Tensor:
-        """Return parameters and mult-adds, (P, 2) float64 in millions, of raw alphas (P, G, E, O)."""
+        """Return parameters and mult-adds, (P, 2) float64 in millions, of raw alphas."""
         chosen = self.space.encoding.decode(alphas).long()
         return (self.fixed + torch.einsum("pgeo,geoc->pc", chosen, self.choices)).double() / 1e6
 
     def amounts(self, alphas: torch.Tensor, latency: dict[str, float]) -> torch.Tensor:
         """Return (P, len(names)) float64, the costs of raw alphas (P, G, E, O).
 
-        `latency` holds the milliseconds of cells that have been measured; cells that are not in it are measured and
-        added. Raises Interrupted after a signal.
+        `latency` holds the milliseconds of cells that have been measured; cells that are not in it
+        are measured and added. Raises Interrupted after a signal.
         """
         counts = self.counts(alphas)
         if LATENCY not in self.measured:
@@ -169,7 +175,10 @@ class Costs:
 
     @torch.no_grad()
     def measure_latency(self, cell: object) -> float:
-        """Return the median time, in ms, of forward passes of one image; rank 0 measures. Raises Interrupted."""
+        """Return the median time, in ms, of forward passes of one image.
+
+        Rank 0 measures for all processes. Raises Interrupted after a signal.
+        """
         if signals.stop_requested(self.device):
             raise signals.Interrupted("the measurement of latency")
         median = torch.zeros(1, dtype=torch.float64)

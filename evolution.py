@@ -1,6 +1,7 @@
-"""The genetic algorithm of EvNAS (paper, section 3.3): tournament, crossover, mutation. It knows nothing of networks.
+"""The genetic algorithm of EvNAS: tournament, crossover, mutation (paper, section 3.3).
 
-All random numbers come from the generator that is passed in. The generator and all results are on the CPU.
+It knows nothing of networks. All random numbers come from the generator that is passed in. The
+generator and all results are on the CPU.
 """
 
 from typing import NamedTuple
@@ -31,23 +32,25 @@ VARIANTS = {
 
 
 def ranks(fitness: torch.Tensor, violation: torch.Tensor | None) -> torch.Tensor:
-    """Return ranks (P,), higher is better: smaller violation first, then fitness; ties share a rank (Deb, 2000).
+    """Return ranks (P,), higher is better: smaller violation first, then fitness.
 
-    Without a violation the fitness (P,) itself is returned, because it gives the same order.
+    Ties share a rank (Deb, 2000). Without a violation the fitness (P,) itself is returned, because
+    it gives the same order.
     """
     if violation is None:
         return fitness
     rows = torch.stack([-violation, fitness.to(violation)], dim=1)  # (P, 2)
-    # `unique` sorts the distinct rows by the first column, then by the second. The inverse index says at which place
-    # each individual's row is in that order, which is its rank.
+    # `unique` sorts the distinct rows by the first column, then by the second. The inverse index
+    # says at which place each individual's row is in that order, which is its rank.
     _, rank = rows.unique(dim=0, return_inverse=True)
     return rank
 
 
 def non_dominated(points: torch.Tensor) -> torch.Tensor:
-    """Return a mask (N,) of the non-dominated points of (N, K), where smaller is better in every column.
+    """Return a mask (N,) of the non-dominated points of (N, K); smaller is better.
 
-    A point is dominated if another one is nowhere worse and somewhere better. Equal points do not dominate each other.
+    A point is dominated if another one is nowhere worse and somewhere better. Equal points do not
+    dominate each other.
     """
     nowhere_worse = (points[:, None] <= points).all(-1)  # [i, j]: point i is nowhere worse than point j
     dominates = nowhere_worse & ~nowhere_worse.T
@@ -57,10 +60,11 @@ def non_dominated(points: torch.Tensor) -> torch.Tensor:
 def tournament(fitness: torch.Tensor, tsize: int, count: int, generator: torch.Generator) -> torch.Tensor:
     """Return the winners (count,) of as many tournaments among P individuals.
 
-    A winner is the fittest of `tsize` distinct individuals, drawn uniformly from all P. Among equally fit ones the
-    first that was drawn wins, so each of them is equally likely to.
+    A winner is the fittest of `tsize` distinct individuals, drawn uniformly from all P. Among
+    equally fit ones the first that was drawn wins, so each of them is equally likely to.
     """
-    # Sorting P uniform numbers gives a uniform order of drawing; the first `tsize` enter the tournament.
+    # Sorting P uniform numbers gives a uniform order of drawing; the first `tsize` enter the
+    # tournament.
     draws = torch.rand(count, len(fitness), generator=generator, dtype=torch.float64)
     entrants = draws.argsort(dim=1)[:, :tsize]  # (count, tsize)
     fittest = fitness[entrants].argmax(dim=1, keepdim=True)  # argmax promises the first of equals
@@ -68,13 +72,19 @@ def tournament(fitness: torch.Tensor, tsize: int, count: int, generator: torch.G
 
 
 def crossover(parent1: torch.Tensor, parent2: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return children (N, G, E, O): each of the G * E rows comes whole from parent 1 or 2, with probability 1/2."""
+    """Return children (N, G, E, O) of pairs of parents.
+
+    Each of the G * E rows comes whole from parent 1 or 2, with probability 1/2.
+    """
     take_first = torch.rand(parent1.shape[:-1], generator=generator) < 0.5  # (N, G, E)
     return torch.where(take_first.unsqueeze(-1), parent1, parent2)
 
 
 def mutate(alphas: torch.Tensor, mutate_rate: float, generator: torch.Generator) -> torch.Tensor:
-    """Replace each row (O,) of (N, G, E, O), with probability `mutate_rate`, by fresh uniform values in [0, 1)."""
+    """Replace rows (O,) of (N, G, E, O) by fresh uniform values in [0, 1).
+
+    Each row is replaced with probability `mutate_rate`.
+    """
     hit = torch.rand(alphas.shape[:-1], generator=generator) < mutate_rate  # (N, G, E)
     return torch.where(hit.unsqueeze(-1), torch.rand(alphas.shape, generator=generator), alphas)
 
@@ -90,13 +100,16 @@ def next_generation(
     variant: str = "evnas",
     violation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Breed the next population (P, G, E, O), raw, from a raw one of the same shape and its fitness (P,), in any order.
+    """Breed the next population (P, G, E, O), raw.
 
-    The `num_elites` fittest come first, unchanged and best first, then the children of tournament winners. `variant`
-    is a row of VARIANTS; one without selection returns a fresh uniform population and needs no fitness. `violation`
-    (P,) says by how much individuals exceed the budgets, 0 where they meet them; see `ranks`.
+    It is bred from a raw population of the same shape and its fitness (P,), in any order. The
+    `num_elites` fittest come first, unchanged and best first, then the children of tournament
+    winners. `variant` is a row of VARIANTS; one without selection returns a fresh uniform
+    population and needs no fitness. `violation` (P,) says by how much individuals exceed the
+    budgets, 0 where they meet them; see `ranks`.
 
-    Raises ValueError for sizes that do not fit the population, and KeyError for a variant that does not exist.
+    Raises ValueError for sizes that do not fit the population, and KeyError for a variant that does
+    not exist.
     """
     plan = VARIANTS[variant]
     P = len(alphas)

@@ -1,4 +1,7 @@
-"""Fitness: the accuracy of every individual of a population on the validation images, with the shared weights."""
+"""Fitness: the accuracy of each individual on the validation images.
+
+All individuals are measured with the same shared weights.
+"""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -13,14 +16,20 @@ from training import TRAIN_AGAIN
 
 
 class Distinct(NamedTuple):
-    """The distinct individuals of a population (P, ...): `population[first]` holds each of them once."""
+    """The distinct individuals of a population (P, ...).
+
+    `population[first]` holds each of them once, and `population[first][number]` is the population.
+    """
 
     first: list[int]  # (D,) where each distinct individual appears first, in order of appearance
     number: list[int]  # (P,) which of the D each individual is
 
 
 def unique(alphas: torch.Tensor) -> Distinct:
-    """Find the distinct individuals of a population (P, ...) on the CPU. Equal means equal in every bit."""
+    """Find the distinct individuals of a population (P, ...) on the CPU.
+
+    Equal means equal in every bit.
+    """
     numbers: dict[bytes, int] = {}
     first = []
     number = []
@@ -35,7 +44,7 @@ def unique(alphas: torch.Tensor) -> Distinct:
 
 @contextlib.contextmanager
 def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
-    """Let BatchNorm use "batch" statistics, or the "running" ones, and leave all its buffers as they are."""
+    """Let BatchNorm use "batch" or "running" statistics, and leave its buffers as they are."""
     training = network.training
     tracking = [module for module in network.modules() if getattr(module, "track_running_stats", False)]
     network.train(statistics == "batch")
@@ -50,10 +59,11 @@ def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
 
 
 class PlainEvaluator:
-    """Computes individuals as the reference does. `fast_search.Evaluator` has the same interface and is faster.
+    """Computes individuals as the reference does.
 
-    An evaluator takes a batch of images first and then gives the logits of one individual after the other. The second
-    argument says which BatchNorm statistics are in use; here `batch_norm_mode` has already seen to that.
+    `fast_search.Evaluator` has the same interface and is faster. An evaluator takes a batch of
+    images first and then gives the logits of one individual after the other. The second argument
+    says which BatchNorm statistics are in use; here `batch_norm_mode` has already seen to that.
     """
 
     def __init__(self, network: nn.Module, statistics: str):
@@ -79,14 +89,15 @@ def measure_fitness(
     amp: bool = False,
     where: str = "fitness",
 ) -> torch.Tensor:
-    """Return the top-1 accuracy in percent, float64 (P,), of each individual of `alphas` (P, G, E, O) on all images.
+    """Return the top-1 accuracy in percent, float64 (P,), of `alphas` (P, G, E, O).
 
-    `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is loaded and augmented once
-    and shown to all individuals, so they are compared on the same images. Equal alphas are measured once. Several
-    processes share the individuals, and each of them returns all figures.
+    `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is
+    loaded and augmented once and shown to all individuals, so they are compared on the same images.
+    Equal alphas are measured once. Several processes share the individuals, and each of them
+    returns all figures.
 
-    Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an individual has
-    logits that are not finite.
+    Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an
+    individual has logits that are not finite.
     """
     device = next(network.parameters()).device
     distinct = unique(alphas)

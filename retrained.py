@@ -189,7 +189,7 @@ POSSIBLE = {
     "init_channels": lambda value: is_whole(value, MOST.channels),
     "layers": lambda value: is_whole(value, MOST.cells),
     "auxiliary": lambda value: isinstance(value, bool),
-    "family": lambda value: value in RECIPES,
+    "family": lambda value: value in list(RECIPES),  # a list, because the value may not be hashable
     "resized": lambda value: isinstance(value, bool),
     "classes": lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
     "image_size": are_sides,
@@ -255,7 +255,7 @@ def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
     needed = 3 * settings.layers + 2 if settings.recipe == "nas201" else settings.layers
     if needed > found:
         raise UserError(
-            f"{path} holds no weights of this network: it has {found} cells, not {needed}. "
+            f"{path} holds no weights of this network: the file has {found} cells, the network {needed}. "
             f'Correct --layers, or "layers" in {weights.info_path(path)}'
         )
     with torch.device("meta"):
@@ -418,7 +418,7 @@ def run_test(job: TestJob) -> dict:
     network = load_network(args.model_path, settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    distributed.say(f"{devices.describe_device(device)}; cell from {job.source}")
+    distributed.say(f"{devices.device_text(device)}; cell from {job.source}")
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")

@@ -1,4 +1,7 @@
-"""What the searches of both spaces share: the description of a space, flags, loaders, set-up, result."""
+"""What the searches of both spaces share.
+
+These are the flags, the loaders, the set-up of a run, and what a finished search writes.
+"""
 
 from support.cli import Parser, file_name, number
 
@@ -6,9 +9,6 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import ModuleType
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,104 +20,17 @@ import loaders
 import seed_roles
 import shared_flags
 from augment import Augmentation
-from baselines import Group
-from costs import COSTS, Costs
+from costs import COSTS
 from evolution import VARIANTS
-from fitness import PlainEvaluator, measure_fitness
-from genotypes import Cell
 from reporting import report
-from reporting.views import SpaceView
 from run_settings import SETTINGS
+from search_space import SearchSetup, SearchSpace
 from shared_flags import MOST
 from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
-from training import plain_forward
 
 SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal numbers would make infinite violations
-
-
-# ---- search spaces
-
-
-class Remarks(NamedTuple):
-    """What a search space knows of a population or of a result."""
-
-    fields: dict  # for the history, or for baselines.json
-    text: str  # for the log: continues its line, so it starts with "; ", or is empty
-
-
-class SearchSpace:
-    """What a search needs to know of its search space. One subclass describes one space."""
-
-    view: SpaceView  # its name, and how drawings and reports show it
-    encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
-    fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
-    genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
-    nesterov = False  # whether the shared weights train with Nesterov momentum
-
-    def cell(self, alphas: torch.Tensor) -> Cell:
-        """Return the discrete cell of one raw individual (G, E, O)."""
-        raise NotImplementedError
-
-    def network(self, args: argparse.Namespace, cell: Cell, classes: int) -> nn.Module:
-        """Return the network that would be retrained with this cell."""
-        raise NotImplementedError
-
-    def cost_table(
-        self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cost of what `network` returns, as `costs.s1_table` does."""
-        raise NotImplementedError
-
-    def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
-        """Return the flags, beside cell and data, with which `train.py` retrains as the paper does."""
-        return []
-
-    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
-        """Return what is known of a population (P, G, E, O), best first, with fitness (P,)."""
-        return Remarks({}, "")
-
-    def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
-        """Return what is known of a search's result: the last population, winner first, and random architectures."""
-        return Remarks({}, "")
-
-
-@dataclass
-class SearchSetup:
-    """Everything that a search works with."""
-
-    args: argparse.Namespace
-    space: SearchSpace
-    network: nn.Module  # the supernet
-    train_loader: Any
-    valid_loader: Any
-    costs: Costs = field(init=False)
-
-    def __post_init__(self) -> None:
-        classes = self.network.classifier.out_features
-        self.costs = Costs(self.args, self.space, classes, self.valid_loader.image_shape, self.device)
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the supernet."""
-        return next(self.network.parameters()).device
-
-    def forward(self, *, compile: bool) -> Callable:
-        """Return forward(network, x, alphas), the pass of the supernet in training that the arguments choose."""
-        if self.args.plain:
-            return plain_forward
-        return functools.partial(self.space.fast.forward, compile=compile, checkpoint=self.args.checkpoint)
-
-    def measure(self, alphas: torch.Tensor, where: str) -> torch.Tensor:
-        """Return the fitness (P,) of `alphas` (P, G, E, O) on the validation images, see `measure_fitness`."""
-        args = self.args
-        make_evaluator = PlainEvaluator
-        if not args.plain:
-            make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
-        return measure_fitness(
-            self.network, alphas, self.valid_loader, args.bn, make_evaluator, amp=args.amp, where=where
-        )
 
 
 # ---- flags
@@ -148,7 +61,7 @@ def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
 
 
 def add_evolution_flags(group: argparse._ArgumentGroup) -> None:
-    """Add the flags of the genetic algorithm, of fitness and of what the result is compared with."""
+    """Add the flags of the genetic algorithm, of fitness and of the comparison at the end."""
     text = "number of generations; each trains the shared weights for one epoch"
     group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, metavar="N", help=text)
     text = "individuals in the population"
@@ -221,9 +134,10 @@ def search_loaders(
     augmentation: Augmentation,
     device: torch.device,
 ) -> tuple[loaders.Loader, loaders.Loader]:
-    """Return the training and the validation loader, each with a random number generator of its own.
+    """Return the training and the validation loader.
 
-    Raises UserError for a split that is empty or too small for its batches.
+    Each has a random number generator of its own. Raises UserError for a split that is empty or too
+    small for its batches.
     """
     loaders.check_batch(args.batch_size, train)
     if not len(valid):
@@ -254,7 +168,10 @@ def search_loaders(
 
 
 def check_training_step(setup: SearchSetup) -> str:
-    """Check the kernels of a training step, see support/self_check.py; return a line for the log. Raises UserError."""
+    """Check the kernels of a training step; return a line for the log.
+
+    support/self_check.py says how. Raises UserError if a kernel is wrong.
+    """
     generator = torch.Generator().manual_seed(0)
     alphas = setup.space.encoding.random_alphas(1, generator=generator)[0]  # (G, E, O)
     alphas = alphas.to(setup.device)
@@ -269,7 +186,10 @@ def check_training_step(setup: SearchSetup) -> str:
 
 
 def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
-    """Return whether --resume names a search that has come to its end, and if so, say it. Raises UserError."""
+    """Return whether --resume names a search that has come to its end; say it.
+
+    Raises UserError for a run that cannot be read.
+    """
     files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
     finished = runs.is_finished(
         args,
@@ -286,15 +206,15 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
 def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
     """Open the run directory, call search(setup, run), and write what a finished search has.
 
-    `prog` is the script or module of the command line. `inputs` holds what must be the same when the run is resumed,
-    such as its data. Raises UserError.
+    `prog` is the script or module of the command line. `inputs` holds what must be the same when
+    the run is resumed, such as its data. Raises UserError.
     """
     setup.costs.check()
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
     with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
-        run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
+        run.log(f"{devices.device_text(setup.device)}; run directory {run.path}")
         run.log(counts_text(inputs["data"]))
         if checked:
             run.log(checked)

@@ -12,7 +12,7 @@ import seed_roles
 import utils
 from costs import Costs
 from evolution import next_generation, non_dominated, ranks
-from search_cli import SearchSetup, SearchSpace
+from search_space import SearchSetup, SearchSpace
 from support import checkpoints, runs, seeds
 from support.files import atomic_write, make_folder
 from training import TrainingSettings, TrainingState, make_optimizer
@@ -23,9 +23,10 @@ ARCHIVED = 100  # individuals kept of the generations' fronts of fitness and cos
 class SearchState(TrainingState):
     """The shared weights and the population.
 
-    alphas (P, G, E, O) raw; fitness (P,) in percent, NaN until measured, and violation (P,) of the budgets, 0 where
-    they are met, best individual first once measured; latency {cell: ms} of the cells that have been timed; archive
-    {cell: raw alphas (G, E, O)} of the newest individuals that were not dominated in their own generation.
+    alphas (P, G, E, O) raw; fitness (P,) in percent, NaN until measured, and violation (P,) of the
+    budgets, 0 where they are met, best individual first once measured; latency {cell: ms} of the
+    cells that have been timed; archive {cell: raw alphas (G, E, O)} of the newest individuals that
+    were not dominated in their own generation.
     """
 
     saved = ("alphas", "fitness", "violation", "latency", "archive")
@@ -48,7 +49,10 @@ class SearchState(TrainingState):
         self.archive: dict[str, torch.Tensor] = {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned. Raises ValueError, or what a dict and torch raise, if it cannot be."""
+        """Take over what `state_dict` returned.
+
+        Raises ValueError, or what a dict and torch raise, if `state` is not a state of this search.
+        """
         super().load_state_dict(state)
         for alphas in [*self.alphas, *self.archive.values()]:
             same_shape = checkpoints.shape_of(alphas) == checkpoints.shape_of(self.alphas[0])
@@ -77,8 +81,8 @@ class SearchState(TrainingState):
     def set_fitness(self, fitness: torch.Tensor, costs: Costs) -> None:
         """Sort the population by `ranks`, best first, and archive its front.
 
-        Among equals the earlier individual stays ahead. The front holds the individuals that are not dominated in
-        fitness and costs.
+        Among equals the earlier individual stays ahead. The front holds the individuals that are
+        not dominated in fitness and costs.
         """
         amounts = costs.amounts(self.alphas, self.latency)
         violation = costs.violation(amounts)
@@ -96,7 +100,10 @@ class SearchState(TrainingState):
 
 
 def population_fields(setup: SearchSetup, state: SearchState) -> tuple[dict, str]:
-    """Return the history's fields on a sorted population, and what the log says of budgets and true accuracy."""
+    """Return the history's fields on a sorted population, and a text for the log.
+
+    The text tells of budgets and true accuracy.
+    """
     costs = setup.costs
     fields = {
         "fitness_best": state.fitness[0].item(),
@@ -119,7 +126,10 @@ def population_fields(setup: SearchSetup, state: SearchState) -> tuple[dict, str
 
 
 def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: dict, where: str, remarks: str) -> None:
-    """Save the checkpoint, with `row` in the history, and then everything that follows from it. Log the generation."""
+    """Save the checkpoint, and then everything that follows from it; log the generation.
+
+    `row` is the generation's row of the history.
+    """
     generation = row["generation"]
     run.record(generation, row)
     run.save_checkpoint(generation, state.state_dict())
@@ -131,7 +141,7 @@ def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: 
 
 
 def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
-    """Save what follows from the state after a generation: the population, the best cell, the weights."""
+    """Save the population, the best cell and the weights of a generation."""
     if run.writes:
         make_folder(run.path / "population")
         with atomic_write(run.path / "population" / f"{run.completed:03d}.npz") as file:
@@ -145,8 +155,9 @@ def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
 def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> None:
     """Make the files of a resumed run agree with its checkpoint.
 
-    If the checkpoint is from within a generation, the state is already ahead of the last whole generation, and the
-    files of that one were saved before. Populations of earlier generations exist only in their files.
+    If the checkpoint is from within a generation, the state is already ahead of the last whole
+    generation, and the files of that one were saved before. Populations of earlier generations
+    exist only in their files.
     """
     if not run.writes:
         return
@@ -161,6 +172,9 @@ def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> No
 
 
 def speed_fields(setup: SearchSetup, state: SearchState, measured: int) -> dict[str, float]:
-    """Return the history's fields on speed and memory of a generation that has measured so many individuals."""
+    """Return the history's fields on speed and memory of a generation.
+
+    `measured` is the number of individuals whose fitness was measured.
+    """
     images = setup.train_loader.size + measured * setup.valid_loader.size
     return utils.speed_and_memory(images, state.progress.start, setup.device)

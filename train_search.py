@@ -1,4 +1,7 @@
-"""Search for a cell in the DARTS space (S1) with EvNAS: a genetic algorithm over the shared weights of one supernet."""
+"""Search for a cell in the DARTS space (S1) with EvNAS.
+
+EvNAS is a genetic algorithm over the shared weights of one supernet.
+"""
 
 from support.cli import command, number
 
@@ -24,7 +27,7 @@ from model import NetworkCIFAR
 from model_search import Network
 from recipes import CIFAR
 from run_settings import SETTINGS
-from search_cli import SearchSetup, SearchSpace
+from search_space import SearchSetup, SearchSpace
 from search_state import SearchState, population_fields, restore_results, save_generation, speed_fields
 from shared_flags import MOST
 from splits import describe
@@ -34,10 +37,10 @@ from views import DARTS
 
 
 def search(setup: SearchSetup, run: runs.Run) -> SearchState:
-    """Run the search loop of EvNAS (paper, section 3); return the last state, whose first individual is the best.
+    """Run the search loop of EvNAS (paper, section 3).
 
-    Both search spaces use this loop. A resumed run continues after the last generation, or the last step, of its
-    checkpoint.
+    Returns the last state, whose first individual is the best. Both search spaces use this loop. A
+    resumed run continues after the last generation, or the last step, of its checkpoint.
     """
     args = setup.args
     variant = VARIANTS[args.variant]
@@ -74,7 +77,10 @@ def search(setup: SearchSetup, run: runs.Run) -> SearchState:
 def train_generation(
     setup: SearchSetup, state: SearchState, alphas: torch.Tensor, lr: float, where: str, run: runs.Run
 ) -> dict[str, float]:
-    """Train the shared weights for one epoch: batch t belongs to individual t mod P of `alphas` (P, G, E, O)."""
+    """Train the shared weights for one epoch.
+
+    Batch t belongs to individual t mod P of `alphas` (P, G, E, O).
+    """
     forward = setup.forward(compile=setup.args.compile)
     alphas = alphas.to(setup.device)
 
@@ -111,7 +117,10 @@ class S1(SearchSpace):
         return encoding.genotype(alphas)
 
     def network(self, args: argparse.Namespace, cell: genotypes.Genotype, classes: int) -> nn.Module:
-        """Return the network of the CIFAR recipe with --target_channels and --target_layers, without auxiliary head."""
+        """Return the network that `train.py` would train with the CIFAR recipe.
+
+        It has --target_channels and --target_layers, and no auxiliary head.
+        """
         return NetworkCIFAR(args.target_channels, classes, args.target_layers, False, cell)
 
     def cost_table(

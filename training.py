@@ -1,7 +1,7 @@
 """Training: one step, one epoch, what a checkpoint holds of it, and the evaluation of a network.
 
-Searches and retrainings use the same step and the same epoch. `make_optimizer` is the only place that names an
-optimiser: replace it there, and checkpoints follow.
+Searches and retrainings use the same step and the same epoch. `make_optimizer` is the only place
+that names an optimiser: replace it there, and checkpoints follow.
 """
 
 import argparse
@@ -29,10 +29,11 @@ TRAIN_AGAIN = "these weights are unusable; train again with a smaller --learning
 def make_optimizer(
     parameters: Iterable[nn.Parameter], args: argparse.Namespace, *, nesterov: bool = False
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of searches and retrainings: SGD with one parameter group, weight decay on everything.
+    """Make the optimiser of searches and retrainings.
 
-    `args` has learning_rate, momentum and weight_decay. PyTorch refuses Nesterov momentum of 0, so it is plain SGD
-    then.
+    It is SGD with one parameter group, so weight decay acts on every parameter. `args` has
+    learning_rate, momentum and weight_decay. PyTorch refuses Nesterov momentum of 0, so it is plain
+    SGD then.
     """
     parameters = list(parameters)
     return torch.optim.SGD(
@@ -73,12 +74,12 @@ class TrainingSettings:
 class Progress:
     """How far an epoch has come. Each process has a row of its own in `sums` and `buffers`.
 
-    While an epoch runs, `add` counts in `own_sums`, the row of this process. `gather` fills in the rows of all
-    processes, which is what a checkpoint within an epoch holds.
+    While an epoch runs, `add` counts in `own_sums`, the row of this process. `gather` fills in the
+    rows of all processes, which is what a checkpoint within an epoch holds.
     """
 
     steps: int = 0  # batches that have been trained on
-    # float64 (processes, 3): the sums over all images of loss, correct answers and 1
+    # float64 (processes, 3): the sum of the losses, correct answers, images
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 3, dtype=torch.float64))
     buffers: torch.Tensor | None = None  # (processes, elements): running statistics; None before the first `gather`
     seconds: float = 0.0
@@ -93,9 +94,10 @@ class Progress:
         return {"steps": self.steps, "sums": self.sums, "buffers": self.buffers, "seconds": seconds}
 
     def check(self, steps: int, network: nn.Module) -> None:
-        """Raise ValueError unless an epoch of `steps` steps of `network` can have been interrupted like this.
+        """Raise ValueError unless an epoch of `steps` steps can have been interrupted like this.
 
-        What is not even of the right type raises what Python and torch raise: AttributeError, TypeError, RuntimeError.
+        What is not even of the right type raises what Python and torch raise: AttributeError,
+        TypeError, RuntimeError.
         """
         processes = len(self.sums)
         elements = sum(buffer.numel() for buffer in running_statistics(network))
@@ -110,7 +112,8 @@ class Progress:
     def restore_own_sums(self) -> None:
         """Take this process's row of the sums.
 
-        If the number of processes has changed, the first process takes the total and the others start from 0.
+        If the number of processes has changed, the first process takes the total and the others
+        start from 0.
         """
         if len(self.sums) == distributed.world_size():
             self.own_sums = self.sums[distributed.rank()].clone()
@@ -146,16 +149,17 @@ class Progress:
         return f"loss {loss / images:.4f}, top-1 {100 * correct / images:.2f} %"
 
     def means(self) -> dict[str, float]:
-        """Return the mean loss and the top-1 accuracy, in percent, over the images of all processes."""
+        """Return the mean loss and the top-1 accuracy, in percent, over all images."""
         loss, correct, images = self.sums.sum(0).tolist()
         return {"train_loss": loss / images, "train_top1": 100 * correct / images}
 
 
 class TrainingState:
-    """What changes from epoch to epoch, and so what a checkpoint holds. Subclasses name more attributes in `saved`.
+    """What changes from epoch to epoch, and so what a checkpoint holds.
 
-    `progress` is the progress of the running epoch. `partial` is the progress of an epoch that a signal interrupted in
-    an earlier run of the program, None otherwise. `trained` is the module that computes in training: the network, or a
+    Subclasses name more attributes in `saved`. `progress` is the progress of the running epoch.
+    `partial` is the progress of an epoch that a signal interrupted in an earlier run of the
+    program, None otherwise. `trained` is the module that computes in training: the network, or a
     DistributedDataParallel around it.
     """
 
@@ -202,9 +206,10 @@ class TrainingState:
         return self.state_dict() | {"generators": self.generators_before, "partial": self.progress.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned. The optimiser keeps its settings, which are those of the arguments.
+        """Take over what `state_dict` returned.
 
-        Raises ValueError, or what a dict and torch raise, if `state` is not a state of this network and optimiser.
+        The optimiser keeps its settings, which are those of the arguments. Raises ValueError, or
+        what a dict and torch raise, if `state` is not a state of this network and optimiser.
         """
         self.network.load_state_dict(state["network"])
         check_optimizer_state(self.optimizer, state["optimizer"]["state"])
@@ -220,10 +225,11 @@ class TrainingState:
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict]) -> None:
-    """Compare a saved optimiser state, {parameter's number: {name: value}}, with that of a fresh optimiser.
+    """Compare a saved optimiser state with that of a fresh optimiser.
 
-    Parameters without a state are allowed: they have not had a gradient yet. Raises ValueError for a state that this
-    optimiser cannot have, and what a dict raises for a parameter that does not exist.
+    `state` is {number of a parameter: {name: value}}. Parameters without a state are allowed: they
+    have not had a gradient yet. Raises ValueError for a state that this optimiser cannot have, and
+    what a dict raises for a parameter that does not exist.
     """
     expected = fresh_optimizer_state(optimizer)
     for i, values in state.items():
@@ -237,13 +243,16 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dic
 
 
 def fresh_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
-    """Return the state that an optimiser like this one has after one step: tensors have shapes but no storage."""
+    """Return the state that an optimiser like this one has after one step.
+
+    Its tensors have shapes but no storage.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters}
     twin = copy.deepcopy(optimizer, dict(shapes))  # the memo makes deepcopy take the shapes for the parameters
     twin.state.clear()
     for group in twin.param_groups:
-        group["fused"] = False  # there is no fused kernel for tensors without storage
+        group["fused"] = False  # no fused kernel takes tensors without storage
     for shape in shapes.values():
         shape.grad = torch.empty_like(shape)
     twin.step()
@@ -263,10 +272,11 @@ def train_step(
     amp: bool = False,
     grad_clip: float | None = None,
 ) -> torch.Tensor:
-    """Train on one batch of images x (B, 3, H, W) and classes y (B,); return mean loss, correct answers and B as (3,).
+    """Train on one batch of images x (B, 3, H, W) and classes y (B,).
 
-    loss_of(x, y, *inputs) returns (loss, logits). `amp` computes it in bfloat16 autocast. `grad_clip` is the largest
-    gradient norm. The result stays on the device, so that a step does not wait for it.
+    Returns mean loss, correct answers and B as a tensor (3,). loss_of(x, y, *inputs) returns (loss,
+    logits). `amp` computes it in bfloat16 autocast. `grad_clip` is the largest gradient norm. The
+    result stays on the device, so that a step does not wait for it.
     """
     optimizer.zero_grad(set_to_none=True)
     with devices.autocast(x.device, amp):
@@ -286,15 +296,19 @@ def train_step(
 def train_one_epoch(
     state: TrainingState, loss_of: Callable, inputs_of: Callable, *, where: str, log: Callable
 ) -> dict[str, float]:
-    """Train `state.trained` on every batch of its loader once, but for the steps that `state.progress` already counts.
+    """Train `state.trained` on every batch of its loader once.
 
-    loss_of(x, y, *inputs_of(step)) returns (loss, logits) of a batch; `step` counts from 0 in each epoch. With
-    --cuda_graph on one GPU the step is recorded (see `devices.Recorded`), so `loss_of` must depend only on tensors.
+    The steps that `state.progress` already counts are left out.
 
-    Returns "train_loss", the mean loss, and "train_top1", in percent, over the epoch. `state.progress` is up to date at
-    the end, and when Interrupted is raised after a signal. Raises UserError, in every process, naming `where` and the
-    step if a loss is not finite. Losses are read from the device only when a report is due, so this can come up to
-    report_freq steps late. Also raises it if weights or running statistics are not finite at the end.
+    loss_of(x, y, *inputs_of(step)) returns (loss, logits) of a batch; `step` counts from 0 in each
+    epoch. With --cuda_graph on one GPU the step is recorded (see `devices.Recorded`), so `loss_of`
+    must depend only on tensors.
+
+    Returns "train_loss", the mean loss, and "train_top1", in percent, over the epoch.
+    `state.progress` is up to date at the end, and when Interrupted is raised after a signal. Raises
+    UserError, in every process, naming `where` and the step if a loss is not finite. Losses are
+    read from the device only when a report is due, so this can come up to report_freq steps late.
+    Also raises it if weights or running statistics are not finite at the end.
     """
     settings = state.settings
     progress = state.progress
@@ -329,19 +343,21 @@ def train_one_epoch(
         if stop:
             break
     progress.gather(buffers)
-    # The last step's loss was computed before the step changed the weights, so it says nothing about them.
+    # The last step's loss was computed before the step changed the weights, so it says nothing
+    # about them.
     broken = torch.tensor(float(not is_finite(state.network)), device=device)
     if distributed.sum_over_ranks(broken).item():
         raise UserError(f"{where}, step {progress.steps}: the weights are no longer finite; {CHECKPOINT_IS_KEPT}")
     if stop:
         raise signals.Interrupted(f"{where}, step {progress.steps}/{len(loader)}")
-    # Each process has normalised its own share of the batches: continue, and measure, with the mean statistics.
+    # Each process has normalised its own share of the batches: continue, and measure, with the mean
+    # statistics.
     distributed.fill(buffers, progress.buffers.mean(0))
     return progress.means()
 
 
 def check_losses(results: Sequence[Sequence[float]], steps_before: int, where: str) -> None:
-    """Raise UserError, in every process, if a loss among the `results` of the latest steps is not finite.
+    """Raise UserError if a loss among the `results` of the latest steps is not finite.
 
     All processes stop at the loss of one, because the sum over the processes is not finite either.
     """
@@ -352,7 +368,7 @@ def check_losses(results: Sequence[Sequence[float]], steps_before: int, where: s
 
 
 def running_statistics(network: nn.Module) -> list[torch.Tensor]:
-    """Return the floating-point buffers of a network: the running means and variances of its BatchNorms."""
+    """Return the running means and variances of a network's BatchNorms."""
     return [buffer for buffer in network.buffers() if buffer.is_floating_point()]
 
 
@@ -377,9 +393,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a network of model.py or nas201/model.py on all images of `loader`.
 
-    Returns "loss", the mean, and "top1" and "top5", in percent; with fewer than five classes top-5 is always correct.
-    `args` has amp and report_freq. Raises Interrupted between two batches after a signal, and UserError, in every
-    process, if the loss is not finite.
+    Returns "loss", the mean, and "top1" and "top5", in percent; with fewer than five classes top-5
+    is always correct. `args` has amp and report_freq. Raises Interrupted between two batches after
+    a signal, and UserError, in every process, if the loss is not finite.
     """
     network.eval()
     device = next(network.parameters()).device

@@ -1,4 +1,4 @@
-"""Small measurements: the size of a network, and the time and memory that a generation or an epoch has taken."""
+"""Small measurements: the size of a network, and the time and memory of an epoch."""
 
 import time
 
@@ -9,9 +9,10 @@ from support import devices
 
 
 def speed_and_memory(images: int, start: float, device: torch.device) -> dict[str, float]:
-    """Return the history's fields on a generation or epoch that has processed so many images since `start`.
+    """Return the history's fields on the speed and memory of a generation or an epoch.
 
-    `start` is a time of `time.perf_counter()`. The fields are images per second, seconds and peak memory in MiB.
+    `images` is the number of images that have been processed since `start`. `start` is a time of
+    `time.perf_counter()`. The fields are images per second, seconds and peak memory in MiB.
     """
     seconds = time.perf_counter() - start
     return {"images_per_second": images / seconds, "seconds": seconds, "peak_memory_mb": devices.peak_memory_mb(device)}
@@ -23,7 +24,10 @@ def parameters_in_millions(model: nn.Module) -> float:
 
 
 def mult_adds_in_millions(model: nn.Module, image_shape: tuple[int, int, int]) -> float:
-    """Count mult-adds of convolutions and linear layers for one image (C, H, W). Leaves `model` in eval mode."""
+    """Count mult-adds of convolutions and linear layers for one image (C, H, W).
+
+    Leaves `model` in eval mode.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     device = next(model.parameters()).device

@@ -278,7 +278,7 @@ def main() -> int:
     wrong = 0
     devices.set_up(device)
     forms = [None, *["compiled"] * args.compile, *["recorded"] * (device.type == "cuda")]
-    print(f"PyTorch {torch.__version__}, {devices.describe_device(device)}")
+    print(f"PyTorch {torch.__version__}, {devices.device_text(device)}")
     for primitive, dtype, form in itertools.product(primitives(), (torch.float32, torch.bfloat16), forms):
         worst = (0.0, "", ())
         for size in [(5, 16, 32)] if form == "compiled" else sizes(not args.few):

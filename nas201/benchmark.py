@@ -1,17 +1,15 @@
-"""NAS-Bench-201 (Dong & Yang, ICLR 2020): the true accuracy of each of the 15,625 architectures.
+"""NAS-Bench-201 (Dong & Yang, ICLR 2020): look up the true accuracies of its 15,625 architectures.
 
-    python -m nas201.benchmark export SRC DST    write the compact table (.csv or .csv.xz)
-    python -m nas201.benchmark query SRC ARCH    accuracies and ranks of an arch string or index
-    python -m nas201.benchmark best SRC          the best architecture per data set
-    python -m nas201.benchmark baselines SRC [ARCH]   what chance and counting parameters reach, and ARCH beside it
+SRC is a compact table (.csv or .csv.xz), a NATS-Bench directory (NATS-tss-v1_0-3ffb9-simple), or the
+official NAS-Bench-201-v1_1-096897.pth.
 
-Sources: a compact table, a NATS-Bench directory (NATS-tss-v1_0-3ffb9-simple), and the official
-NAS-Bench-201-v1_1-096897.pth. Figures are top-1 accuracies in percent after 200 epochs, averaged over the seeds an
-architecture was trained with; other training lengths never stand in for them. Reading executes nothing that a file
-contains. torch is imported for the .pth alone.
+Accuracies are top-1 in percent after 200 epochs of training, averaged over the seeds that an
+architecture was trained with. Figures of other training lengths are never used in their place.
 """
 
-from support.cli import command
+# Reading a source executes nothing that it contains. Only the .pth needs torch.
+
+from support.cli import Parser, command
 
 import functools
 import lzma
@@ -19,6 +17,7 @@ import math
 import os
 import re
 import sys
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,254 +28,367 @@ from nas201.sources import (
     COLUMNS,
     DATASETS,
     METRICS,
+    RawTable,
+    as_percent,
     figures_of,
-    official_rows,
-    percent,
+    official_table,
     read_csv,
     read_pth,
     unpacked,
 )
 from support.files import UserError, atomic_write, emit, restricted_unpickle
 
+# Six 3x3 convolutions: the architecture with the most parameters.
 MOST_PARAMETERS = to_arch_string([PRIMITIVES.index("nor_conv_3x3")] * len(EDGES))
 
 
 class Benchmark:
-    """What `load` returns. `absent` lists the columns that the source has not, `missing` the indices without a record.
+    """The true accuracies of all architectures, as `load` returns them.
 
-    archs: the arch strings in the benchmark's order. table: all rows (15625, 6) in the order of COLUMNS, NaN where
-    there is no figure; None where `read` (index -> row) reads them one by one.
+    archs: the arch strings in the benchmark's order.
+    table: accuracies (15625, 6), float64 in percent, in the order of COLUMNS, NaN where there is no figure.
+        None for a source whose records are read one by one.
+    read: reads the record of an index and returns its accuracies (6,), if there is no table.
+    absent: the columns that the source does not have.
+    missing: the indices that have no record.
     """
 
-    def __init__(self, path, archs, table=None, read=None, absent=(), missing=()):
-        self.path, self.archs, self.table, self.absent, self.missing = path, archs, table, tuple(absent), tuple(missing)
-        self._read, self._index = read, {arch: index for index, arch in enumerate(archs)}
+    def __init__(
+        self,
+        path: str,
+        archs: list[str],
+        table: np.ndarray | None = None,
+        read: Callable[[int], np.ndarray] | None = None,
+        absent: Sequence[str] = (),
+        missing: Sequence[int] = (),
+    ):
+        self.path = path
+        self.archs = archs
+        self.table = table
+        self.absent = tuple(absent)
+        self.missing = tuple(missing)
+        self._read = read
+        self._index = {arch: index for index, arch in enumerate(archs)}
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.archs)
 
-    def arch(self, index):
+    def arch(self, index: int) -> str:
+        """Return the arch string of an index. Raises UserError for an index that does not exist."""
         if not 0 <= index < len(self):
             raise UserError(f"index {index} is not in 0..{len(self) - 1}")
         return self.archs[index]
 
-    def index(self, arch_string):
-        from_arch_string(arch_string)  # says what is wrong with it
+    def index(self, arch_string: str) -> int:
+        """Return the index of an arch string. Raises UserError, which says what is wrong with the arch string."""
+        from_arch_string(arch_string)
         return self._index[arch_string]
 
-    def row(self, index):
-        """Return six accuracies in the order of COLUMNS, NaN where there is none. Raises UserError as `accuracy`."""
+    def accuracies(self, index: int) -> np.ndarray:
+        """Return the accuracies (6,) of an architecture in the order of COLUMNS, NaN where there is no figure.
+
+        Raises UserError for an index that does not exist and for a damaged record.
+        """
         self.arch(index)
         return self._read(index) if self.table is None else self.table[index]
 
-    def accuracy(self, index, dataset, split):
-        """Return the accuracy in percent, or None where the source has no such figure (see `absent` and `missing`).
+    def accuracy(self, index: int, dataset: str, split: str) -> float | None:
+        """Return an accuracy in percent, or None if the source does not have it (see `absent` and `missing`).
 
-        Raises UserError for a dataset not in DATASETS, a split not in SPLITS, an impossible index, a damaged record.
+        Raises UserError for a data set not in DATASETS, a split not in SPLITS, an index that does not exist and a
+        damaged record.
         """
         if (dataset, split) not in METRICS:
             raise UserError(f"no figures for {dataset} {split}; there are {', '.join(DATASETS)}, each valid and test")
-        value = float(self.row(index)[list(METRICS).index((dataset, split))])
+        value = float(self.accuracies(index)[list(METRICS).index((dataset, split))])
         return None if math.isnan(value) else value
 
-    def full_table(self):
-        """Return all rows (15625, 6), read now if need be. Raises UserError when a record is missing."""
+    def full_table(self) -> np.ndarray:
+        """Return the accuracies (15625, 6) of all architectures, and read them if that is still to do.
+
+        Raises UserError if a record is missing or damaged.
+        """
         if self.missing:
-            count = f"{len(self.missing)} of {len(self)} architectures"
-            raise UserError(f"{self.path} is incomplete: {count} have no record, the first is index {self.missing[0]}")
+            raise UserError(
+                f"{self.path}: incomplete, {len(self.missing)} of {len(self)} architectures have no record; the first "
+                f"is index {self.missing[0]}"
+            )
         if self.table is None:
             from tqdm import tqdm  # 15,625 files take minutes
 
-            self.table = np.array([self.row(index) for index in tqdm(range(len(self)), unit="arch", disable=None)])
+            indices = tqdm(range(len(self)), unit="arch", disable=None)
+            self.table = np.array([self.accuracies(index) for index in indices])
         return self.table
 
 
-def load(path):
+# ---- reading and writing
+
+
+def load(path: str | os.PathLike) -> Benchmark:
     """Open a source: .csv or .csv.xz (a compact table), a NATS-Bench directory or the official .pth.
 
-    The .pth is reported to need 28 GB of memory while it loads: export it once. Raises UserError naming the file, and
-    the row where there is one, when something is wrong with it.
+    The .pth is reported to need 28 GB of memory while it loads, so export it once. Raises UserError, which names the
+    file and, if there is one, the line or index at fault.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
-        return _load_nats(path)
+        return load_directory(path)
     if not os.path.exists(path):
-        raise UserError(f"cannot read {path}: No such file or directory")
+        raise UserError(f"{path}: No such file or directory")
     if path.endswith((".csv", ".csv.xz")):
-        return _from_rows(path, read_csv(path))
+        return checked(path, read_csv(path))
     if path.endswith(".pth"):
-        return _from_rows(path, read_pth(path))
-    raise UserError(f"{path} is no .csv, .csv.xz, .pth or NATS-Bench directory")
+        return checked(path, read_pth(path))
+    raise UserError(f"{path}: not a benchmark; give a .csv, a .csv.xz, a .pth or a NATS-Bench directory")
 
 
-def _from_rows(path, lines):
-    """Make the Benchmark of a reader's header and (where, {column: cell}) of each architecture.
+def checked(path: str, raw: RawTable) -> Benchmark:
+    """Return the Benchmark of a table that a reader returned.
 
-    Every source goes through this check: all architectures, each under one index, figures from 0 to 100.
+    Every source goes through this check: all architectures, each under one index, and figures from 0 to 100. Raises
+    UserError.
     """
-    header = next(lines)
-    absent = [name for name in COLUMNS if name not in header]
-    for name in ("index", "arch"):
-        if name not in header:
-            raise UserError(f"{path} has no column {name}; a table has index, arch and some of {', '.join(COLUMNS)}")
-    if len(set(header)) < len(header):
-        raise UserError(f"{path} has two columns of one name")
-    if len(absent) == len(COLUMNS):
-        raise UserError(f"{path} has no column of accuracies after 200 epochs, such as {COLUMNS[1]}")
-    archs, seen, table = [None] * NUM_ARCHS, {}, np.full((NUM_ARCHS, len(COLUMNS)), np.nan)
-    for where, cells in lines:
-        number, arch = cells["index"], cells["arch"]
-        index = int(number) if re.fullmatch(r"\d{1,9}", str(number)) else -1
-        if not 0 <= index < NUM_ARCHS:
-            raise UserError(f"{where}: index {number!r:.80} is not a number in 0..{NUM_ARCHS - 1}")
+    check_header(path, raw.header)
+    archs = [None] * NUM_ARCHS
+    index_of_arch = {}
+    table = np.full((NUM_ARCHS, len(COLUMNS)), np.nan)
+    for where, cells in raw.records:
+        index = checked_index(cells["index"], where)
+        arch = cells["arch"]
         if archs[index] is not None:
-            raise UserError(f"{where}: second row of index {index}")
+            raise UserError(f"{where}: second line of index {index}")
         try:
             from_arch_string(str(arch))
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
-        if arch in seen:
-            raise UserError(f"{where}: indices {seen[arch]} and {index} have the same architecture {arch}")
-        archs[index], seen[arch] = arch, index
+        if arch in index_of_arch:
+            raise UserError(f"{where}: indices {index_of_arch[arch]} and {index} have the same architecture {arch}")
+        archs[index] = arch
+        index_of_arch[arch] = index
         for k, name in enumerate(COLUMNS):
             if name in cells:
-                table[index, k] = percent(cells[name], name, where)
+                table[index, k] = as_percent(cells[name], name, where)
     if None in archs:
-        raise UserError(f"{path} has {len(seen)} rows instead of {NUM_ARCHS}: index {archs.index(None)} is missing")
-    return Benchmark(path, archs, table, absent=absent, missing=np.flatnonzero(np.isnan(table).all(1)).tolist())
+        first = archs.index(None)
+        raise UserError(
+            f"{path}: {len(index_of_arch)} architectures instead of {NUM_ARCHS}; the first that is missing is index "
+            f"{first}"
+        )
+    absent = [name for name in COLUMNS if name not in raw.header]
+    without_figures = np.isnan(table).all(axis=1)
+    return Benchmark(path, archs, table, absent=absent, missing=np.flatnonzero(without_figures).tolist())
 
 
-def _load_nats(folder):
-    """Open a NATS-Bench directory: `meta.pickle.pbz2`, and a record an architecture, read when it is asked for."""
+def check_header(path: str, header: list[str]) -> None:
+    """Raise UserError if a table lacks index, arch or all figures, or if two of its columns have the same name."""
+    for name in ("index", "arch"):
+        if name not in header:
+            raise UserError(f"{path}: no column {name}; a table has index, arch and some of {', '.join(COLUMNS)}")
+    if len(set(header)) < len(header):
+        raise UserError(f"{path}: two columns have the same name")
+    if not set(COLUMNS) & set(header):
+        raise UserError(f"{path}: no column of accuracies after 200 epochs, such as {COLUMNS[1]}")
 
-    def unpickle(name):
+
+def checked_index(value: object, where: str) -> int:
+    """Return the index that a table's cell holds. Raises UserError."""
+    index = int(value) if re.fullmatch(r"\d{1,9}", str(value)) else -1
+    if not 0 <= index < NUM_ARCHS:
+        raise UserError(f"{where}: index {value!r:.80} is not a number in 0..{NUM_ARCHS - 1}")
+    return index
+
+
+def load_directory(folder: str) -> Benchmark:
+    """Open a NATS-Bench directory: `meta.pickle.pbz2`, and a file for each architecture, read when it is needed."""
+
+    def unpickle(name: str) -> object:
         path = os.path.join(folder, name)
-        return path, restricted_unpickle(unpacked(path), ALLOWED, path)
+        return restricted_unpickle(unpacked(path), ALLOWED, path)
 
-    archs = _from_rows(folder, official_rows(*unpickle("meta.pickle.pbz2"), records={})).archs
-    names, present = [f"{index:06d}.pickle.pbz2" for index in range(NUM_ARCHS)], set(os.listdir(folder))
+    meta = "meta.pickle.pbz2"
+    archs = checked(folder, official_table(os.path.join(folder, meta), unpickle(meta), records={})).archs
+    names = [f"{index:06d}.pickle.pbz2" for index in range(NUM_ARCHS)]
+    present = set(os.listdir(folder))
     missing = [index for index, name in enumerate(names) if name not in present]
 
     @functools.cache
-    def read(index):
+    def read(index: int) -> np.ndarray:
         figures = {}
         if names[index] in present:
-            path, record = unpickle(names[index])
-            figures = figures_of(record, "200", archs[index], path)
+            path = os.path.join(folder, names[index])
+            figures = figures_of(unpickle(names[index]), "200", archs[index], path)
         return np.array([figures.get(name, math.nan) for name in COLUMNS])
 
     return Benchmark(folder, archs, read=read, missing=missing)
 
 
-def save(benchmark, path):
-    """Write all of a source as .csv or .csv.xz, without the columns it has not. Raises UserError."""
+def save(source: Benchmark, path: str | os.PathLike) -> None:
+    """Write a source as a compact table, .csv or .csv.xz, without the columns that it does not have.
+
+    Raises UserError for another suffix, for a missing record or figure, and if `path` cannot be written.
+    """
     path = os.fspath(path)
     if not path.endswith((".csv", ".csv.xz")):
         raise UserError(f"{path}: a table is written as .csv or .csv.xz")
-    with atomic_write(path) as file:  # opened first: reading a source can take an hour
-        columns = {"index": range(len(benchmark)), "arch": benchmark.archs}
-        for name, column in zip(COLUMNS, benchmark.full_table().T, strict=True):
-            if name not in benchmark.absent:
-                if np.isnan(column).any():
-                    raise UserError(f"{benchmark.path}, index {np.isnan(column).argmax()}: no figure for {name}")
-                columns[name] = column.tolist()
-        rows = zip(*columns.values(), strict=True)
-        data = "".join(",".join(map(str, cells)) + "\n" for cells in (columns, *rows)).encode()
+    with atomic_write(path) as file:  # opened first, because reading a source can take an hour
+        columns = {"index": range(len(source)), "arch": source.archs}
+        for name, values in zip(COLUMNS, source.full_table().T, strict=True):
+            if name not in source.absent:
+                if np.isnan(values).any():
+                    raise UserError(f"{source.path}, index {np.isnan(values).argmax()}: no figure for {name}")
+                columns[name] = values.tolist()
+        lines = [columns.keys(), *zip(*columns.values(), strict=True)]
+        data = "".join(",".join(map(str, cells)) + "\n" for cells in lines).encode()
         file.write(lzma.compress(data) if path.endswith(".xz") else data)
 
 
-def index_of(source, arch):
-    """Return the index of an arch string, or of an index as text. Raises UserError."""
-    index = int(arch) if re.fullmatch(r"-?\d{1,9}", arch) else source.index(arch)
+# ---- what chance reaches
+
+
+def best_of(values: np.ndarray, n: int) -> float:
+    """Return the expected largest of `n` distinct values drawn at random from `values` (N,), exactly.
+
+    Sort the values. All n draws are among the i smallest with probability i/N * (i-1)/(N-1) * .. (n factors). The
+    largest draw is the i-th value with the difference of that probability between i and i - 1.
+    """
+    places = np.arange(1, len(values) + 1)[:, None]  # i, (N, 1)
+    drawn = np.arange(n)  # values drawn before, (n,)
+    factors = np.clip((places - drawn) / (len(values) - drawn), 0, None)  # (N, n); 0 where n exceeds i
+    at_most = np.prod(factors, axis=1)  # (N,)
+    return float(np.sort(values) @ np.diff(at_most, prepend=0))
+
+
+def baselines(source: Benchmark, index: int | None = None) -> dict[str, dict[str, float]]:
+    """Return what a result has to be compared with, {column without "_200": figures}, for each complete column.
+
+    The figures are accuracies in percent after 200 epochs:
+    mean, median, std, best: of the whole space, so mean is what a random architecture has.
+    best_of_10, best_of_50: see `best_of`.
+    most_parameters: of MOST_PARAMETERS; most_parameters_beaten_by is the number of better architectures.
+    accuracy, beaten_by: of the architecture with this index, if there is one, and the number of better architectures.
+    Raises UserError if a record is missing or damaged.
+    """
+    figures = {}
+    most = source.index(MOST_PARAMETERS)
+    for name, values in zip(COLUMNS, source.full_table().T, strict=True):
+        if np.isnan(values).any():
+            continue
+        row = {"mean": values.mean(), "median": np.median(values), "std": values.std(ddof=1), "best": values.max()}
+        for n in (10, 50):
+            row[f"best_of_{n}"] = best_of(values, n)
+        row["most_parameters"] = values[most]
+        row["most_parameters_beaten_by"] = (values > values[most]).sum()
+        if index is not None:
+            row["accuracy"] = values[index]
+            row["beaten_by"] = (values > values[index]).sum()
+        figures[name.removesuffix("_200")] = {key: np.asarray(value).item() for key, value in row.items()}
+    return figures
+
+
+# ---- command line
+
+
+def index_of(source: Benchmark, text: str) -> int:
+    """Return the index that the command line names by an arch string or a number. Raises UserError."""
+    index = int(text) if re.fullmatch(r"-?\d{1,9}", text) else source.index(text)
     source.arch(index)
     return index
 
 
-def query(source, arch):
-    """Print an architecture's accuracies, and its rank among all 15,625 where the source is one table."""
-    index = index_of(source, arch)
+def print_architecture(source: Benchmark, text: str) -> None:
+    """Print an architecture's accuracies and, if the source is a complete table, its ranks among all architectures."""
+    index = index_of(source, text)
     print(f"index {index}  {source.arch(index)}")
     print(f"{'data set':15} {'split':6} {'accuracy':>8} {'rank':>6}")
     for k, (dataset, split) in enumerate(METRICS):
-        accuracy, rank = source.accuracy(index, dataset, split), "-"
+        accuracy = source.accuracy(index, dataset, split)
+        rank = "-"
         if accuracy is not None and source.table is not None and not source.missing:
             rank = 1 + int((source.table[:, k] > accuracy).sum())
         print(f"{dataset:15} {split:6} {'absent' if accuracy is None else f'{accuracy:.2f}':>8} {rank:>6}")
 
 
-def best(source):
+def print_best(source: Benchmark) -> None:
     """Print the best architecture of each data set and split."""
-    for (dataset, split), column in zip(METRICS, source.full_table().T, strict=True):
-        if np.isnan(column).all():
+    for (dataset, split), values in zip(METRICS, source.full_table().T, strict=True):
+        if np.isnan(values).all():
             print(f"{dataset:15} {split:6}   absent")
         else:
-            index = int(np.nanargmax(column))
-            print(f"{dataset:15} {split:6} {column[index]:8.2f}  index {index:5}  {source.arch(index)}")
+            index = int(np.nanargmax(values))
+            print(f"{dataset:15} {split:6} {values[index]:8.2f}  index {index:5}  {source.arch(index)}")
 
 
-def best_of(values, n):
-    """Return the expected best of `n` distinct ones drawn at random from `values` (N,), exactly."""
-    places, drawn = np.arange(1, len(values) + 1)[:, None], np.arange(n)
-    none_better = np.prod(np.clip((places - drawn) / (len(values) - drawn), 0, None), axis=1)  # than the i-th worst
-    return float(np.sort(values) @ np.diff(none_better, prepend=0))
-
-
-def baselines(source, index=None):
-    """Return {column: figures} for each of COLUMNS that is complete: accuracies in percent, after 200 epochs.
-
-    mean, median, std, best: of the whole space, a random architecture. best_of_10, best_of_50: `best_of`.
-    most_parameters: of MOST_PARAMETERS, six 3x3 convolutions. With an index also its `accuracy`, and `beaten_by`: how
-    many architectures are better.
-    """
-    rows, most = {}, source.index(MOST_PARAMETERS)
-    for name, values in zip(COLUMNS, source.full_table().T, strict=True):
-        if not np.isnan(values).any():
-            row = {"mean": values.mean(), "median": np.median(values), "std": values.std(ddof=1), "best": values.max()}
-            row |= {f"best_of_{n}": best_of(values, n) for n in (10, 50)}
-            row |= {"most_parameters": values[most], "most_parameters_beaten_by": (values > values[most]).sum()}
-            if index is not None:
-                row |= {"accuracy": values[index], "beaten_by": (values > values[index]).sum()}
-            rows[name.removesuffix("_200")] = {key: np.asarray(value).item() for key, value in row.items()}
-    return rows
-
-
-def print_baselines(source, arch=None):
-    """Print `baselines` as a table, beside what EvNAS published."""
-    index = None if arch is None else index_of(source, arch)
-    heads = {"mean": "mean", "median": "median", "std": "std", "best_of_10": "of 10", "best_of_50": "of 50"}
-    heads |= {"most_parameters": "largest", "best": "best", "published": "EvNAS"}
-    heads |= {} if index is None else {"accuracy": "ARCH", "beaten_by": "beaten by"}
+def print_baselines(source: Benchmark, text: str | None = None) -> None:
+    """Print `baselines` as a table, with what EvNAS published and, if one is named, an architecture's figures."""
+    index = None if text is None else index_of(source, text)
+    heads = {
+        "mean": "mean",
+        "median": "median",
+        "std": "std",
+        "best_of_10": "of 10",
+        "best_of_50": "of 50",
+        "most_parameters": "largest",
+        "best": "best",
+        "published": "EvNAS",
+    }
+    if index is not None:
+        heads |= {"accuracy": "ARCH", "beaten_by": "beaten by"}
+    published = {}
+    for column, (dataset, split) in zip(COLUMNS, METRICS, strict=True):
+        published[column.removesuffix("_200")] = PUBLISHED[dataset][split].evnas
     print(f"{'accuracy, %':22}" + "".join(f" {head:>9}" for head in heads.values()))
-    published = [PUBLISHED[name][split].evnas for name, split in METRICS]
-    published = dict(zip((column.removesuffix("_200") for column in COLUMNS), published, strict=True))
-    for name, row in baselines(source, index).items():
-        row |= {"published": published[name]}
-        print(f"{name:22}" + "".join(f" {row[key]:9.{0 if key == 'beaten_by' else 2}f}" for key in heads))
-    print(
-        "mean, median, std: a random architecture; of 10, of 50: the expected best of so many distinct ones\n"
-        f"largest: six 3x3 convolutions, with the most parameters; best: of all {len(source):,}; EvNAS: as published"
-    )
+    for name, figures in baselines(source, index).items():
+        line = f"{name:22}"
+        for key in heads:
+            value = published[name] if key == "published" else figures[key]
+            line += f" {value:9.{0 if key == 'beaten_by' else 2}f}"
+        print(line)
+    print("mean, median, std: of all architectures, so what a random one has")
+    print("of 10, of 50: the expected best of 10 or 50 random architectures")
+    print("largest: six 3x3 convolutions, the architecture with the most parameters")
+    print(f"best: the best of all {len(source):,} architectures")
+    print("EvNAS: the published search")
+    if index is not None:
+        print("ARCH, beaten by: the architecture you named, and how many architectures are better")
+
+
+def make_parser() -> Parser:
+    """Return the parser with its four commands."""
+    parser = Parser(prog="python -m nas201.benchmark", description=__doc__)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
+
+    def add(name: str, text: str) -> Parser:
+        added = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        text = "compact table (.csv or .csv.xz), NATS-Bench directory or official .pth"
+        added.add_argument("source", metavar="SRC", help=text)
+        return added
+
+    arch = "an arch string in quotes, or an index from 0 to 15624"
+    export = add("export", "write a source as a compact table, which loads in a second")
+    export.add_argument("destination", metavar="DST", help="table to write, .csv or .csv.xz")
+    query = add("query", "show the accuracies of an architecture and its ranks")
+    query.add_argument("arch", metavar="ARCH", help=f"architecture to look up: {arch}")
+    add("best", "show the best architecture of each data set")
+    compare = add("baselines", "show what random architectures and the largest one reach")
+    compare.add_argument("arch", metavar="ARCH", nargs="?", help=f"architecture to show next to them: {arch}")
+    return parser
 
 
 @command
-def main(argv=None):
-    match sys.argv[1:] if argv is None else argv:
-        case ["-h" | "--help", *_]:
-            print(__doc__)
-            return
-        case ["export", path, destination]:
-            save(source := load(path), destination)
-            emit(f"{destination}: {len(source)} architectures", sys.stdout)
-        case ["query", path, arch]:
-            query(source := load(path), arch)
-        case ["best", path]:
-            best(source := load(path))
-        case ["baselines", path, *arch] if len(arch) < 2:
-            print_baselines(source := load(path), *arch)
-        case _:
-            raise UserError("give export SRC DST, query SRC ARCH, best SRC or baselines SRC [ARCH] (see --help)")
+def main(argv: Sequence[str] | None = None) -> None:
+    args = make_parser().parse_args(argv)
+    source = load(args.source)
+    if args.command == "export":
+        save(source, args.destination)
+        emit(f"{args.destination}: {len(source)} architectures", sys.stdout)
+    elif args.command == "query":
+        print_architecture(source, args.arch)
+    elif args.command == "best":
+        print_best(source)
+    else:
+        print_baselines(source, args.arch)
     if source.absent:
-        emit(f"note: {source.path} has no {', '.join(source.absent)}", sys.stderr)
+        emit(f"note: {source.path} does not have {', '.join(source.absent)}", sys.stderr)
     if source.missing:
         emit(f"note: {source.path} has no record of {len(source.missing)} architectures", sys.stderr)
 

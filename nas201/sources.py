@@ -1,4 +1,8 @@
-"""Readers of the benchmark's files: compact tables, NATS-Bench records, the official .pth. They execute nothing."""
+"""Readers of the benchmark's files: compact tables, NATS-Bench records, the official .pth. They execute nothing.
+
+`read_csv` and `read_pth` return a `RawTable` that nobody has checked. `benchmark.load` checks it. A reader of another
+format needs nothing else.
+"""
 
 import bz2
 import collections
@@ -10,14 +14,16 @@ import lzma
 import math
 import os
 import statistics
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from support.files import UserError, open_regular
 from support.numpy_pickles import Dtype, scalar
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
-# (dataset, split) -> the benchmark's own data set and metric. `cifar10-valid` are the networks trained on half the
-# training images; the order is that of the table's columns.
+# {(data set, split): (data set, metric) as the benchmark calls them}, in the order of the table's columns.
+# In the benchmark, cifar10-valid are networks that were trained on half of the training images.
 METRICS = {
     ("cifar10", "valid"): ("cifar10-valid", "x-valid"),
     ("cifar10", "test"): ("cifar10", "ori-test"),
@@ -27,48 +33,87 @@ METRICS = {
     ("ImageNet16-120", "test"): ("ImageNet16-120", "x-test"),
 }
 COLUMNS = tuple(f"{dataset.replace('-', '_')}_{split}_200" for dataset, split in METRICS)
-MAX_BYTES = 16 << 20  # of an unpacked table or record; real ones are 3 MB and 0.4 MB
-MAX_LINES, MAX_LINE = 100_000, 10_000  # of a table, and characters of one; real ones have 15,626 lines of 200
+
+# Limits for files of strangers, far above what real files have.
+MAX_BYTES = 16 << 20  # of an unpacked table or record; real ones have 3 MB and 0.4 MB
+MAX_LINES = 100_000  # of a table; real ones have 15,626
+MAX_LINE = 10_000  # characters of a line; real ones have 200
 
 
-def percent(value, name, where):
+class RawRecord(NamedTuple):
+    """What a source says of one architecture."""
+
+    where: str  # file and line or index, for messages
+    cells: dict  # {column: value}
+
+
+class RawTable(NamedTuple):
+    """What a source says of all architectures, unchecked."""
+
+    header: list[str]  # names of the columns
+    records: Iterable[RawRecord]
+
+
+def as_percent(value: object, name: str, where: str) -> float:
+    """Return `value` as a number from 0 to 100. Raises UserError, which says what `name` is at `where`."""
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not 0 <= number <= 100:  # NaN fails too
+    if not 0 <= number <= 100:  # also for NaN
         raise UserError(f"{where}: {name} is {value!r:.80}, not a number from 0 to 100")
     return number
 
 
-def read_csv(path):
-    """Yield the header, then (where, {column: cell}) of each line."""
-    try:
-        reader = csv.reader(lines_of(path))
+# ---- compact tables
+
+
+def read_csv(path: str) -> RawTable:
+    """Read a compact table, .csv or .csv.xz, line by line. Raises UserError, also while its records are read."""
+    reader = csv.reader(lines_of(path))
+    with csv_errors(path):
         header = next(reader, [])
-        yield header
-        for cells in filter(None, reader):
+    return RawTable(header, csv_records(path, reader, header))
+
+
+def csv_records(path: str, reader: Iterator[list[str]], header: list[str]) -> Iterator[RawRecord]:
+    """Yield the records of a table below its header. Raises UserError."""
+    with csv_errors(path):
+        for cells in reader:
+            if not cells:  # an empty line
+                continue
             where = f"{path}, line {reader.line_num}"
             if len(cells) != len(header):
                 raise UserError(f"{where}: {len(cells)} cells, but the header has {len(header)}")
-            yield where, dict(zip(header, cells, strict=True))
+            yield RawRecord(where, dict(zip(header, cells, strict=True)))
+
+
+@contextlib.contextmanager
+def csv_errors(path: str) -> Iterator[None]:
+    """Turn errors of reading a CSV file into a UserError."""
+    try:
+        yield
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no CSV file: {error}") from error
+        raise UserError(f"{path}: not a CSV file ({error})") from error
 
 
-def lines_of(path):
-    """Yield the lines of a table, one at a time: as a list, 16 MB of empty ones would take a gigabyte."""
+def lines_of(path: str) -> Iterator[str]:
+    """Yield the lines of a table one at a time: a list of 16 MB of empty lines would take a gigabyte."""
     with io.TextIOWrapper(io.BytesIO(unpacked(path)), "utf-8-sig", newline="") as text:
         for number in itertools.count(1):
             line = text.readline(MAX_LINE)
-            if len(line) == MAX_LINE or number > MAX_LINES:
-                raise csv.Error(f"line {number} is longer, or comes later, than any of a table")
+            if len(line) == MAX_LINE:
+                raise csv.Error(f"line {number} is too long for a table")
+            if number > MAX_LINES:
+                raise csv.Error(f"more than {MAX_LINES:,} lines")
             if not line:
                 return
             yield line
 
 
-# All that a file of the benchmark refers to; also what torch is told to accept.
+# ---- files of the benchmark
+
+# All that a file of the benchmark refers to. torch is told to accept the same.
 ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "dtype"): Dtype,
@@ -77,55 +122,76 @@ ALLOWED = {
 }
 
 
-def read_pth(path):
-    """Read the official file; the figures are picked at once, which gives the memory back."""
+def read_pth(path: str) -> RawTable:
+    """Read the official .pth. Raises UserError, also while its records are read."""
     import torch
 
     from support.weights import load_torch
 
     with torch.serialization.safe_globals([(value, ".".join(name)) for name, value in ALLOWED.items()]):
-        return official_rows(path, load_torch(path, "benchmark file"))
+        content = load_torch(path, "benchmark file")
+    return official_table(path, content)
 
 
-def official_rows(path, content, records=None):
-    """Yield the header, then (where, {column: cell}) of `meta_archs`; `records` stands for the content's own."""
+def official_table(path: str, content: object, records: dict | None = None) -> RawTable:
+    """Return the table of a file with the list `meta_archs`.
+
+    `records` is {index: record}, by default the content's own `arch2infos`. Raises UserError.
+    """
     content = content if isinstance(content, dict) else {}
-    archs, records = content.get("meta_archs"), content.get("arch2infos") if records is None else records
+    archs = content.get("meta_archs")
+    if records is None:
+        records = content.get("arch2infos")
     if not isinstance(archs, list) or not isinstance(records, dict):
-        raise UserError(f"{path} has no list meta_archs or no dict arch2infos: it is not NAS-Bench-201")
-    yield ["index", "arch", *COLUMNS]
+        raise UserError(f"{path}: not a file of NAS-Bench-201, because it has no list meta_archs or no dict arch2infos")
+    return RawTable(["index", "arch", *COLUMNS], official_records(path, archs, records))
+
+
+def official_records(path: str, archs: list, records: dict) -> Iterator[RawRecord]:
+    """Yield what the records say of each architecture in turn: no figures where there is no record. Raises UserError.
+
+    Only the figures are kept, so that the records' memory can be freed.
+    """
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
         figures = figures_of(records[index], "full", arch, where) if index in records else {}
-        yield where, {"index": index, "arch": arch, **figures}
+        yield RawRecord(where, {"index": index, "arch": arch, **figures})
 
 
-def figures_of(record, key, arch, where):
-    """Return {column: mean over seeds} of a record with the 200-epoch runs at `key`, without what no run measured."""
+def figures_of(record: object, key: str, arch: str, where: str) -> dict[str, float]:
+    """Return {column: accuracy after 200 epochs, mean over the seeds} of a record.
+
+    The 200-epoch runs are at `key` of the record. Columns that no run measured are left out. Raises UserError if the
+    record is not one of `arch`, and if it does not have the form of a record.
+    """
     try:
-        state, figures = record[key], {}
+        state = record[key]
         if state["arch_str"] != arch:
-            raise UserError(f"{where} describes {state['arch_str']!r:.80}, not {arch}")
+            raise UserError(f"{where}: the record describes {state['arch_str']!r:.80}, not {arch}")
+        figures = {}
         for column, (dataset, metric) in zip(COLUMNS, METRICS.values(), strict=True):
-            last = f"{metric}@199"
-            trials = [run["eval_acc1es"] for (name, _seed), run in state["all_results"].items() if name == dataset]
-            values = [percent(trial[last], f"{dataset} {last}", where) for trial in trials if last in trial]
-            figures |= {column: statistics.fmean(values)} if values else {}
+            last = f"{metric}@199"  # after the 200th epoch
+            values = []
+            for (name, _seed), run in state["all_results"].items():
+                if name == dataset and last in run["eval_acc1es"]:
+                    values.append(as_percent(run["eval_acc1es"][last], f"{dataset} {last}", where))
+            if values:
+                figures[column] = statistics.fmean(values)
         return figures
     except UserError:
         raise
-    except Exception as error:  # an object of any other shape
-        raise UserError(f"{where} is not a record of 200 epochs: {error!r:.120}") from error
+    except Exception as error:  # an object of any other form
+        raise UserError(f"{where}: not a record of 200 epochs ({error!r:.120})") from error
 
 
-def unpacked(path):
-    """Return the bytes of a file, unpacked where it is an .xz or a .pbz2."""
+def unpacked(path: str) -> bytes:
+    """Return the content of a file, unpacked if it is an .xz or a .pbz2. Raises UserError, also if it is too large."""
     opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], contextlib.nullcontext)
     try:
         with open_regular(path) as packed, opener(packed) as file:
             data = file.read(MAX_BYTES + 1)
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise UserError(f"{path} cannot be read or is damaged: {error}") from error
+        raise UserError(f"{path}: cannot be read, or is damaged ({error})") from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path} unpacks to more than {MAX_BYTES >> 20} MB, far more than a file of its kind")
+        raise UserError(f"{path}: more than {MAX_BYTES >> 20} MB when unpacked, far more than such a file has")
     return data

@@ -1,12 +1,14 @@
-"""Three searches and their table: what searchNAS201.sh ends with.
+"""The summary of three finished searches, with which searchNAS201.sh ends.
 
-python -m nas201.summary OUTPUT_DIR DATASET     reads OUTPUT_DIR/search-DATASET-seed*, writes OUTPUT_DIR/summary.json
+It reads OUTPUT_DIR/search-DATASET-seed18, -seed19 and -seed20, prints a table and writes it to
+OUTPUT_DIR/summary.json.
 """
 
 from support.cli import Parser, command
 
 import statistics
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from nas201.benchmark import baselines, load
@@ -18,130 +20,192 @@ from run_settings import SETTINGS
 from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
+ARGUMENTS = ("epochs", "pop_size", "init_channels", "num_cells", "api_path")  # those that the summary needs
 
 
-def arguments(run):
-    """Return the saved arguments of a run. Raises UserError where they are not those of a search."""
-    about = read_json(Path(run) / "args.json")
+# ---- reading the runs
+
+
+def read_arguments(run_dir: Path) -> dict:
+    """Return the saved arguments of a run. Raises UserError if they are not those of a search."""
+    about = read_json(run_dir / "args.json")
     args = about.get("args") if isinstance(about, dict) else None
-    names = ("epochs", "pop_size", "init_channels", "num_cells", "api_path")
-    if not isinstance(args, dict) or not all(name in args for name in names):
-        raise UserError(f"{run}/args.json does not hold the arguments of a search ({', '.join(names)})")
+    if not isinstance(args, dict) or not all(name in args for name in ARGUMENTS):
+        raise UserError(f"{run_dir}/args.json: not the arguments of a search ({', '.join(ARGUMENTS)})")
     if not isinstance(args["api_path"], (str, type(None))):
-        raise UserError(f"{run}/args.json: api_path is no path")
+        raise UserError(f"{run_dir}/args.json: api_path is not a path")
     return args
 
 
-def finished(run):
-    """Return the history of a run that has all its generations, baselines and report, else None. Raises UserError."""
-    run = Path(run)
-    complete = all((run / name).exists() for name in ("report.html", "baselines.json"))
-    history = read_history(run, SETTINGS) if complete else []
+def read_finished_history(run_dir: Path) -> list[dict]:
+    """Return the history of a run that has all its generations, baselines and report. Raises UserError for another."""
+    complete = all((run_dir / name).exists() for name in ("report.html", "baselines.json"))
+    history = read_history(run_dir, SETTINGS) if complete else []
     generations = [row.get("generation") for row in history]
-    return history if history and generations == list(range(1, arguments(run)["epochs"] + 1)) else None
+    if not history or generations != list(range(1, read_arguments(run_dir)["epochs"] + 1)):
+        raise UserError(f"{run_dir} is not a finished search: start searchNAS201.sh again to continue it")
+    return history
 
 
-def read_run(run):
-    """Return the figures of a finished run. Raises UserError where it is not finished."""
-    history = finished(run)
-    if history is None:
-        raise UserError(f"{run} is not a finished search: start searchNAS201.sh again to continue it")
-    keys = ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho")
-    figures = {"run": str(run), **{key: history[-1].get(key) for key in keys}}
-    worth = read_json(Path(run) / "baselines.json")
-    figures["worth"] = worth if isinstance(worth, dict) else {}
-    taus = [entry.get("kendall_tau") for entry in history]
-    seconds = sum(finite_values(history, "seconds"))
-    return figures | {"kendall_tau_by_generation": taus, "generations": len(history), "seconds": seconds}
+def read_run(run_dir: Path) -> dict:
+    """Return the figures of a finished run, as summary.json has them. Raises UserError if it is not finished."""
+    history = read_finished_history(run_dir)
+    figures = {"run": str(run_dir)}
+    for key in ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho"):
+        figures[key] = history[-1].get(key)
+    result = read_json(run_dir / "baselines.json")
+    figures["worth"] = result if isinstance(result, dict) else {}
+    figures["kendall_tau_by_generation"] = [row.get("kendall_tau") for row in history]
+    figures["generations"] = len(history)
+    figures["seconds"] = sum(finite_values(history, "seconds"))
+    return figures
 
 
-def mean_std(values):
-    """Return {"mean", "std"} (n - 1 in the denominator), each None where there are too few values."""
-    values = [value for value in values if value is not None]
-    mean = statistics.fmean(values) if values else None
-    return {"mean": mean, "std": statistics.stdev(values) if len(values) > 1 else None}
+# ---- the summary
 
 
-def summarise(folder, dataset):
-    """Return what becomes summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
-    paths = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
-    runs = [read_run(path) for path in paths]
-    args = arguments(paths[0])
+def mean_std(values: Iterable[float | None]) -> dict[str, float | None]:
+    """Return {"mean", "std"} of the values that are known (n - 1 in the denominator), None if there are too few."""
+    known = [value for value in values if value is not None]
+    mean = statistics.fmean(known) if known else None
+    return {"mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
+
+
+def summarise(folder: str | Path, dataset: str) -> dict:
+    """Return the content of summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
+    run_dirs = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
+    runs = [read_run(run_dir) for run_dir in run_dirs]
+    args = read_arguments(run_dirs[0])
     table = load(args["api_path"]) if args["api_path"] else None
-    # A source whose rows are read one by one has no figures of the whole space.
-    space_figures = {} if table is None or table.table is None else baselines(table)
+    space = {}
+    if table is not None and table.table is not None:  # a directory, read record by record, is left out
+        space = baselines(table)
+    summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args}
+    summary["accuracy"] = accuracy_figures(runs, dataset, space)
+    for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
+        summary[key] = mean_std(column(runs, key))
+    for quantity in ("fitness", "parameters"):
+        taus = column(runs, f"worth/kendall_tau/random architectures/{quantity}")
+        summary[f"kendall_tau_random_{quantity}"] = mean_std(taus)
+    summary["published_seconds"] = PUBLISHED_SECONDS if dataset in DATASETS else None
+    summary["runs"] = runs
+    return summary
+
+
+def accuracy_figures(runs: list[dict], dataset: str, space: dict[str, dict]) -> dict[str, dict]:
+    """Return {column without "_200": figures}: of these searches, of published ones, and of the whole space.
+
+    `dataset` is the one that was searched: the published searches were on the same. `space` is what `baselines`
+    returns, {} if it is not known; the published optimum takes its place.
+    """
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):
         label = label.removesuffix("_200")
-        row = {"searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")), "published": None}
-        if name == dataset:  # the published searches were on this data set
-            row["published"] = {"mean": PUBLISHED[name][split].evnas, "std": PUBLISHED[name][split].evnas_std}
-        row["optimum"] = PUBLISHED[name][split].best
-        if label in space_figures:
-            row |= {f"space_{key}": value for key, value in space_figures[label].items()}
-            row["optimum"] = row.pop("space_best")
-            row["beaten_by"] = column(runs, f"worth/accuracy/{label}/beaten_by")
-        accuracy[label] = row
-    summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args, "accuracy": accuracy}
-    for key in ("fitness_best", "kendall_tau", "spearman_rho", "seconds"):
-        summary[key] = mean_std(column(runs, key))
-    for of in ("fitness", "parameters"):
-        key = f"worth/kendall_tau/random architectures/{of}"
-        summary[f"kendall_tau_random_{of}"] = mean_std(column(runs, key))
-    return summary | {"published_seconds": PUBLISHED_SECONDS if dataset in DATASETS else None, "runs": runs}
+        published = PUBLISHED[name][split]
+        figures = {"searched": mean_std(column(runs, f"true_accuracy/{name}/{split}")), "published": None}
+        if name == dataset:
+            figures["published"] = {"mean": published.evnas, "std": published.evnas_std}
+        figures["optimum"] = published.best
+        if label in space:
+            figures |= {f"space_{key}": value for key, value in space[label].items()}
+            figures["optimum"] = figures.pop("space_best")
+            figures["beaten_by"] = column(runs, f"worth/accuracy/{label}/beaten_by")
+        accuracy[label] = figures
+    return accuracy
 
 
-def show(figures, digits=2):
-    """Return mean ± std, a number, or a dash."""
-    mean, std = (figures["mean"], figures["std"]) if isinstance(figures, dict) else (figures, None)
-    return "-" if mean is None else f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+# ---- the printed table
 
 
-def print_table(summary):
-    args, seeds = summary["arguments"], ", ".join(map(str, SEEDS))
+def format_figures(figures: dict | float | None, digits: int = 2) -> str:
+    """Return mean ± std, or a number, as text, and a dash for None."""
+    if isinstance(figures, dict):
+        mean = figures["mean"]
+        std = figures["std"]
+    else:
+        mean = figures
+        std = None
+    if mean is None:
+        return "-"
+    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
+
+
+def print_summary(summary: dict) -> None:
+    """Print the summary as text."""
+    args = summary["arguments"]
     size = f"C {args['init_channels']}, N {args['num_cells']}, {args['pop_size']} individuals"
     print()
+    seeds = ", ".join(map(str, SEEDS))
     emit(f"{summary['dataset']}: seeds {seeds}; {size}, {args['epochs']} generations", sys.stdout)
     for run in summary["runs"]:
         emit(f"  {run['best_genotype']}", sys.stdout)
-    heads = {"searched": "these searches", "published": "published", "optimum": "optimum"}
-    heads |= {"space_mean": "mean", "space_median": "median", "space_std": "std", "space_best_of_10": "of 10"}
-    heads |= {"space_best_of_50": "of 50", "space_most_parameters": "largest"}
-    line = "{:22} {:>16} {:>16}" + " {:>8}" * (len(heads) - 2)
-    print(line.format("accuracy, %", *heads.values()))
-    for name, row in summary["accuracy"].items():
-        print(line.format(name, *(show(row.get(key)) for key in heads)))
-    for name, row in summary["accuracy"].items():
-        if "beaten_by" in row:
-            beaten = ", ".join(show(count, 0) for count in row["beaten_by"])
-            print(f"{name}: {beaten} of {NUM_ARCHS:,} architectures beat these searches")
-    seconds = [show(summary["seconds"], 1), show(summary["published_seconds"], 1)]
-    print(line.format("seconds", *seconds, *[""] * (len(heads) - 2)))
-    truth = summary["runs"][0]["truth"]
-    if truth:
-        tau, rho = show(summary["kendall_tau"], 3), show(summary["spearman_rho"], 3)
-        text = f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}"
-        emit(text, sys.stdout)
-        tau, other = (show(summary[f"kendall_tau_random_{of}"], 3) for of in ("fitness", "parameters"))
-        print(f"Kendall's tau on random architectures: of fitness on the final weights {tau}, of parameters {other}")
+    print_accuracies(summary)
+    print_correlations(summary)
     for run in summary["runs"]:
         emit(f"{run['run']}: {run['worth'].get('sentence')}", sys.stdout)
-    absent = "not in the benchmark's table, or not read" if args["api_path"] else "no benchmark was given (--api_path)"
-    print("mean ± standard deviation over the seeds (n - 1); published: by searches on the same data set")
-    print("mean, median, std: a random architecture; of 10, of 50: the expected best of so many of them")
-    print("largest: six 3x3 convolutions, with the most parameters")
-    print(f"a dash elsewhere: {absent}")
+    print("mean ± standard deviation over the seeds (n - 1)")
+    print("published: EvNAS searches on the same data set")
+    print("mean, median, std: of all architectures, so what a random one has")
+    print("of 10, of 50: the expected best of 10 or 50 random architectures")
+    print("largest: six 3x3 convolutions, the architecture with the most parameters")
+    if args["api_path"]:
+        print("-: not in the benchmark's table, or not published for this data set")
+    else:
+        print("-: not known, because these searches had no benchmark (--api_path)")
+
+
+def print_accuracies(summary: dict) -> None:
+    """Print accuracies and seconds: one line each, one column for each kind of search or architecture."""
+    heads = {
+        "searched": "these searches",
+        "published": "published",
+        "optimum": "optimum",
+        "space_mean": "mean",
+        "space_median": "median",
+        "space_std": "std",
+        "space_best_of_10": "of 10",
+        "space_best_of_50": "of 50",
+        "space_most_parameters": "largest",
+    }
+    line = "{:22} {:>16} {:>16}" + " {:>8}" * (len(heads) - 2)
+    print(line.format("accuracy, %", *heads.values()))
+    for name, figures in summary["accuracy"].items():
+        print(line.format(name, *(format_figures(figures.get(key)) for key in heads)))
+    for name, figures in summary["accuracy"].items():
+        if "beaten_by" in figures:
+            beaten = ", ".join(format_figures(count, 0) for count in figures["beaten_by"])
+            print(f"{name}: {beaten} of {NUM_ARCHS:,} architectures beat these searches")
+    seconds = [format_figures(summary["seconds"], 1), format_figures(summary["published_seconds"], 1)]
+    print(line.format("seconds", *seconds, *[""] * (len(heads) - 2)))
+
+
+def print_correlations(summary: dict) -> None:
+    """Print how fitness ranks architectures, if a benchmark had their true accuracies."""
+    truth = summary["runs"][0]["truth"]
+    if not truth:
+        return
+    tau = format_figures(summary["kendall_tau"], 3)
+    rho = format_figures(summary["spearman_rho"], 3)
+    text = f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}"
+    emit(text, sys.stdout)
+    by_fitness = format_figures(summary["kendall_tau_random_fitness"], 3)
+    by_parameters = format_figures(summary["kendall_tau_random_parameters"], 3)
+    text = f"random architectures and {truth} accuracy: Kendall's tau {by_fitness} of fitness on the final weights"
+    emit(f"{text}, {by_parameters} of the number of parameters", sys.stdout)
+
+
+# ---- command line
 
 
 @command
-def main(argv=None):
-    parser = Parser(prog="python -m nas201.summary", description="The table of three finished searches.")
-    parser.add_argument("output_dir", help="where search-DATASET-seed18 and so on are")
-    parser.add_argument("dataset", help="their data set")
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser(prog="python -m nas201.summary", description=__doc__)
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of the three run directories")
+    parser.add_argument("dataset", metavar="DATASET", help="data set that was searched, such as cifar10")
     args = parser.parse_args(argv)
     summary = summarise(args.output_dir, args.dataset)
     write_json(Path(args.output_dir) / "summary.json", summary)
-    print_table(summary)
+    print_summary(summary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Search for a cell of NAS-Bench-201 (S2) with EvNAS; a benchmark table tells each generation's true accuracy."""
+"""Search for a cell of NAS-Bench-201 (S2) with EvNAS.
+
+With a benchmark table it reports the true accuracy of each generation's best cell.
+"""
 
 from support.cli import Published, command, number
 
@@ -15,7 +18,6 @@ import memory
 import search_cli
 import seed_roles
 from augment import inside
-from baselines import Group
 from loaders import Loader
 from nas201 import benchmark, data, encoding, fast_search, model
 from nas201.genotypes import EDGES, PRIMITIVES
@@ -24,7 +26,7 @@ from nas201.report import NAS_BENCH_201
 from nas201.sources import COLUMNS, DATASETS, METRICS, SPLITS
 from recipes import NAS201
 from run_settings import SETTINGS
-from search_cli import Remarks, SearchSetup, SearchSpace
+from search_space import Group, Remarks, SearchSetup, SearchSpace
 from shared_flags import MOST
 from splits import describe
 from support import devices, distributed, resume_args, runs, seeds
@@ -35,9 +37,9 @@ PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where sear
 
 
 def correlations(fitness: Sequence[float], truth: Sequence[float | None]) -> tuple[float | None, float | None]:
-    """Return Kendall's tau-b and Spearman's rho of fitness and true accuracy, None where they are not defined.
+    """Return Kendall's tau-b and Spearman's rho of fitness and true accuracy.
 
-    Architectures without a true accuracy are left out.
+    They are None where they are not defined. Architectures without a true accuracy are left out.
     """
     from scipy import stats
 
@@ -53,10 +55,11 @@ def shown(value: float | None, digits: int) -> str:
 
 
 class S2(SearchSpace):
-    """The NAS-Bench-201 space. With --api_path, a benchmark table tells what each generation's best cell is worth.
+    """The NAS-Bench-201 space.
 
-    `table` is the table or None. `truth` is the (data set, split) of the table that fitness is compared with, None
-    if the table does not have it.
+    With --api_path, a benchmark table tells what each generation's best cell is worth. `table` is
+    the table or None. `truth` is the (data set, split) of the table that fitness is compared with,
+    None if the table does not have it.
     """
 
     view = NAS_BENCH_201
@@ -75,7 +78,10 @@ class S2(SearchSpace):
             distributed.say(f"true accuracies from {args.api_path}: {known}{absent}")
 
     def find_truth(self, args: argparse.Namespace) -> tuple[str, str] | None:
-        """Return the (data set, split) to compare fitness with: validation accuracy if the table has it, else test."""
+        """Return the (data set, split) that fitness is compared with.
+
+        It is the validation accuracy if the table has it, otherwise the test accuracy.
+        """
         dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
         for key, column in zip(METRICS, COLUMNS, strict=True):  # of each data set validation first, then test
             if key[0] == dataset and column not in self.table.absent:
@@ -97,7 +103,10 @@ class S2(SearchSpace):
         return model.cost_table(NAS201.init_channels, NAS201.layers, classes, image_shape)
 
     def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
-        """Return the true accuracies of the best individual, and how fitness ranks the population (P, 1, 6, 5)."""
+        """Return the best individual's true accuracies and the rank correlation of fitness.
+
+        The population (P, 1, 6, 5) is sorted, best first.
+        """
         if not self.table:
             return Remarks({}, "")
         indices = [self.table.index(self.cell(individual)) for individual in alphas]
@@ -113,7 +122,7 @@ class S2(SearchSpace):
         return Remarks(fields, f"; {accuracy}, tau {shown(tau, 3)}, rho {shown(rho, 3)}")
 
     def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
-        """Return the winner's true accuracies next to the benchmark's baselines, and how fitness ranks each group.
+        """Return the winner's true accuracies, the benchmark's baselines and rank correlations.
 
         A NATS-Bench directory is left out, because its records are read one by one.
         """
@@ -132,7 +141,10 @@ class S2(SearchSpace):
         return Remarks(fields, f"; {row['accuracy']:.2f} % true accuracy ({fields['truth']}), {place}")
 
     def rank_correlations(self, group: Group) -> dict:
-        """Return the number of architectures, and Kendall's tau of fitness and of parameters with true accuracy."""
+        """Return how fitness, and how the number of parameters, rank a group of architectures.
+
+        Kendall's tau compares both with the true accuracy.
+        """
         indices = [self.table.index(self.cell(individual)) for individual in group.alphas]
         truth = [self.table.accuracy(index, *self.truth) for index in indices]
         return {
@@ -146,10 +158,11 @@ class S2(SearchSpace):
 
 
 def check_config(path: str, args: argparse.Namespace) -> None:
-    """Compare a configuration file of the published search, JSON of {key: [type, value]}, with this search.
+    """Compare a configuration file of the published search with this search.
 
-    Its schedule, epochs and batch size had no effect in the published code, so they are not compared; nor is anything
-    that it does not name. Raises UserError for a file that cannot be read, and for the first value that differs.
+    The file is JSON of {key: [type, value]}. Its schedule, epochs and batch size had no effect in
+    the published code, so they are not compared; nor is anything that it does not name. Raises
+    UserError for a file that cannot be read, and for the first value that differs.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -174,7 +187,10 @@ def check_config(path: str, args: argparse.Namespace) -> None:
 
 
 def config_value(path: str, content: dict, key: str, convert: Callable) -> object:
-    """Return the value of `key` in a configuration file, or None if it is not there. Raises UserError."""
+    """Return the value of `key` in a configuration file, or None if it is not there.
+
+    Raises UserError.
+    """
     if key not in content:
         return None
     entry = content[key]
@@ -191,7 +207,10 @@ def config_value(path: str, content: dict, key: str, convert: Callable) -> objec
 
 
 def cutout_text(loader: Loader) -> str:
-    """Return a line that says what --cutout does here, and that it did nothing in the published search."""
+    """Return a line that says what --cutout does here.
+
+    In the published search it did nothing.
+    """
     height, width = (inside(torch.arange(n), loader.cutout, n).float().mean() for n in loader.image_shape[1:])
     return (
         f"--cutout erases a square of {loader.cutout} pixels a side, on average {100 * height * width:.0f} % of each "

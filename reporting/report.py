@@ -292,8 +292,8 @@ def result_section(run: ReportedRun) -> str:
             winner = [result["winner"]]
             values = {"Winner's fitness, %": finite_values(winner, "fitness")}
             values |= {f"Winner's {cost.axis}": finite_values(winner, cost.name) for cost in COSTS}
-            values["Mean fitness of random architectures, %"] = finite_values([result], "random_mean")
-            values["Best fitness of random architectures, %"] = finite_values([result], "random_best")
+            values["Mean of random ones, %"] = finite_values([result], "random_mean")
+            values["Best of random ones, %"] = finite_values([result], "random_best")
             figures = {name: format_number(found[0]) for name, found in values.items() if found}
             sentence = result["sentence"]
             card = f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"
@@ -306,13 +306,13 @@ def result_section(run: ReportedRun) -> str:
                 front = points(pareto["front"], cost.name)
                 if individuals and front:
                     title = f"Fitness against {cost.axis}"
-                    charts.append(scatter(title, "fitness on the final weights, %", cost.axis, individuals, front))
+                    charts.append(scatter(title, "on the final weights, %", cost.axis, individuals, front))
             card += f"<p>The charts show {escape(pareto['about'])}.</p>" if charts else ""
     except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
         run.missing.append(
             f"Part of the winner's comparison: baselines.json or pareto.json is damaged ({error!s:.200})."
         )
-    return section("The winner compared", *charts, card=card)
+    return section("The winner and random architectures", *charts, card=card)
 
 
 def points(individuals: list[dict], cost: str) -> list[Point]:
@@ -370,7 +370,7 @@ def population_section(run: ReportedRun) -> str:
     charts = []
     for cell_name in run.view.cell_names:
         lines = operation_lines(rows, cell_name, run.view)
-        charts.append(chart(rows, f"Operations, {cell_name}", "share of the edges, %", lines, from_zero=True))
+        charts.append(chart(rows, f"Operations, {cell_name}", "% of edges", lines, from_zero=True))
     distinct = [Line("distinct architectures", "orange", "distinct")]
     charts.append(chart(rows, "Distinct architectures", "in the population", distinct, from_zero=True))
     return section("Population", *charts)
@@ -401,6 +401,8 @@ def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, floa
         counts = view.decode(alphas).sum((0, 2))  # (G, O)
         if counts.shape != (len(view.cell_names), len(view.operations)):
             raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # zipfile and numpy raise nearly any exception for damaged files
         raise UserError(f"{path}: not a saved population ({type(error).__name__}: {error})") from error
     shares = 100 * counts / counts.sum(1, keepdims=True)

@@ -90,8 +90,8 @@ def write_images():
 def make_images(tmp_path, write_images):
     """`make_images("train", per_class, sizes)`: as `write_images`, below tmp_path/images; returns that folder."""
 
-    def make(split, per_class, sizes, **settings):
-        write_images(tmp_path / "images", split, per_class, sizes, **settings)
+    def make(split, per_class, sizes, suffixes=(".jpg",), **settings):
+        write_images(tmp_path / "images", split, per_class, sizes, suffixes, **settings)
         return tmp_path / "images"
 
     return make

@@ -1,4 +1,4 @@
-"""What a finished search says of its result: random architectures, the benchmark's baselines, the front of costs."""
+"""What a finished search knows of its result: random architectures, the benchmark's baselines, the front of costs."""
 
 import itertools
 import json
@@ -8,6 +8,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+from conftest import draw_no_charts
 
 import baselines
 import datasets
@@ -57,7 +58,7 @@ def loaded(run):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "finish", lambda run, cell: None)  # drawing takes longer than the search
+        patch.setattr(report, "finish_run", lambda *_: None)  # drawing takes longer than the search
         return search(tmp_path_factory.mktemp("finished"), **SEARCH, baselines=5)
 
 
@@ -65,29 +66,44 @@ def finished(tmp_path_factory):
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_a_front_is_that_of_brute_force(seed):
+def test_non_dominated_is_the_front_of_brute_force(seed):
     points = torch.randint(5, (60, 2 + seed % 2), generator=torch.Generator().manual_seed(seed)).double()
     rows = points.tolist()
     expected = [not any(b != a and all(x <= y for x, y in zip(b, a, strict=True)) for b in rows) for a in rows]
     assert non_dominated(points).tolist() == expected
 
 
-def test_the_front_of_a_run(finished):
-    pareto, result = loaded(finished)
-    names = ["fitness", "parameters_M", "mult_adds_M"]
-    rows = [[-row["fitness"], *(row[name] for name in names[1:])] for row in pareto["individuals"]]
-    best = [a for a in rows if not any(b != a and all(x <= y for x, y in zip(b, a, strict=True)) for b in rows)]
-    front = [[-row["fitness"], *(row[name] for name in names[1:])] for row in pareto["front"]]
-    assert sorted(front) == sorted(best) and front == sorted(front, key=lambda row: row[0])
+def point(row):
+    """Return [-fitness, parameters, mult-adds] of a row of pareto.json: smaller is better in each."""
+    return [-row["fitness"], row["parameters_M"], row["mult_adds_M"]]
+
+
+def test_front_of_a_run_is_what_nothing_dominates(finished):
+    pareto = loaded(finished)[0]
+    points = [point(row) for row in pareto["individuals"]]
+    best = [a for a in points if not any(b != a and all(x <= y for x, y in zip(b, a, strict=True)) for b in points)]
+    assert sorted(point(row) for row in pareto["front"]) == sorted(best)
+
+
+def test_front_of_a_run_is_sorted_by_fitness(finished):
+    fitness = [row["fitness"] for row in loaded(finished)[0]["front"]]
+    assert fitness == sorted(fitness, reverse=True) and len(fitness) > 1
+
+
+def test_pareto_file_has_each_cell_of_population_and_archive_once(finished):
     last = populations(finished)[-1][0]
     archive = load_checkpoint(finished / "checkpoint.pt")["archive"]
     cells = {str(encoding.genotype(alphas)) for alphas in [*last, *archive.values()]}
-    assert len(pareto["individuals"]) == len(cells) and len(archive) <= search_state.ARCHIVED
+    assert len(loaded(finished)[0]["individuals"]) == len(cells)
+
+
+def test_winner_is_the_first_individual_and_the_saved_cell(finished):
+    pareto, result = loaded(finished)
     assert result["winner"].items() >= pareto["individuals"][0].items()
     assert result["winner"]["genotype"] == json.loads((finished / "genotype.json").read_text())
 
 
-def test_the_archive_holds_each_generations_front(finished):
+def test_archive_holds_the_front_of_each_generation(finished):
     archive = load_checkpoint(finished / "checkpoint.pt")["archive"]
     fixed, choices = train_search.s1_table(4, 4, 10, (3, 8, 8))
     expected = {}
@@ -96,10 +112,11 @@ def test_the_archive_holds_each_generations_front(finished):
         points = torch.cat([-fitness.unsqueeze(1), torch.stack(counts).double()], dim=1)
         for individual in alphas[non_dominated(points)]:
             expected[str(encoding.genotype(individual))] = individual
-    assert archive.keys() == expected.keys() and all(torch.equal(archive[key], expected[key]) for key in archive)
+    assert archive.keys() == expected.keys() and len(archive) <= search_state.ARCHIVED
+    assert all(torch.equal(archive[cell], expected[cell]) for cell in archive)
 
 
-def test_only_the_newest_are_kept(tmp_path, monkeypatch):
+def test_full_archive_keeps_the_newest_and_fittest(tmp_path, monkeypatch):
     monkeypatch.setattr(search_state, "ARCHIVED", 1)
     run = search(tmp_path, epochs=1, baselines=0)
     (kept,) = load_checkpoint(run / "checkpoint.pt")["archive"].values()
@@ -108,32 +125,51 @@ def test_only_the_newest_are_kept(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("pick", [1, 2])
-def test_picking_from_the_front(finished, tmp_path, monkeypatch, pick):
+def test_pick_retrains_that_architecture_of_the_front(finished, tmp_path, monkeypatch, pick):
+    class Seen(Exception):
+        """Ends the retraining when its cell is known."""
+
+    def stop(args, cell):
+        seen.append(cell)
+        raise Seen
+
     for name in FILES:
         shutil.copy(finished / name, tmp_path)
     picked = loaded(finished)[0]["front"][pick - 1]["genotype"]
     seen = []
-    monkeypatch.setattr(train, "load_splits", lambda args, genotype: seen.append(genotype) or exec("raise KeyError"))
-    with pytest.raises(KeyError):
+    monkeypatch.setattr(train, "load_splits", stop)
+    with pytest.raises(Seen):
         train.main(["--dataset", "digits", "--dir", str(tmp_path), "--pick", str(pick), "--device", "cpu"])
     assert genotype_files.to_json(seen[0]) == json.loads(json.dumps(picked))
 
 
-def test_bad_picks(finished, tmp_path, fails):
+PICK = ["--dataset", "digits", "--device", "cpu", "--pick"]
+
+
+def test_pick_beyond_the_front_is_refused(finished, tmp_path, fails):
     pareto = loaded(finished)[0]
     write_json(tmp_path / "pareto.json", pareto)
-    argv = ["--dataset", "digits", "--device", "cpu"]
-    assert f"has {len(pareto['front'])} architectures" in fails(train.main, [*argv, "--dir", tmp_path, "--pick", 99])
-    assert "--pick needs --dir" in fails(train.main, [*argv, "--pick", 1])
-    for content in ([], {"front": [1]}, {"front": [{"genotype": {"normal": 3}}]}, {"front": [{}]}):
-        write_json(tmp_path / "pareto.json", content)
-        assert "pareto.json" in fails(train.main, [*argv, "--dir", tmp_path, "--pick", 1])
+    line = fails(train.main, [*PICK, 99, "--dir", tmp_path])
+    assert "--pick 99" in line and str(len(pareto["front"])) in line
+
+
+def test_pick_without_a_search_is_refused(fails):
+    line = fails(train.main, [*PICK, 1])
+    assert "--pick" in line and "--dir" in line
+
+
+@pytest.mark.parametrize(
+    "content", [[], {"front": [1]}, {"front": [{"genotype": {"normal": 3}}]}, {"front": [{}]}], ids=str
+)
+def test_pick_from_a_damaged_front_is_refused(tmp_path, fails, content):
+    write_json(tmp_path / "pareto.json", content)
+    assert "pareto.json" in fails(train.main, [*PICK, 1, "--dir", tmp_path])
 
 
 # ---- random architectures
 
 
-def test_random_architectures_on_the_same_weights_and_images(finished):
+def test_random_architectures_are_measured_with_the_final_weights(finished):
     result = loaded(finished)[1]
     args = search_cli.search_parser("train_search.py", "").parse_known_args(search_line(**SEARCH))[0]
     args.train_portion = 0.5
@@ -145,12 +181,21 @@ def test_random_architectures_on_the_same_weights_and_images(finished):
     drawn = encoding.random_alphas(5, generator=baselines.generator(args, seed_roles.RANDOM_ARCHITECTURES))
     fitness = measure_fitness(network, encoding.decode(drawn), loader, "batch", train_search.fast_search.Evaluator)
     assert result["random_fitness"] == fitness.tolist() and result["random_seed"] == baselines.SEED
-    assert result["better_than"] == (fitness < result["winner"]["fitness"]).sum()
-    assert f"better than {result['better_than']} of 5 random architectures" in (finished / "log.txt").read_text()
-    assert str(finished) in result["retrain"] and "--init_channels 4" in result["retrain"]
 
 
-def test_the_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, tmp_path):
+def test_winner_is_compared_with_random_architectures(finished):
+    result = loaded(finished)[1]
+    better = sum(fitness < result["winner"]["fitness"] for fitness in result["random_fitness"])
+    assert result["better_than"] == better and len(result["random_fitness"]) == 5
+    assert f"better than {better} of 5 random architectures" in (finished / "log.txt").read_text()
+
+
+def test_retrain_command_names_the_run_and_the_size(finished):
+    command = loaded(finished)[1]["retrain"]
+    assert str(finished) in command and "--init_channels 4" in command
+
+
+def test_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, tmp_path):
     run = search(tmp_path, **SEARCH, baselines=0, max_params=1000, max_mult_adds=1e5)
     lines = history(run)
     assert [line.pop("feasible") for line in lines] == [6, 6] and lines == history(finished)
@@ -164,7 +209,7 @@ def test_the_search_is_the_same_without_baselines_and_with_a_loose_budget(finish
 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], AT_ONCE])
-def test_an_interruption_of_the_last_measurement_loses_nothing(finished, tmp_path, numbers):
+def test_interrupted_last_measurement_loses_nothing(finished, tmp_path, numbers):
     argv = search_line(epochs=2, pop_size=6, baselines=5, run_name="run", dir=tmp_path)
     stop_at("the final weights: batch 1", numbers, train_search.main, argv)
     run = tmp_path / "run"
@@ -176,7 +221,7 @@ def test_an_interruption_of_the_last_measurement_loses_nothing(finished, tmp_pat
     assert loaded(run)[1] | {"retrain": None} == loaded(finished)[1] | {"retrain": None}
 
 
-def test_a_finished_search_without_its_last_files_is_measured_on_resume(tmp_path):
+def test_finished_search_without_its_last_files_is_measured_on_resume(tmp_path):
     run = s2_search(tmp_path, "--epochs", 2)
     before = loaded(run)
     for name in FILES:
@@ -188,14 +233,14 @@ def test_a_finished_search_without_its_last_files_is_measured_on_resume(tmp_path
 # ---- the benchmark's baselines
 
 
-def test_the_expected_best_is_exact():
+def test_expected_best_is_that_of_all_draws():
     values = np.random.RandomState(0).randint(0, 50, 9).astype(float)
     for n in (1, 2, 5, 9):
         expected = np.mean([max(drawn) for drawn in itertools.combinations(values, n)])
         assert benchmark.best_of(values, n) == pytest.approx(expected, abs=1e-12)
 
 
-def test_baselines_of_the_shared_table(shared_data, capsys):
+def test_benchmark_baselines_are_those_of_its_table(shared_data, capsys):
     path = str(shared_data("nb201_accuracy.csv.xz"))
     source = benchmark.load(path)
     rows = benchmark.baselines(source, index=6111)
@@ -209,25 +254,50 @@ def test_baselines_of_the_shared_table(shared_data, capsys):
     assert "93.76" in capsys.readouterr().out.splitlines()[1]
 
 
-def test_what_a_search_of_nas_bench_201_is_worth(tmp_path, capsys):
-    table = write_table(tmp_path)
-    run = s2_search(tmp_path, "--api_path", table, "--baselines", 8, "--epochs", 2)
-    result = loaded(run)[1]
-    truth = S2_TRUTH
+@pytest.fixture(scope="module")
+def with_table(tmp_path_factory):
+    """A search of NAS-Bench-201 that ended with the baselines of a benchmark table; its report has no charts."""
+    folder = tmp_path_factory.mktemp("with_table")
+    with pytest.MonkeyPatch.context() as patch:
+        draw_no_charts(patch.setattr)
+        return s2_search(folder, "--api_path", write_table(folder), "--baselines", 8, "--epochs", 2)
+
+
+def test_true_accuracy_of_the_winner_is_that_of_the_table(with_table):
+    result = loaded(with_table)[1]
     index = S2_ARCHS.index(result["winner"]["genotype"])
     for k, row in enumerate(result["accuracy"].values()):
-        assert row["accuracy"] == truth[index, k] and row["beaten_by"] == (truth[:, k] > truth[index, k]).sum()
-        assert row["mean"] == pytest.approx(truth[:, k].mean())
-    out = capsys.readouterr().out
-    rank = result["accuracy"]["cifar10_valid"]["beaten_by"] + 1
-    assert f"{truth[index, 0]:.2f} % true accuracy (cifar10 valid), rank {rank:,} of 15,625" in out
-    tau = result["kendall_tau"]
+        assert row["accuracy"] == S2_TRUTH[index, k]
+        assert row["beaten_by"] == (S2_TRUTH[:, k] > S2_TRUTH[index, k]).sum()
+        assert row["mean"] == pytest.approx(S2_TRUTH[:, k].mean())
+
+
+def test_true_accuracy_of_the_winner_is_logged_with_its_rank(with_table):
+    row = loaded(with_table)[1]["accuracy"]["cifar10_valid"]
+    log = (with_table / "log.txt").read_text()
+    assert f"{row['accuracy']:.2f} % true accuracy (cifar10 valid)" in log
+    assert f"rank {row['beaten_by'] + 1:,} of 15,625" in log
+
+
+def test_rank_correlations_are_those_of_population_and_random_architectures(with_table):
+    tau = loaded(with_table)[1]["kendall_tau"]
     assert tau["random architectures"]["architectures"] == 8 and tau["last population"]["architectures"] <= 6
     assert all(-1 <= row[of] <= 1 for row in tau.values() for of in ("fitness", "parameters"))
-    shown = (run / "report.html").read_text()
-    assert "six 3x3 convolutions" in shown and "mult-adds, M" in shown and "cifar10 valid accuracy" in shown
-    whole = {"winner": {}, "sentence": "", "retrain": ""}
-    for damaged in ({}, {"winner": 3, "sentence": "x"}, [], whole | {"accuracy": 5}, whole | {"kendall_tau": "x"}):
-        write_json(run / "baselines.json", damaged)
-        report.write_report(run, VIEWS)
-        assert "baselines.json or pareto.json is damaged" in (run / "report.html").read_text()
+
+
+def test_report_shows_what_the_winner_is_worth(with_table):
+    page = (with_table / "report.html").read_text()
+    assert "six 3x3 convolutions" in page and "mult-adds, M" in page and "cifar10 valid accuracy" in page
+
+
+WHOLE = {"winner": {}, "sentence": "", "retrain": ""}
+
+
+@pytest.mark.parametrize(
+    "damaged", [{}, {"winner": 3, "sentence": "x"}, [], WHOLE | {"accuracy": 5}, WHOLE | {"kendall_tau": "x"}], ids=str
+)
+def test_report_of_a_damaged_baselines_file_notes_it(with_table, tmp_path, damaged):
+    run = shutil.copytree(with_table, tmp_path / "run")
+    write_json(run / "baselines.json", damaged)
+    report.write_report(run, VIEWS)
+    assert "baselines.json or pareto.json is damaged" in (run / "report.html").read_text()

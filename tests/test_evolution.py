@@ -1,4 +1,4 @@
-"""The laws of the genetic algorithm."""
+"""The genetic algorithm keeps its laws: elites, rates, distributions, randomness, budgets."""
 
 from math import comb
 
@@ -41,7 +41,7 @@ def sources(children):
     return torch.where(old, label.long() - 2, -1)
 
 
-# Elites
+# ---- elites
 
 
 @pytest.mark.parametrize("num_elites", [0, 1, 3, 10])
@@ -57,13 +57,13 @@ def test_elites_are_unchanged_and_first(num_elites, variant):
         assert not (children[num_elites:].unsqueeze(1) == alphas).all(-1).any()  # every other row is fresh
 
 
-def test_earlier_elite_among_equals():
+def test_earlier_elite_comes_first_among_equals():
     alphas = population(6)
     children = breed(alphas, torch.tensor([1.0, 2, 2, 1, 2, 1]), num_elites=4)
     assert torch.equal(children[:4], alphas[[1, 2, 4, 0]])
 
 
-def test_input_is_left_alone():
+def test_next_generation_leaves_its_input_unchanged():
     alphas, fitness = population(8), torch.rand(8, generator=generator(1))
     before = alphas.clone(), fitness.clone()
     children = breed(alphas, fitness, num_elites=2)
@@ -71,7 +71,7 @@ def test_input_is_left_alone():
     assert torch.equal(alphas, before[0]) and torch.equal(fitness, before[1])
 
 
-# Children
+# ---- children
 
 
 def test_rows_come_whole_from_parents_or_are_fresh():
@@ -81,7 +81,7 @@ def test_rows_come_whole_from_parents_or_are_fresh():
     assert (rows == -1).any() and (rows >= 0).any()
 
 
-def test_crossover_rate():
+def test_crossover_takes_each_row_from_either_parent_half_the_time():
     first, second = torch.zeros(10_000, *SHAPE), torch.ones(10_000, *SHAPE)
     rows = crossover(first, second, generator())
     assert (rows == rows[..., :1]).all()
@@ -93,7 +93,7 @@ def test_crossover_rate():
 
 
 @pytest.mark.parametrize("mutate_rate", [0.0, 0.1, 0.35, 1.0])
-def test_mutation_rate(mutate_rate):
+def test_mutation_replaces_each_row_at_its_rate(mutate_rate):
     rows = sources(mutate(labelled(1).expand(10_000, *SHAPE), mutate_rate, generator()))
     share = (rows == -1).float()
     assert abs(share.mean() - mutate_rate) < 0.003
@@ -102,8 +102,8 @@ def test_mutation_rate(mutate_rate):
     assert covariance.abs().max() < 0.02
 
 
-def test_rates_of_whole_generations():
-    """10,000 children."""
+def test_whole_generations_have_the_rates_of_their_parts():
+    """Among 10,000 children."""
     random, alphas, fitness = generator(), labelled(50), torch.zeros(50)
     generations = [breed(alphas, fitness, num_elites=0, tsize=1, generator=random) for _ in range(200)]
     rows = sources(torch.cat(generations)).flatten(1)
@@ -123,7 +123,7 @@ def test_fresh_values_are_uniform():
     assert len(rows.unique()) > 0.9 * rows.numel()  # each child its own values
 
 
-# Tournaments
+# ---- tournaments
 
 
 def exact_distribution(fitness, tsize):
@@ -153,7 +153,7 @@ def assert_wins(winners, fitness, tsize):
 
 @pytest.mark.parametrize("kind", FITNESSES)
 @pytest.mark.parametrize("tsize", [1, 2, 3, 7, 8])
-def test_tournament_distribution(kind, tsize):
+def test_tournament_wins_are_distributed_as_computed_exactly(kind, tsize):
     fitness = FITNESSES[kind]
     assert_wins(tournament(torch.tensor(fitness), tsize, 20_000, generator()), fitness, tsize)
 
@@ -175,9 +175,9 @@ def test_parents_are_tournament_winners(variant):
     P, tsize = 2000, 3
     fitness = torch.arange(P, 0, -1.0)[torch.randperm(P, generator=generator(3))]
     rows = sources(breed(labelled(P), fitness, num_elites=0, tsize=tsize, mutate_rate=0.0, variant=variant))
-    ranks = P - fitness[rows[:, 0, 0]]  # 0 is the best
+    places = P - fitness[rows[:, 0, 0]]  # 0 is the best
     expected = np.array([comb(P - lo, tsize) - comb(P - lo - 200, tsize) for lo in range(0, P, 200)]) / comb(P, tsize)
-    counts = np.histogram(ranks.numpy(), bins=np.arange(0, P + 1, 200))[0]
+    counts = np.histogram(places.numpy(), bins=np.arange(0, P + 1, 200))[0]
     assert chisquare(counts, expected * P).pvalue > 1e-4
 
 
@@ -209,16 +209,16 @@ def test_the_worst_never_wins():
     assert 2 not in rows
 
 
-# Variants
+# ---- variants
 
 
-def test_mut_has_one_parent():
+def test_variant_mut_has_one_parent():
     rows = sources(breed(labelled(100), torch.zeros(100), tsize=1, mutate_rate=0.5, variant="mut"))[1:].flatten(1)
     assert all(len(set(child) - {-1}) == 1 for child in rows.tolist())
     assert 0.45 < (rows == -1).float().mean() < 0.55
 
 
-def test_cross_has_no_fresh_rows():
+def test_variant_cross_has_no_fresh_rows():
     rows = sources(breed(labelled(100), torch.zeros(100), tsize=1, mutate_rate=1.0, variant="cross"))[1:].flatten(1)
     assert (rows >= 0).all()
     assert sum(len(set(child)) == 2 for child in rows.tolist()) > 80
@@ -230,7 +230,7 @@ def test_variants_of_decoding_breed_alike(variant):
     assert torch.equal(breed(alphas, fitness, variant=variant), breed(alphas, fitness))
 
 
-def test_rand_is_a_fresh_population():
+def test_variant_rand_is_a_fresh_population():
     alphas = labelled(50)
     fresh = breed(alphas, None, variant="rand")
     assert fresh.shape == alphas.shape
@@ -239,11 +239,11 @@ def test_rand_is_a_fresh_population():
     assert torch.equal(fresh, breed(alphas, torch.rand(50), variant="rand"))
 
 
-# Randomness and sizes
+# ---- randomness and sizes
 
 
 @pytest.mark.parametrize("variant", ["evnas", "mut", "cross", "rand"])
-def test_the_generator_alone_decides(variant):
+def test_only_the_generator_decides_the_children(variant):
     alphas, fitness = population(20), torch.rand(20, generator=generator(5))
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()
     children = breed(alphas, fitness, 6, variant=variant)
@@ -254,7 +254,7 @@ def test_the_generator_alone_decides(variant):
     assert not torch.equal(breed(alphas, fitness, 7, variant=variant), children)
 
 
-def test_a_saved_generator_goes_on():
+def test_saved_generator_continues_its_sequence():
     alphas, fitness = population(10), torch.rand(10, generator=generator(8))
     random = generator(9)
     breed(alphas, fitness, generator=random)
@@ -266,24 +266,24 @@ def test_a_saved_generator_goes_on():
 
 
 @pytest.mark.parametrize("sizes", [{"num_elites": 6}, {"num_elites": -1}, {"tsize": 6}, {"tsize": 0}, {"tsize": -1}])
-def test_sizes_that_do_not_fit(sizes):
+def test_sizes_that_do_not_fit_are_refused(sizes):
     with pytest.raises(ValueError, match=str(*sizes.values())):
         breed(population(5), torch.zeros(5), **sizes)
 
 
-def test_fitness_of_another_population():
+def test_fitness_of_another_population_is_refused():
     with pytest.raises(ValueError):
         breed(population(5), torch.zeros(4))
 
 
-def test_other_search_spaces():
+def test_next_generation_takes_other_shapes():
     alphas = torch.rand(9, 1, 6, 5, generator=generator())
     children = breed(alphas, torch.arange(9.0))
     assert children.shape == (9, 1, 6, 5)
     assert torch.equal(children[0], alphas[8])
 
 
-# Budgets
+# ---- budgets
 
 
 def test_ranks_compare_violation_first_then_fitness():
@@ -296,16 +296,22 @@ def test_ranks_compare_violation_first_then_fitness():
 
 
 @pytest.mark.parametrize("variant", ["evnas", "mut", "cross"])
-def test_without_a_violation_breeding_is_the_same(variant):
+def test_violation_of_zero_changes_nothing(variant):
     alphas, fitness = population(20), torch.randint(5, (20,), generator=generator(5)).double()
     expected = breed(alphas, fitness, variant=variant)
     assert torch.equal(breed(alphas, fitness, variant=variant, violation=torch.zeros(20)), expected)
 
 
-def test_the_feasible_breed():
-    alphas, fitness = labelled(6), torch.tensor([1.0, 2, 9, 3, 8, 7])
-    violation = torch.tensor([0.0, 0, 0.5, 0.2, 0.1, 0.1])
-    rows = sources(breed(alphas, fitness, violation=violation, num_elites=6))
+FITNESS_WITH_BUDGET = torch.tensor([1.0, 2, 9, 3, 8, 7])
+VIOLATION = torch.tensor([0.0, 0, 0.5, 0.2, 0.1, 0.1])
+
+
+def test_elites_are_feasible_first():
+    rows = sources(breed(labelled(6), FITNESS_WITH_BUDGET, violation=VIOLATION, num_elites=6))
     assert rows[:, 0, 0].tolist() == [1, 0, 4, 5, 3, 2]
-    rows = sources(breed(alphas, fitness, violation=violation, tsize=6, num_elites=0, mutate_rate=0.0))
+
+
+def test_parents_are_feasible_when_all_compete():
+    settings = dict(tsize=6, num_elites=0, mutate_rate=0.0)
+    rows = sources(breed(labelled(6), FITNESS_WITH_BUDGET, violation=VIOLATION, **settings))
     assert set(rows.unique().tolist()) == {1}

@@ -148,6 +148,16 @@ def test_code_map_names_files_that_exist_and_every_module_of_the_root():
     assert {path.name for path in ROOT.glob("*.py")} <= files
 
 
+def test_recipes_name_what_the_code_has():
+    code = "\n".join(path.read_text() for folder in ("", "*/") for path in ROOT.glob(f"{folder}*.py"))
+    words = set(re.findall(r"\w+", code))
+    for name in re.findall(r"`([\w/.]+)`", PAGES[ROOT / "docs/contributing.md"]):
+        if name.endswith((".py", ".md")):
+            assert (ROOT / name).exists(), name
+        elif re.fullmatch(r"\w+(\.\w+)*", name) and not name.endswith("json"):
+            assert set(name.split(".")) <= words, name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_lines_are_narrow(page):
     for line in FENCED.sub("", PAGES[page]).splitlines():

@@ -1,4 +1,4 @@
-"""The search loop: what it computes, against a plain re-implementation, and that stopping it changes nothing."""
+"""The search loop, compared with a plain re-implementation of the paper; fitness; losses that are not finite."""
 
 import argparse
 import contextlib
@@ -18,13 +18,14 @@ import encoding
 import evolution
 import genotype_files
 import search_cli
+import search_space
 import seed_roles
 import train_search
-from fitness import measure_fitness
+from fitness import measure_fitness, unique
 from model_search import Network
 from support import seeds, signals
 from support.files import UserError
-from training import TrainingSettings, TrainingState, train_one_epoch
+from training import TrainingSettings, TrainingState, check_optimizer_state, train_one_epoch
 
 from helpers import SEARCH_SIZES, history, load_checkpoint, populations, search, search_line
 
@@ -48,28 +49,36 @@ def uninterrupted(tmp_path_factory):
     return search(tmp_path_factory.mktemp("uninterrupted"), cutout_length=4, num_elites=1)
 
 
-def test_a_finished_search_says_so(uninterrupted, capsys):
-    """Nothing is measured again; a missing report is drawn, and what follows from the checkpoint is made again."""
+def contents(run):
+    """Return {path: bytes} of the files that a finished run keeps as they are; the report is not among them."""
+    names = ("checkpoint.pt", "log.txt", "pareto.json", "baselines.json", "weights/*", "genotype.*", "population/*")
+    paths = [path for name in names for path in run.glob(name)]
+    return {path: path.read_bytes() for path in [*paths, run / "history.jsonl"]}
 
-    def contents():
-        names = ("checkpoint.pt", "log.txt", "pareto.json", "baselines.json", "weights/*", "genotype.*", "population/*")
-        paths = [path for name in names for path in uninterrupted.glob(name)]
-        return {path: path.read_bytes() for path in [*paths, uninterrupted / "history.jsonl"]}
 
-    before = contents()
+def test_resume_of_a_finished_search_changes_nothing(uninterrupted, capsys):
+    before = contents(uninterrupted)
     train_search.main(["--resume", str(uninterrupted), "--report_freq", "7"])
-    assert contents() == before and capsys.readouterr().out == f"{uninterrupted} is finished\n"
-    results = ["weights/weights.pt", "population/003.npz", "genotype.json", "history.jsonl"]
-    for missing in (["report.html"], results):
-        for name in missing:
-            (uninterrupted / name).unlink()
-        train_search.main(["--resume", str(uninterrupted)])
-        out = capsys.readouterr().out
-        log, now = uninterrupted / "log.txt", contents()
-        assert (uninterrupted / "report.html").exists() and now.keys() == before.keys()
-        differing = {path for path in now if now[path] != before[path]} - {uninterrupted / "weights/weights.json"}
-        assert differing == {log} and "random architectures" not in out and "is finished" not in out
-        assert out.count("finished; report: ") == 1
+    assert contents(uninterrupted) == before and capsys.readouterr().out == f"{uninterrupted} is finished\n"
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [["report.html"], ["weights/weights.pt", "population/003.npz", "genotype.json", "history.jsonl"]],
+    ids=["report", "results"],
+)
+def test_resume_of_a_finished_search_restores_missing_files(uninterrupted, capsys, missing):
+    """They follow from the checkpoint, so nothing is measured again."""
+    before = contents(uninterrupted)
+    for name in missing:
+        (uninterrupted / name).unlink()
+    train_search.main(["--resume", str(uninterrupted)])
+    now = contents(uninterrupted)
+    assert (uninterrupted / "report.html").exists() and now.keys() == before.keys()
+    differing = {path for path in now if now[path] != before[path]} - {uninterrupted / "weights/weights.json"}
+    assert differing == {uninterrupted / "log.txt"}
+    out = capsys.readouterr().out
+    assert "random architectures" not in out and out.count("report.html") == 1
 
 
 def test_another_seed_is_another_search(uninterrupted, tmp_path):
@@ -77,13 +86,19 @@ def test_another_seed_is_another_search(uninterrupted, tmp_path):
     assert raw_individuals(populations(other)[0][0]) != raw_individuals(populations(uninterrupted)[0][0])
 
 
-def test_files_of_a_run(uninterrupted):
+def test_finished_search_has_its_files(uninterrupted):
     for name in ("log.txt", "args.json", "checkpoint.prev.pt", "cell_reduce.svg", "report.html", "weights/weights.pt"):
         assert (uninterrupted / name).is_file()
-    alphas, fitness = populations(uninterrupted)[-1]
-    assert genotype_files.load(uninterrupted / "genotype.json") == encoding.genotype(alphas[0])
-    assert genotype_files.load(uninterrupted / "genotype.pickle") == encoding.genotype(alphas[0])
     assert list((uninterrupted / "runs").glob("events*"))
+
+
+@pytest.mark.parametrize("name", ["genotype.json", "genotype.pickle"])
+def test_genotype_file_holds_the_best_of_the_last_generation(uninterrupted, name):
+    alphas, _ = populations(uninterrupted)[-1]
+    assert genotype_files.load(uninterrupted / name) == encoding.genotype(alphas[0])
+
+
+def test_history_describes_the_saved_populations(uninterrupted):
     for line, (alphas, fitness) in zip(history(uninterrupted), populations(uninterrupted), strict=True):
         assert line["fitness_best"] == fitness.max().item() and line["fitness_mean"] == fitness.mean().item()
         assert line["fitness_std"] == pytest.approx(fitness.numpy().std())
@@ -150,7 +165,7 @@ def accuracy(network, alphas, batches, bn):
         ),
     ],
 )
-def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
+def test_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     run = search(tmp_path, *flags, **changed)
     parser = search_cli.search_parser("train_search.py", "")
     args, _ = parser.parse_known_args(search_line(**changed))
@@ -172,8 +187,8 @@ def test_the_loop_computes_what_the_paper_says(tmp_path, flags, changed):
     assert rates == pytest.approx([low + (high - low) * (1 + math.cos(math.pi * g / 3)) / 2 for g in range(3)])
 
 
-def test_equal_fitness_keeps_the_order(tmp_path, monkeypatch):
-    monkeypatch.setattr(search_cli, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
+def test_equal_fitness_keeps_the_order_of_individuals(tmp_path, monkeypatch):
+    monkeypatch.setattr(search_space, "measure_fitness", lambda *_, **__: torch.tensor([1.0, 2, 1, 2]))
     run = search(tmp_path, epochs=1)
     born = encoding.random_alphas(4, generator=seeds.generator(SEEDED, seed_roles.POPULATION))
     alphas, fitness = populations(run)[0]
@@ -198,12 +213,13 @@ class Recorder(nn.Module):
         return self.classifier(x.mean(dim=(2, 3)) * 50 + alphas[0, 0, :3])
 
 
+# The paper's ablation: which variants train, and which measure, without decoding.
 TRAINED_RAW = {"nd", "ndt"}
 MEASURED_RAW = {"nd", "ndf"}
 
 
 @pytest.mark.parametrize("variant", evolution.VARIANTS)
-def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
+def test_variants_train_and_measure_with_the_alphas_of_the_paper(tmp_path, monkeypatch, variant):
     monkeypatch.setattr(train_search, "Network", Recorder)
     # Two batches for each of the three individuals, and one validation batch.
     sizes = dict(pop_size=3, tsize=2, train_samples=48, batch_size=8, valid_batch_size=30, epochs=3)
@@ -245,7 +261,7 @@ def test_alphas_of_the_variants(tmp_path, monkeypatch, variant):
     "variant", [v if v == "evnas" else pytest.param(v, marks=pytest.mark.slow) for v in evolution.VARIANTS]
 )
 @pytest.mark.parametrize("bn", ["batch", pytest.param("running", marks=pytest.mark.slow)])
-def test_the_fast_path_searches_as_the_plain_one(tmp_path, variant, bn):
+def test_fast_path_searches_as_the_plain_one(tmp_path, variant, bn):
     settings = dict(variant=variant, bn=bn, epochs=2, learning_rate=0.01)
     fast, plain = (
         search(tmp_path / name, *flags, **settings) for name, flags in (("fast", []), ("plain", ["--plain"]))
@@ -295,7 +311,7 @@ def test_fitness_changes_nothing_in_the_network(supernet, bn, training):
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
-def test_fitness_of_twins_equals_that_of_one_by_one(supernet, bn):
+def test_fitness_of_twins_is_measured_once_and_equals_that_of_one_by_one(supernet, bn):
     alphas = encoding.decode(encoding.random_alphas(3, generator=torch.Generator().manual_seed(1)))
     population = alphas[[0, 1, 0, 2, 2, 0]]
     batches, calls = validation_batches(), []
@@ -307,7 +323,7 @@ def test_fitness_of_twins_equals_that_of_one_by_one(supernet, bn):
     assert len(set(expected)) > 1
 
 
-def test_batch_norm_is_as_before_after_a_failure(supernet):
+def test_failed_measurement_leaves_batch_norm_as_it_was(supernet):
     with pytest.raises(ValueError):
         measure_fitness(supernet, torch.rand(2, 2, 14, 9), validation_batches(), "batch")
     assert all(m.track_running_stats for m in supernet.modules() if isinstance(m, nn.BatchNorm2d))
@@ -317,11 +333,11 @@ def test_batch_norm_is_as_before_after_a_failure(supernet):
 
 
 @pytest.mark.parametrize("report_freq", [1, pytest.param(2, marks=pytest.mark.slow), 50])
-def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, report_freq):
+def test_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, report_freq):
     monkeypatch.setattr(train_search, "cosine", lambda high, low, progress: 0.01 if progress == 0 else 1e38)
     argv = search_line(run_name="run", report_freq=report_freq, batch_size=10)
     line = fails(train_search.main, argv, new_files=True)
-    assert "generation 2/3, step 2: the loss is" in line
+    assert "generation 2/3, step 2" in line and "--learning_rate" in line
     checkpoint = load_checkpoint(tmp_path / "run/checkpoint.pt")
     assert checkpoint["completed"] == 1
     assert all(value.isfinite().all() for value in checkpoint["network"].values())
@@ -330,7 +346,7 @@ def test_nan_loss_stops_and_keeps_the_checkpoint(tmp_path, monkeypatch, fails, r
     assert all(torch.equal(value, checkpoint["network"][name]) for name, value in weights.items())
 
 
-def test_no_checkpoint_is_written_from_ruined_weights(tmp_path, fails):
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, fails):
     """The loss of the only step is still finite."""
     argv = search_line(run_name="run", batch_size=70, epochs=1, learning_rate=1e38)
     line = fails(train_search.main, argv, new_files=True)
@@ -358,19 +374,73 @@ def train_one_step(learning_rate=0.1, pixels=1.0):
 
 @pytest.mark.parametrize("stopped", [False, True])
 @pytest.mark.parametrize("ruin", [{"learning_rate": 3e38}, {"pixels": 1e25}], ids=["weights", "running variance"])
-def test_weights_are_finite_after_the_last_step(monkeypatch, ruin, stopped):
+def test_weights_are_checked_after_the_last_step(monkeypatch, ruin, stopped):
     """Also where a signal ends the epoch, after which they would be saved."""
     monkeypatch.setattr(signals, "stop_requested", lambda *_, **__: stopped)
-    with pytest.raises(UserError, match="epoch 1/1, step 1: the weights are no longer finite; the last checkpoint"):
+    with pytest.raises(UserError, match="epoch 1/1, step 1: the weights"):
         train_one_step(**ruin)
     with pytest.raises(signals.Interrupted) if stopped else contextlib.nullcontext():
         train_one_step()
 
 
 @pytest.mark.parametrize("bn", ["batch", "running"])
-def test_fitness_with_logits_that_are_not_finite(supernet, bn):
+def test_fitness_refuses_logits_that_are_not_finite(supernet, bn):
     population = torch.rand(3, 2, 14, 8)
     with torch.no_grad():
         supernet.classifier.weight.fill_(3e38)
-    with pytest.raises(UserError, match="fitness: individual 1 of 3 has logits that are not finite"):
+    with pytest.raises(UserError, match="fitness: individual 1 of 3"):
         measure_fitness(supernet, population, validation_batches(), bn)
+
+
+# ---- distinct individuals
+
+
+def test_unique_finds_each_individual_where_it_appears_first():
+    alphas = torch.rand(3, 2, 14, 8, generator=torch.Generator().manual_seed(0))[[0, 1, 0, 2, 2, 1]]
+    assert unique(alphas) == ([0, 1, 3], [0, 1, 0, 2, 2, 1])
+
+
+# ---- the optimiser
+
+
+def small_network():
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, 0.1, momentum=0.9),
+    "sgd without momentum": lambda parameters: torch.optim.SGD(parameters, 0.1),
+    "adam": torch.optim.Adam,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
+def test_optimizer_state_of_a_fresh_and_of_a_used_optimizer_is_accepted(make):
+    network = small_network()
+    optimizer = make(network.parameters())
+    check_optimizer_state(optimizer, optimizer.state_dict()["state"])
+    network(torch.randn(2, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    check_optimizer_state(make(network.parameters()), optimizer.state_dict()["state"])
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_optimizer_state_of_another_shape_is_refused(name):
+    network = small_network()
+    optimizer = OPTIMIZERS[name](network.parameters())
+    network(torch.randn(2, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()["state"]
+    state[0] = state[1]
+    with pytest.raises(ValueError, match="of parameter 0"):
+        check_optimizer_state(OPTIMIZERS[name](network.parameters()), state)
+
+
+def test_optimizer_state_of_another_optimizer_is_refused():
+    network = small_network()
+    optimizer = torch.optim.Adam(network.parameters())
+    network(torch.randn(2, 3, 3, 3)).sum().backward()
+    optimizer.step()
+    with pytest.raises(ValueError, match="momentum_buffer"):
+        check_optimizer_state(OPTIMIZERS["sgd"](network.parameters()), optimizer.state_dict()["state"])

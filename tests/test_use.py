@@ -19,6 +19,7 @@ import genotypes
 import loaders
 import predict
 import retrained
+import visualize
 from augment import Augmentation
 from support import weights
 from support.files import UserError
@@ -44,6 +45,14 @@ def run(tmp_path, pictures):
 def side_of(recipe):
     """Return the side of the images, in pixels, that `retrained_run` makes the network for."""
     return 32 if recipe == "imagenet" else 16
+
+
+@pytest.mark.parametrize(
+    "script, words",
+    [(predict, ["run", "image.png"]), (export, ["run", "--format", "torch"]), (visualize, ["EvNASA"])],
+)
+def test_unknown_flag_is_refused_in_one_line(fails, script, words):
+    assert "--bogus" in fails(script.main, [*words, "--bogus"])
 
 
 # ---- retrained.load

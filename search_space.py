@@ -1,0 +1,115 @@
+"""What a search needs to know of its search space, and everything that a search works with.
+
+`train_search.S1` describes the DARTS space and `nas201.train_search.S2` NAS-Bench-201. A new space
+is one more subclass of `SearchSpace`.
+"""
+
+import argparse
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from costs import Costs
+from fitness import PlainEvaluator, measure_fitness
+from genotypes import Cell
+from reporting.views import SpaceView
+from training import plain_forward
+
+
+class Remarks(NamedTuple):
+    """What a search space knows of a population or of a result."""
+
+    fields: dict  # for the history, or for baselines.json
+    text: str  # for the log: continues its line, so it starts with "; ", or is empty
+
+
+class Group(NamedTuple):
+    """Individuals that are measured together with the final weights."""
+
+    alphas: torch.Tensor  # (N, G, E, O) raw
+    fitness: torch.Tensor  # (N,) percent
+    parameters: torch.Tensor  # (N,) of the retrained networks, in millions
+
+
+class SearchSpace:
+    """What a search needs to know of its search space. One subclass describes one space."""
+
+    view: SpaceView  # its name, and how drawings and reports show it
+    encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
+    fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
+    genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
+    nesterov = False  # whether the shared weights train with Nesterov momentum
+
+    def cell(self, alphas: torch.Tensor) -> Cell:
+        """Return the discrete cell of one raw individual (G, E, O)."""
+        raise NotImplementedError
+
+    def network(self, args: argparse.Namespace, cell: Cell, classes: int) -> nn.Module:
+        """Return the network that would be retrained with this cell."""
+        raise NotImplementedError
+
+    def cost_table(
+        self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the cost of what `network` returns, as `costs.s1_table` does."""
+        raise NotImplementedError
+
+    def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
+        """Return the flags with which `train.py` retrains as the paper does.
+
+        Those that name the cell and the data are not among them.
+        """
+        return []
+
+    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
+        """Return what is known of a population (P, G, E, O), best first, with fitness (P,)."""
+        return Remarks({}, "")
+
+    def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
+        """Return what is known of the result: the last population and random architectures."""
+        return Remarks({}, "")
+
+
+@dataclass
+class SearchSetup:
+    """Everything that a search works with."""
+
+    args: argparse.Namespace
+    space: SearchSpace
+    network: nn.Module  # the supernet
+    train_loader: Any
+    valid_loader: Any
+    costs: Costs = field(init=False)
+
+    def __post_init__(self) -> None:
+        classes = self.network.classifier.out_features
+        self.costs = Costs(self.args, self.space, classes, self.valid_loader.image_shape, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the supernet."""
+        return next(self.network.parameters()).device
+
+    def forward(self, *, compile: bool) -> Callable:
+        """Return forward(network, x, alphas): how the supernet computes in training.
+
+        With --plain it is the reference, otherwise the fast path of the space.
+        """
+        if self.args.plain:
+            return plain_forward
+        return functools.partial(self.space.fast.forward, compile=compile, checkpoint=self.args.checkpoint)
+
+    def measure(self, alphas: torch.Tensor, where: str) -> torch.Tensor:
+        """Return the fitness (P,) of `alphas` (P, G, E, O), see `measure_fitness`."""
+        args = self.args
+        make_evaluator = PlainEvaluator
+        if not args.plain:
+            make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
+        return measure_fitness(
+            self.network, alphas, self.valid_loader, args.bn, make_evaluator, amp=args.amp, where=where
+        )
