@@ -42,7 +42,7 @@ from fast_ops import (
 from genotypes import PRIMITIVES
 from model_search import Cell, Network
 from operations import FactorizedReduce, Sequence
-from support.devices import cell_function, memory_format
+from support.devices import memory_format, region_function
 
 MAX_POOL = PRIMITIVES.index("max_pool_3x3")
 AVG_POOL = PRIMITIVES.index("avg_pool_3x3")
@@ -66,7 +66,7 @@ def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = Fals
     computes them again in the backward pass instead of keeping their activations.
     """
     updates = []
-    cell_of = cell_function(mixed_cell, compile, checkpoint)
+    cell_of = region_function(mixed_cell, compile, checkpoint)
 
     def searched_cell(cell: Cell, h0: Tensor, h1: Tensor, weights: Tensor) -> Tensor:
         kernels = outgoing_kernels(cell, "batch")
@@ -96,7 +96,7 @@ class Evaluator:
     def __init__(self, network: Network, bn: str, *, compile: bool = False):
         self.network = network
         self.bn = bn
-        self.cell_of = cell_function(mixed_cell, compile)
+        self.cell_of = region_function(mixed_cell, compile)
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
         first = network.cells[0]
         self.shared = SharedCandidates(first, bn, self.kernels[first])

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from genotypes import Genotype
 from operations import OPS, Classifier, FactorizedReduce, ReLUConvBN, make_cells
-from support.devices import cell_function
+from support.devices import region_function
 
 # Shape comments are aligned, which the formatter would undo.
 # fmt: off
@@ -116,7 +116,7 @@ class _Network(nn.Module):
     def _classify(
         self, s0: Tensor, s1: Tensor, compile: bool = False, checkpoint: bool = False
     ) -> tuple[Tensor, Tensor | None]:
-        cell_of = cell_function(Cell.forward, compile, checkpoint)
+        cell_of = region_function(Cell.forward, compile, checkpoint)
         drop_path = [None] * len(self.cells)
         # A compiled network draws factors even where all of them are 1, so that the first epoch, whose
         # probability is 0, uses the same graphs as the later ones.
@@ -139,7 +139,7 @@ class NetworkCIFAR(_Network):
     the auxiliary head, which needs images of 32 x 32.
 
     `forward(x)` returns (logits, logits_aux), each (B, num_classes); logits_aux is None unless the
-    network is training and has the head. `compile` and `checkpoint` are those of `cell_function`.
+    network is training and has the head. `compile` and `checkpoint` are those of `region_function`.
     Compiled cells that are equal share a graph: the 20 cells of EvNAS-A need nine.
     """
 

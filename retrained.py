@@ -418,7 +418,7 @@ def run_test(job: TestJob) -> dict:
     network = load_network(args.model_path, settings)
     network = network.to(device, memory_format=devices.memory_format(device))
 
-    distributed.say(f"{devices.describe_device(device)}; cell from {job.source}")
+    distributed.say(f"{devices.device_text(device)}; cell from {job.source}")
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")

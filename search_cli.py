@@ -214,7 +214,7 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
     if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
         checked = check_training_step(setup)
     with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
-        run.log(f"{devices.describe_device(setup.device)}; run directory {run.path}")
+        run.log(f"{devices.device_text(setup.device)}; run directory {run.path}")
         run.log(counts_text(inputs["data"]))
         if checked:
             run.log(checked)

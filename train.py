@@ -459,7 +459,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with run:
         if run.writes and not run.state:
             genotype_files.save(cell, run.path / "genotype.json")
-        run.log(f"{devices.describe_device(device)}; run directory {run.path}")
+        run.log(f"{devices.device_text(device)}; run directory {run.path}")
         run.log(f"cell from {source}: {cell}")
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")

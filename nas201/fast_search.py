@@ -28,7 +28,7 @@ from fast_ops import NormUpdate, batch_norm, batch_norm_stats, fast_average_pool
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell, Network
 from operations import ReLUConvBN, on_cpu
-from support.devices import cell_function, memory_format
+from support.devices import memory_format, region_function
 
 SKIP = PRIMITIVES.index("skip_connect")
 CONV1 = PRIMITIVES.index("nor_conv_1x1")
@@ -127,7 +127,7 @@ def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = Fals
     Running statistics move as in the reference. `compile` compiles the cells, and `checkpoint`
     computes them again in the backward pass instead of keeping their activations.
     """
-    cell_of = cell_function(mixed_cell, compile, checkpoint)
+    cell_of = region_function(mixed_cell, compile, checkpoint)
     weights = mixing_weights(alphas)
     updates = []
 
@@ -252,7 +252,7 @@ class Evaluator:
         self.eps = any_norm.eps
         # Searched cells without running statistics normalise with the batch's, whatever `bn` says.
         self.folding = bn == "running" and any_norm.running_mean is not None
-        self.cell_of = cell_function(folded_cell if self.folding else mixed_cell, compile)
+        self.cell_of = region_function(folded_cell if self.folding else mixed_cell, compile)
         self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
         self.stages = []  # by stage, whose cells are equal, what `mix` needs
         if self.folding:

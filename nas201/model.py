@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from costs import count
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
-from support.devices import cell_function
+from support.devices import region_function
 
 NODES = 4  # of a cell, its input among them
 
@@ -39,7 +39,7 @@ class Network(Stages):
 
     `forward(x)` takes images (B, 3, H, W), H and W multiples of 4, and returns (logits, None), logits
     (B, num_classes): like the networks of the DARTS space, which have an auxiliary head as well.
-    `compile` and `checkpoint` are those of `cell_function`. Raises UserError if `arch` is not an arch
+    `compile` and `checkpoint` are those of `region_function`. Raises UserError if `arch` is not an arch
     string.
     """
 
@@ -50,7 +50,7 @@ class Network(Stages):
         super().__init__(C, N, num_classes, lambda channels: Cell(operations, channels))
 
     def forward(self, x: Tensor, compile: bool = False, checkpoint: bool = False) -> tuple[Tensor, None]:
-        return super().forward(x, cell_function(Cell.forward, compile, checkpoint)), None
+        return super().forward(x, region_function(Cell.forward, compile, checkpoint)), None
 
 
 def cost_table(C: int, N: int, classes: int, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Several processes: which one this is, sums over all of them, and what only the first one prints."""
+"""Several processes under torchrun: which one this is, sums over all of them, and what only the first one prints."""
 
 import atexit
 import contextlib
@@ -6,6 +6,8 @@ import hashlib
 import importlib
 import os
 import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -13,97 +15,114 @@ from tqdm import tqdm
 from support.files import UserError, emit
 
 
-def from_torchrun(name, default):
-    """Return the number in a variable that torchrun sets. Raises UserError."""
+def from_torchrun(name: str, default: int) -> int:
+    """Return the number in an environment variable that torchrun sets. Raises UserError if it is not a number."""
     try:
         return int(os.environ.get(name, default))
     except ValueError:
-        raise UserError(f"the variable {name} is {os.environ[name]!r}: unset it, or start with torchrun") from None
+        value = os.environ[name]
+        raise UserError(f"the variable {name} is {value!r}: unset it, or start with torchrun") from None
 
 
-def rank():
+def rank() -> int:
+    """Return the number of this process in the run, from 0."""
     return from_torchrun("RANK", 0)
 
 
-def world_size():
+def world_size() -> int:
+    """Return the number of processes in the run."""
     return from_torchrun("WORLD_SIZE", 1)
 
 
-def local_rank(default=0):
+def local_rank(default: int = 0) -> int:
+    """Return the number of this process on its machine, from 0, or `default` without torchrun."""
     return from_torchrun("LOCAL_RANK", default)
 
 
-def local_world_size():
+def local_world_size() -> int:
     """Return the number of processes on this machine."""
     return from_torchrun("LOCAL_WORLD_SIZE", world_size())
 
 
-def say(text, file=None):
-    """Print a line on rank 0, above any progress bar."""
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print a line on rank 0 (on stdout unless `file` is given), above any progress bar."""
     if rank() == 0:
         emit(text, file or sys.stdout, tqdm.write)
 
 
-def progress(batches, title, done=0):
-    """Put a bar with the time left around `batches`, `done` of them over; none where stderr is not a terminal."""
+def progress(batches: Iterable, title: str, done: int = 0) -> tqdm:
+    """Return `batches` with a progress bar, `done` of them over already. Without a terminal there is no bar."""
     hidden = rank() > 0 or not sys.stderr.isatty()
     return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
 
 
-def join_process_group(device):
+def join_process_group(device: torch.device) -> None:
     """Meet the other processes under torchrun: NCCL between GPUs, gloo between CPUs. Raises UserError."""
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank() < world_size():
-        raise UserError("the variables RANK and WORLD_SIZE do not fit each other: unset both, or start with torchrun")
+        raise UserError("RANK and WORLD_SIZE are inconsistent: unset both, or start with torchrun")
     if world_size() > 1 and not torch.distributed.is_initialized():
-        # If it is imported after the group is made (by torch.compile, say), its default arguments hold the group: then
-        # the group's threads live on until Python ends, and can abort the process there.
+        # This must be imported before the group is made. Imported later (by torch.compile, for example), its default
+        # arguments hold the group. Then the group's threads live until Python ends, and can abort the process there.
         importlib.import_module("torch.distributed.nn")
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"cannot meet the other processes, start with torchrun ({reason:.200})") from error
+            raise UserError(f"cannot meet the other processes ({reason:.200}): start with torchrun") from error
         atexit.register(leave_process_group)
 
 
-@contextlib.contextmanager
-def one_after_the_other():
-    """Let the first process of each machine go through the block before the others: for downloads."""
-    if world_size() > 1 and local_rank() > 0:
-        torch.distributed.barrier()
-    try:
-        yield
-    finally:  # the others are let in also where it failed: they find out for themselves
-        if world_size() > 1 and local_rank() == 0:
-            torch.distributed.barrier()
-
-
-def leave_process_group():
+def leave_process_group() -> None:
+    """Leave the process group, if this process is in one."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
 
-def sum_over_ranks(tensor):
-    """Return the sum of every process's `tensor`."""
+@contextlib.contextmanager
+def one_after_the_other() -> Iterator[None]:
+    """Let the first process of each machine finish the block before the others enter it. Use this for downloads."""
+    if world_size() > 1 and local_rank() > 0:
+        torch.distributed.barrier()
+    try:
+        yield
+    finally:  # if the first process fails, the others enter too, and find out for themselves
+        if world_size() > 1 and local_rank() == 0:
+            torch.distributed.barrier()
+
+
+def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the sum of `tensor` over all processes. It may be computed in place."""
     if world_size() > 1:
         if torch.distributed.get_backend() == "nccl":
-            tensor = tensor.cuda()  # NCCL sums on GPUs only
+            tensor = tensor.cuda()  # NCCL only sums on GPUs
         torch.distributed.all_reduce(tensor)
     return tensor
 
 
-def stack_over_ranks(tensors):
-    """Return every process's `tensors`, flattened to a row: (processes, elements)."""
+def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
+    """Replace floating-point tensors, such as gradients, by their mean over all processes."""
+    if world_size() > 1:
+        fill(tensors, sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size())
+
+
+def stack_over_ranks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a row for each process: its `tensors`, flattened and concatenated. The shape is (processes, elements)."""
     row = torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
     rows = row.new_zeros(world_size(), len(row))
     rows[rank()] = row
     return sum_over_ranks(rows)
 
 
+def fill(tensors: Sequence[torch.Tensor], row: torch.Tensor) -> None:
+    """Copy a row of `stack_over_ranks` into `tensors`."""
+    for tensor, part in zip(tensors, row.split([t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
 def same_everywhere(text: str) -> list[str] | None:
     """Return None if every process calls this with the same `text`, else the texts of all processes, by rank.
 
-    What is exchanged first has the same shape whatever the texts are.
+    Digests and lengths are exchanged first, since they have the same shape in all processes whatever the texts are.
     """
     if world_size() == 1:
         return None
@@ -114,18 +133,6 @@ def same_everywhere(text: str) -> list[str] | None:
         return None
     lengths = [int.from_bytes(bytes(row[32:]), "big") for row in rows.tolist()]
     padded = torch.tensor(list(content.ljust(max(lengths))))
-    rows = stack_over_ranks([padded]).tolist()  # (processes, length of the longest)
+    rows = stack_over_ranks([padded]).tolist()  # (processes, length of the longest text)
     texts = [bytes(row[:length]) for row, length in zip(rows, lengths, strict=True)]
     return [text.decode("utf-8", "surrogatepass") for text in texts]
-
-
-def fill(tensors, row):
-    """Copy into `tensors` what a row of `stack_over_ranks` holds."""
-    for tensor, part in zip(tensors, row.split([t.numel() for t in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
-
-
-def average_over_ranks(tensors):
-    """Replace each floating-point tensor by its mean over the processes: the gradients of the shared weights."""
-    if world_size() > 1:
-        fill(tensors, sum_over_ranks(torch.cat([t.flatten() for t in tensors])) / world_size())

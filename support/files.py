@@ -1,4 +1,4 @@
-"""Reading files that may be wrong or hostile, writing files that are never half-written, errors. No torch here."""
+"""Files that may be wrong or hostile are read safely, and files are never left half-written. No torch here."""
 
 import contextlib
 import errno
@@ -11,31 +11,43 @@ import pickletools
 import re
 import shlex
 import stat
+import zipfile
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+from typing import IO, TextIO
 
 from support.settings import RunSettings
 
+AnyPath = str | os.PathLike
+
 MOST_ROWS = 10**6  # of a history
+MOST_STEPS = 700_000  # opcodes of a pickle; the largest of our files has fewer than 300,000
 
 
 class UserError(ValueError):
-    """Something the user can mend. Its message is one line: what is wrong, where, what to do. Scripts exit with 2."""
+    """Something that the user can fix. Its message is one line: where, what is wrong, what to do.
 
-
-def open_regular(path, mode="rb"):
-    """Open a file as `open` does, but neither a pipe, which can wait for ever, nor a device, which can have no end.
-
-    Writing does not follow a symbolic link either. Text is UTF-8, with backslashes for what is not (names of files may
-    have other bytes, which Python holds as lone surrogates). Raises OSError.
+    Scripts print it and exit with 2.
     """
 
-    def opener(path, flags):
+
+# ---- writing
+
+
+def open_regular(path: AnyPath, mode: str = "rb") -> IO:
+    """Open a file as `open` does, but refuse pipes, which can block forever, and devices, which can be endless.
+
+    Nothing is written through a symbolic link. Text is UTF-8, and characters that UTF-8 does not have are written
+    with backslashes. (File names can have bytes that Python reads as lone surrogates.) Raises OSError.
+    """
+
+    def opener(path: str, flags: int) -> int:
         writes = flags & (os.O_WRONLY | os.O_RDWR)
         if writes and os.path.islink(path):
-            raise OSError(errno.ELOOP, "it is a symbolic link, through which nothing is written", path)
+            raise OSError(errno.ELOOP, "it is a symbolic link, and nothing is written through one", path)
         file = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
-        kind = os.fstat(file).st_mode
-        if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):  # for a directory Python has its own words
+        mode = os.fstat(file).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Python refuses a directory itself
             os.close(file)
             raise OSError(errno.EINVAL, "it is not a regular file", path)
         return file
@@ -45,12 +57,12 @@ def open_regular(path, mode="rb"):
 
 
 @contextlib.contextmanager
-def atomic_write(path, mode="wb"):
-    """Open a temporary file next to `path` that replaces it only if the block succeeds.
+def atomic_write(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
+    """Open a temporary file next to `path`, which replaces `path` only if the block succeeds.
 
-    When the block is over, `path` has its new content even after a power cut: the file is synced, renamed, and its
-    folder is synced. Raises UserError when the folder cannot be written or the disk is full; an existing `path` is then
-    untouched.
+    After the block, `path` has its new content even if the power fails: the file is synced and renamed, and its
+    folder is synced. Raises UserError if the folder cannot be written or the disk is full. An existing `path` is then
+    unchanged.
     """
     temporary = f"{path}.tmp{os.getpid()}"  # see remove_temporary_files
     try:
@@ -68,10 +80,10 @@ def atomic_write(path, mode="wb"):
         raise
 
 
-def sync_folder(folder: str | os.PathLike) -> None:
-    """Make the names in `folder` (new, renamed or removed ones) survive a power cut. Raises OSError.
+def sync_folder(folder: AnyPath) -> None:
+    """Make names in `folder` that are new, renamed or removed survive a power cut. Raises OSError.
 
-    A file system that cannot sync folders is left alone, and so is a folder that may be written but not read.
+    Does nothing on a file system that cannot sync folders, and in a folder that can be written but not read.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -87,7 +99,7 @@ def sync_folder(folder: str | os.PathLike) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder `path`, and those above it, where they are missing; they survive a power cut. Raises OSError."""
+    """Make the folder `path` and missing folders above it, so that they survive a power cut. Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -95,9 +107,9 @@ def make_folder(path: Path) -> None:
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Give the file `path` the second name `name`, in the same folder; it is copied where links are not possible.
+    """Give the file `path` a second name in the same folder. It is copied if the file system has no links.
 
-    Both names exist at every moment, also after a power cut. Raises UserError.
+    Both names exist at every moment, even if the power fails. Raises UserError.
     """
     link = f"{name}.tmp{os.getpid()}"
     try:
@@ -111,44 +123,45 @@ def keep_as(path: Path, name: Path) -> None:
     try:
         os.replace(link, name)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(link)  # still there if `name` already was the same file: then nothing is renamed
+            os.unlink(link)  # if `name` already was the same file, os.replace has done nothing
         sync_folder(name.parent)
     except OSError as error:
         raise UserError(f"cannot write {name}: {error.strerror or error}") from error
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what `atomic_write`, `keep_as` and earlier versions of them left in `folder` when they were killed."""
+    """Remove what `atomic_write` and `keep_as` left in `folder` when their processes were killed."""
     for path in folder.iterdir() if folder.is_dir() else ():
-        if re.search(r"\.(tmp|link)\d+$", path.name) and not path.is_dir():
+        if re.search(r"\.tmp\d+$", path.name) and not path.is_dir():
             with contextlib.suppress(OSError):
                 path.unlink()
 
 
 @contextlib.contextmanager
-def no_empty_folders(path):
-    """Remove, if the block fails, what it made of the folders on the way to `path` and left empty."""
+def no_empty_folders(path: AnyPath) -> Iterator[None]:
+    """If the block fails, remove those folders on the way to `path` that it has made and left empty."""
     missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
         yield
     except BaseException:
         for folder in missing:
-            with contextlib.suppress(OSError):  # it holds something, or is still missing
+            with contextlib.suppress(OSError):  # it is not empty, or does not exist
                 folder.rmdir()
         raise
 
 
-def write_json(path, value):
+def write_json(path: AnyPath, value: object) -> None:
+    """Write `value` as indented JSON, see `atomic_write`. Raises UserError."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
 
 
-def append_line(path, line, sync=False):
-    """Add a line to a text file, control characters escaped.
+def append_line(path: AnyPath, line: str, sync: bool = False) -> None:
+    """Append a line to a text file, with control characters escaped.
 
-    Raises UserError when that fails; the file may then end in a part of the line. With `sync` the line survives a power
-    cut, provided that the file's name does: see `sync_folder`.
+    With `sync` the line survives a power cut, provided that the file's name does, see `sync_folder`.
+    Raises UserError if writing fails. The file can then end with a part of the line.
     """
     try:
         with open_regular(path, "a") as file:
@@ -160,18 +173,26 @@ def append_line(path, line, sync=False):
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-# What a terminal would obey or a reader misread: C0 and C1 controls, line separators, marks that turn the direction,
-# and the surrogates that stand for bytes of file names that are not UTF-8.
+def end_last_line(path: Path) -> None:
+    """Complete the last line of a text file if a crash cut it off. Raises UserError."""
+    if path.is_file() and read_bytes(path)[-1:] not in (b"", b"\n"):
+        append_line(path, "")
+
+
+# ---- what people and shells read
+
+# Characters that a terminal would obey or a reader misread: C0 and C1 controls, line separators, marks that turn the
+# direction of text, and the surrogates that stand for bytes of file names that are not UTF-8.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
-    r"""Return `text` with its control characters as \n, \x1b, \u202e: names of files and classes can hold any."""
+    r"""Return `text` with control characters as \n, \x1b, \u202e. File and class names can contain any character."""
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def quoted(word: object) -> str:
-    """Return a word as a shell takes it, on one line: with control characters in the form $'..' of bash and zsh."""
+    """Return a word quoted for a shell, on one line. Control characters use the form $'...' of bash and zsh."""
     text = str(word)
     if not CONTROLS.search(text):
         return shlex.quote(text)
@@ -179,26 +200,23 @@ def quoted(word: object) -> str:
     return "$'" + CONTROLS.sub(lambda found: "".join(f"\\x{byte:02x}" for byte in os.fsencode(found[0])), text) + "'"
 
 
-def end_last_line(path: Path) -> None:
-    """Complete the last line of a text file if a crash cut it off. Raises UserError."""
-    if path.is_file() and read_bytes(path)[-1:] not in (b"", b"\n"):
-        append_line(path, "")
+def emit(text: object, stream: TextIO, write: Callable = print) -> None:
+    """Print a line and flush it, with control characters escaped.
 
-
-def emit(text, stream, write=print):
-    """Print a line at once, control characters escaped.
-
-    A stream that is lost (a closed pipe, a full disk) is given up: nothing ends for it.
+    If the stream is lost (a closed pipe, a full disk), it is replaced by /dev/null: the program goes on.
     """
     try:
         write(escaped(text), file=stream)
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # what is left in its buffer goes there too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what is left in the stream's buffer
 
 
-def read_bytes(path):
-    """Return the file's bytes. Raises UserError naming the file when it cannot be read."""
+# ---- reading
+
+
+def read_bytes(path: AnyPath) -> bytes:
+    """Return the content of a file. Raises UserError, which names the file, if it cannot be read."""
     try:
         with open_regular(path) as file:
             return file.read()
@@ -206,13 +224,13 @@ def read_bytes(path):
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_json(path):
-    """Return the JSON value in `path`. Raises UserError naming the file where it is missing, not UTF-8 or not JSON."""
+def read_json(path: AnyPath) -> object:
+    """Return the JSON value in a file. Raises UserError, which names the file, if it is missing or not JSON."""
     content = read_bytes(path)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from error
+        raise UserError(f"{path}: not valid JSON ({error}). Restore or remove the file") from error
 
 
 def read_history(run_dir: str | os.PathLike, settings: RunSettings) -> list[dict]:
@@ -262,7 +280,7 @@ def check_history_row(
             raise UserError(f'{where}: "{key}" is {str(row[key])[:60]!r}, not a number')
 
 
-def digest(path):
+def digest(path: AnyPath) -> str:
     """Return the SHA-256 of a file's content, or of the names and sizes of the files in a folder. Raises OSError."""
     sha = hashlib.sha256()
     if os.path.isdir(path):
@@ -275,41 +293,46 @@ def digest(path):
     return sha.hexdigest()
 
 
-def check_unpacked_size(archive, limit):
-    """Raises ValueError if the members of a zipfile.ZipFile together claim more than `limit` bytes."""
+def check_unpacked_size(archive: zipfile.ZipFile, limit: int) -> None:
+    """Raise ValueError if the members of an archive claim to have more than `limit` bytes together."""
     if sum(member.file_size for member in archive.infolist()) > limit:
         raise ValueError(f"it unpacks to more than {limit} bytes")
 
 
-MOST_STEPS = 700_000  # opcodes of a pickle; a batch of ImageNet16 has fewer than 300,000
+def restricted_unpickle(
+    data: bytes,
+    allowed: dict[tuple[str, str], object],
+    path: AnyPath,
+    refused: Collection[str] = (),
+    **kwargs: object,
+) -> object:
+    """Return the object in the pickle `data`, which was read from `path`.
 
-
-def restricted_unpickle(data, allowed, path, refused=(), **kwargs):
-    """Unpickle bytes `data` of file `path`, knowing only the callables in `allowed`: {(module, name): object}.
+    Only the callables in `allowed`, {(module, name): object}, are known. `kwargs` go to pickle.Unpickler.
 
     Raises UserError for any other callable (which is not executed), for the opcodes named in `refused`, for more than
-    MOST_STEPS opcodes and for damaged data. Memo indices and the number of opcodes are checked before anything is
-    built, since a pickle of 20 bytes can otherwise ask for gigabytes, and one byte can make an object of 216.
+    MOST_STEPS opcodes, and for damaged data. Memo indices and the number of opcodes are checked before anything is
+    built: a pickle of 20 bytes can ask for gigabytes, and one byte can make an object of 216 bytes.
     """
 
     class Restricted(pickle.Unpickler):
-        def find_class(self, module, name):
+        def find_class(self, module: str, name: str) -> object:
             if (module, name) not in allowed:
                 reference = f"{module}.{name}"
-                raise UserError(f"{path} refers to {reference!r:.200}, which a file of its kind never holds: refused")
+                raise UserError(f"{path}: refused: it refers to {reference!r:.200}, and such a file never does")
             return allowed[module, name]
 
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if step == MOST_STEPS:
-                raise UserError(f"{path} has more than {MOST_STEPS:,} pickled parts, far more than a file of its kind")
+                raise UserError(f"{path}: refused: it has more than {MOST_STEPS:,} pickle opcodes, far too many")
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
-                raise UserError(f"{path} is not a valid pickle: memo index {argument}")
+                raise UserError(f"{path}: not a valid pickle: memo index {argument}")
             if opcode.name in refused:
-                raise UserError(f"{path} holds {opcode.name}, which a file of its kind never does: refused")
+                raise UserError(f"{path}: refused: it contains {opcode.name}, and such a file never does")
         return Restricted(io.BytesIO(data), **kwargs).load()
     except UserError:
         raise
-    except Exception as error:  # the unpickler raises nearly any exception on damaged data
+    except Exception as error:  # the unpickler raises nearly any exception for damaged data
         reason = " ".join(f"{type(error).__name__}: {error}".split())  # some messages have two lines
-        raise UserError(f"{path} is not a valid pickle: {reason}") from error
+        raise UserError(f"{path}: not a valid pickle ({reason})") from error

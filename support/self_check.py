@@ -1,10 +1,12 @@
-"""Compare a run's own training step with precise arithmetic before the run begins.
+"""Before a run starts, one of its training steps is compared with precise arithmetic.
 
-A library's kernel can be wrong on one device, in one dtype, in one layout, from one size on, and nothing says so: the
-loss falls a little slower. So a run in a setting other than float32 on the CPU checks one step first, on random images
-and a copy of the network. It takes seconds and moves no random number of the run.
+A library's kernel can be wrong only on one device, in one dtype or layout, or from one size on. The
+only symptom is a loss that falls a little more slowly. So a run first checks one step, unless it
+computes in float32 on the CPU. The step uses random images and a copy of the network. The check
+takes seconds and does not change the run's random numbers.
 """
 
+import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -14,17 +16,20 @@ from torch import nn
 
 from support import devices
 from support.files import UserError
-from support.kernel_check import KernelCheck
+from support.kernel_check import KernelCheck, Row
 
-PIXELS = 16 * 32 * 32  # of the images whose kernels are checked; at least two images
-LIMIT = 4  # times what rounding explains, by norm: some kernels store partial sums in the format of the result
-# How far a compiled step's gradients may be from an uncompiled step's, as a share of their norm. Where rounding flips a
-# ReLU in a deep network, it changes gradients by up to 1 %.
+# Pixels in the batch whose kernels are checked. It has at least two images.
+PIXELS = 16 * 32 * 32
+# Largest error (norm), as a multiple of what rounding explains. It is not 1, because some kernels
+# store partial sums in the format of the result.
+LIMIT = 4
+# Largest difference between the gradients of a compiled and an uncompiled step, as a share of their
+# norm. Rounding can flip a ReLU in a deep network, which changes gradients by up to 1 %.
 COMPILED = 0.05
 
 
-def is_needed(args, device: torch.device) -> bool:
-    """Return whether the run's setting is one that has to be checked, and the flag does not forbid it."""
+def is_needed(args: argparse.Namespace, device: torch.device) -> bool:
+    """Return whether a run has to be checked: --self_check is on, and it is not float32 on the CPU, uncompiled."""
     return args.self_check and (device.type != "cpu" or args.amp or args.compile)
 
 
@@ -32,14 +37,15 @@ def self_check(
     network: nn.Module,
     loss: Callable,
     images: int,
-    image_shape: tuple,
+    image_shape: tuple[int, int, int],
     classes: int,
-    args,
+    args: argparse.Namespace,
 ) -> str:
-    """Check a training step of `network` on batches of so many images (3, H, W); return a line for the log.
+    """Check a training step of `network` on `images` random images of `image_shape`; return a line for the log.
 
-    loss(network, x, y, compile) returns the loss of images x (B, 3, H, W), normalised, and their classes y (B,).
-    Raises UserError naming the operation, its setting and the remedy.
+    `loss(network, x, y, compile)` returns the loss of normalised images x (B, 3, H, W) of classes
+    y (B,). Of the flags, --amp and --compile count. Raises UserError, which names the operation,
+    its setting and the remedy.
     """
     start = time.perf_counter()
     device = next(network.parameters()).device
@@ -56,8 +62,20 @@ def self_check(
     return f"self-check: the {len(check.rows)} outputs of a training step's kernels are right, {seconds:.1f} s"
 
 
-def training_step(network, loss, images, image_shape, classes, amp, compile, generator):
-    """Return the loss and the gradients {kind of operation: flat tensor, float64} of a step of a copy of `network`."""
+def training_step(
+    network: nn.Module,
+    loss: Callable,
+    images: int,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    amp: bool,
+    compile: bool,
+    generator: torch.Generator,
+) -> tuple[float, dict[str, torch.Tensor]]:
+    """Compute a training step with a copy of `network`, see `self_check`.
+
+    Returns the loss and the gradients {name of the operation: flat tensor, float64}.
+    """
     network = copy.deepcopy(network).train()
     device = next(network.parameters()).device
     x = torch.randn(images, *image_shape, generator=generator).to(device)
@@ -70,12 +88,12 @@ def training_step(network, loss, images, image_shape, classes, amp, compile, gen
     for module in network.modules():
         for parameter in module.parameters(recurse=False):
             if parameter.grad is not None:
-                gradients.setdefault(kind_of(module), []).append(parameter.grad.flatten().cpu().double())
-    return value.item(), {kind: torch.cat(parts) for kind, parts in gradients.items()}
+                gradients.setdefault(operation_name(module), []).append(parameter.grad.flatten().cpu().double())
+    return value.item(), {name: torch.cat(parts) for name, parts in gradients.items()}
 
 
-def kind_of(module: nn.Module) -> str:
-    """Return words for a module that has weights, such as "depthwise convolution 5x5, dilation 2"."""
+def operation_name(module: nn.Module) -> str:
+    """Return a name for a module that has weights, such as "depthwise convolution 5x5, dilation 2"."""
     if not isinstance(module, nn.Conv2d):
         return type(module).__name__
     depthwise = "depthwise " if module.groups > 1 else ""
@@ -83,36 +101,44 @@ def kind_of(module: nn.Module) -> str:
     return f"{depthwise}convolution {'x'.join(map(str, module.kernel_size))}{dilation}"
 
 
-def refuse_wrong_kernels(rows, args) -> None:
-    """Raise UserError if a kernel errs by more than `LIMIT` times what rounding explains."""
+def refuse_wrong_kernels(rows: list[Row], args: argparse.Namespace) -> None:
+    """Raise UserError if the error of a kernel is more than LIMIT times what rounding explains."""
     wrong = max(rows, key=lambda row: row.overall)
     if wrong.overall > LIMIT:
         remedy = "leave --amp out, or " if args.amp else ""
         raise UserError(
             f"self-check: PyTorch {torch.__version__} computes {wrong} wrongly here: the error is "
             f"{wrong.overall:.3g} times what rounding explains; {remedy}install another version of PyTorch "
-            "(--no-self_check trains all the same)"
+            "(--no-self_check trains anyway)"
         )
 
 
-def check_compiled_step(network, loss, images, image_shape, classes, args, generator) -> None:
-    """Raise UserError if the compiled step is further from a float32 step than the uncompiled one is."""
+def check_compiled_step(
+    network: nn.Module,
+    loss: Callable,
+    images: int,
+    image_shape: tuple[int, int, int],
+    classes: int,
+    args: argparse.Namespace,
+    generator: torch.Generator,
+) -> None:
+    """Raise UserError if the compiled step differs more from a float32 step than the uncompiled step does."""
     state = generator.get_state()
 
-    def gradients(amp, compile):
-        generator.set_state(state)  # the same images for each
-        return training_step(network, loss, images, image_shape, classes, amp, compile, generator)
+    def gradients(amp: bool, compile: bool) -> dict[str, torch.Tensor]:
+        generator.set_state(state)  # the same images every time
+        return training_step(network, loss, images, image_shape, classes, amp, compile, generator)[1]
 
-    _, precise = gradients(False, False)
-    _, plain = gradients(args.amp, False) if args.amp else (None, precise)
-    _, compiled = gradients(args.amp, True)
-    for kind, expected in precise.items():
+    precise = gradients(amp=False, compile=False)
+    uncompiled = gradients(amp=True, compile=False) if args.amp else precise
+    compiled = gradients(amp=args.amp, compile=True)
+    for name, expected in precise.items():
         norm = expected.norm()
-        allowed = 2 * (plain[kind] - expected).norm() / norm + COMPILED  # bfloat16 rounds in both, but not alike
-        error = (compiled[kind] - expected).norm() / norm
+        allowed = 2 * (uncompiled[name] - expected).norm() / norm + COMPILED  # bfloat16 rounds both, but differently
+        error = (compiled[name] - expected).norm() / norm
         if not error <= allowed:
             raise UserError(
-                f"self-check: --compile with PyTorch {torch.__version__} computes the gradient of {kind} wrongly here: "
+                f"self-check: --compile with PyTorch {torch.__version__} computes the gradient of {name} wrongly here: "
                 f"it differs by {error:.3g} of its norm where rounding explains {allowed:.3g}; leave --compile out, or "
                 "install another version of PyTorch (--no-self_check trains all the same)"
             )

@@ -1,4 +1,4 @@
-"""Weights files: plain state dicts, read without executing anything, each with a JSON file about it."""
+"""Weights files: plain state dicts, read without executing anything, each with a JSON file that describes it."""
 
 import collections
 import contextlib
@@ -8,17 +8,33 @@ import os
 import pickle
 import re
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import torch
+from torch import nn
 
-from support.files import UserError, atomic_write, check_unpacked_size, open_regular, read_bytes, read_json, write_json
+from support.files import (
+    AnyPath,
+    UserError,
+    atomic_write,
+    check_unpacked_size,
+    open_regular,
+    read_bytes,
+    read_json,
+    write_json,
+)
 
-WRAPPERS = ("module", "_orig_mod")  # in names: what DataParallel and torch.compile call the network that they hold
+# In the names of a state dict: what DataParallel and torch.compile call the network that they wrap.
+WRAPPERS = ("module", "_orig_mod")
 
 
-def load_torch(path, what="weights file"):
-    """Read what torch.save wrote to `path`, on the CPU, executing nothing in it. Raises UserError naming the file."""
+def load_torch(path: AnyPath, what: str = "weights file") -> object:
+    """Return what torch.save wrote to `path`, on the CPU. Nothing in the file is executed.
+
+    Raises UserError, which names the file. `what` says in its messages what the file should be.
+    """
     try:
         with open_regular(path) as file:
             return unpickle_tensors(file)
@@ -26,14 +42,18 @@ def load_torch(path, what="weights file"):
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+\w)", str(error))  # what the pickle asked for
-        reason = f"it refers to {found[1]}, which a {what} never holds" if found else "not a pickle of tensors"
-        raise UserError(f"{path} is refused: {reason}; nothing in it was executed") from error
+        reason = f"it refers to {found[1]}, and a {what} never does" if found else "not a pickle of tensors"
+        raise UserError(f"{path} is refused: {reason}. Nothing in it was executed") from error
     except Exception as error:  # a damaged archive raises nearly any exception
         raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
 
 
-def unpickle_tensors(file):
-    """Read what torch.save, which does not compress, wrote to an open file. Raises nearly anything if it is damaged."""
+def unpickle_tensors(file: IO[bytes]) -> object:
+    """Return what torch.save wrote to an open file, on the CPU.
+
+    torch.save does not compress, so a file that unpacks to more than its size is refused. Raises
+    nearly any exception if the file is damaged.
+    """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             check_unpacked_size(archive, file.seek(0, os.SEEK_END))
@@ -41,11 +61,11 @@ def unpickle_tensors(file):
     return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def read_state(path) -> dict:
-    """Return the state dict {name: tensor} of a published or own weights file, whatever network it is of.
+def read_state(path: AnyPath) -> dict[str, torch.Tensor]:
+    """Return the state dict {name: tensor} in a weights file of any network, published ones included.
 
-    It is the file's content, or what is under `state_dict` in it; the names are without what DataParallel and
-    torch.compile put into them. Raises UserError.
+    The file holds it directly or under "state_dict". What DataParallel and torch.compile put into
+    the names is removed. Raises UserError.
     """
     read_info(path)
     state = load_torch(path)
@@ -56,22 +76,23 @@ def read_state(path) -> dict:
     names = [".".join(part for part in str(name).split(".") if part not in WRAPPERS) for name in state]
     twice = [name for name, count in collections.Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{path} holds no state dict: {twice[0]} is there twice")
+        raise UserError(f"{path} holds no state dict: {twice[0]} is in it twice")
     return dict(zip(names, state.values(), strict=True))
 
 
-def load_weights(model, path):
-    """Load a published or own weights file into `model`, strictly; see `read_state` and `load_state`."""
+def load_weights(model: nn.Module, path: AnyPath) -> None:
+    """Load a weights file into `model`, see `read_state` and `load_state`. Raises UserError."""
     load_state(model, read_state(path), path)
 
 
-def load_state(model, state: dict, path, optional: tuple[str, ...] = ()) -> None:
-    """Load what `read_state` made of the file `path` into `model`, which may be on the meta device; then it is filled.
+def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: AnyPath, optional: tuple[str, ...] = ()) -> None:
+    """Load a state dict, which `read_state` returned for the file `path`, into `model`.
 
-    The file may hold an auxiliary head that the model does not have, and the entries that the model names in
-    `not_loaded`. It may lack BatchNorm's counters, which PyTorch before 0.4.1 did not have and a test does not use.
-    Anything else missing, unexpected or of another shape raises UserError with the first differing entry of each kind,
-    and some more.
+    A model on the device "meta" is moved to the CPU first. The file may hold entries that the model
+    does not have, if they start with one of `optional` or the model lists them in `not_loaded`. It
+    may lack BatchNorm's counters, which PyTorch before 0.4.1 did not have and which a test does not
+    use. Raises UserError, with up to three examples, if anything else is missing, unexpected, or
+    has another shape.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
@@ -91,8 +112,8 @@ def load_state(model, state: dict, path, optional: tuple[str, ...] = ()) -> None
     model.load_state_dict({name: state[name] for name in expected if name in state} | counters)
 
 
-def problems(value, expected):
-    """Yield what keeps the tensor `value` of a file from standing for `expected`, of the same name in the network."""
+def problems(value: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
+    """Yield the reasons why a file's tensor cannot be loaded as the network's tensor of the same name."""
     if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
         yield "is sparse, nested, quantised or without values"
     elif value.shape != expected.shape:
@@ -103,36 +124,40 @@ def problems(value, expected):
         yield "has values that are not finite"
 
 
-def locate(path):
-    """Return `path`, or where that is no file, the one of this name in weights/ beside it, as published runs lack."""
+def locate(path: AnyPath) -> AnyPath:
+    """Return `path`, or the file of the same name in the folder weights/ next to it if only that exists.
+
+    So a run can be named as the published scripts do, which have no such folder.
+    """
     inside = Path(path).parent / "weights" / Path(path).name
     return inside if inside.is_file() and not Path(path).is_file() else path
 
 
-def info_path(path):
+def info_path(path: AnyPath) -> Path:
+    """Return the path of the JSON file that describes the weights at `path`."""
     return Path(path).with_suffix(".json")
 
 
-def save_weights(model, path, about):
-    """Write the plain state dict to `path`, and next to it a JSON file: `about` (network, normalisation), a checksum.
+def save_weights(model: nn.Module, path: AnyPath, about: dict) -> None:
+    """Write the state dict to `path`, and a JSON file with `about` and a checksum next to it. Raises UserError.
 
-    These are two files, so a reader can come in between. The JSON file is written first, and under "before" it also
-    describes the weights that it finds: whichever of the two a reader, or a crash, leaves next to it is described.
+    A reader, or a crash, can come between the two files. So the JSON file is written first, and under
+    "before" it also describes the weights that it finds. It then describes old and new weights.
     """
-    content = io.BytesIO()  # torch.save does not say that a disk is full
+    content = io.BytesIO()  # torch.save hides that a disk is full
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     about = {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()}
-    with contextlib.suppress(UserError):  # there are no weights yet, or they are damaged
+    with contextlib.suppress(UserError):  # no weights yet, or damaged ones
         about["before"] = read_info(path) or {"sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
     write_json(info_path(path), about)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
 
 
-def read_info(path):
-    """Return what was saved about the weights at `path`, {} where nothing was.
+def read_info(path: AnyPath) -> dict:
+    """Return what was saved about the weights at `path`, or {} if there is no JSON file next to them.
 
-    Raises UserError if the file describes other weights.
+    Raises UserError if that file describes other weights.
     """
     if not info_path(path).is_file():
         return {}
@@ -140,15 +165,15 @@ def read_info(path):
     if about is None:
         raise UserError(
             f"{path} is damaged or was replaced: its checksum is not the one in {info_path(path)} "
-            "(delete that file to use the weights all the same)"
+            "(delete that file to use the weights anyway)"
         )
     return about
 
 
-def matching_info(path):
-    """Return what the JSON file next to the weights at `path` says about these weights, None where it does not.
+def matching_info(path: AnyPath) -> dict | None:
+    """Return what the JSON file next to the weights at `path` says about them, or None if it is about other weights.
 
-    A run may be writing both: the files are read again for as long as they change meanwhile. Raises UserError.
+    A run may be writing both files, so they are read again until they do not change meanwhile. Raises UserError.
     """
     read_at = None
     while (now := [version(file) for file in (info_path(path), path)]) != read_at:
@@ -161,8 +186,8 @@ def matching_info(path):
     return None
 
 
-def version(path):
-    """Return what is different once `path` has been replaced by another file."""
+def version(path: AnyPath) -> tuple[int, int, int] | None:
+    """Return a value that changes when the file `path` is replaced, or None if it does not exist."""
     with contextlib.suppress(OSError):
         status = os.stat(path)
         return status.st_ino, status.st_mtime_ns, status.st_size

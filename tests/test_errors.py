@@ -33,6 +33,7 @@ from reporting import report
 from support import cli, devices, files, weights
 from views import VIEWS
 
+import helpers
 from helpers import reported_run
 
 SEARCH = "--dataset digits --init_channels 2 --layers 2 --pop_size 2 --tsize 2 --epochs 1 --train_samples 64".split()
@@ -552,12 +553,10 @@ def test_sizes_that_no_run_of_the_other_scripts_can_have(fails):
 def test_a_gpu_that_is_not_there(fails):
     for number in (0, 5):
         line = fails(train_search.main, [*SEARCH, "--gpu", number])
-        assert f"--gpu {number}: there is no CUDA device here; leave it out or give --device cpu" in line
+        assert f"--gpu {number}: " in line and "--device cpu" in line
     parser = search_cli.search_parser("train_search.py", "")
     assert devices.choose_device(parser.parse_args([])).type == "cpu"
     assert devices.choose_device(parser.parse_args(["--gpu", "1", "--device", "cpu"])).type == "cpu"
-    resumed = parser.parse_args(["--gpu", "0", "--resume", "run"])  # older versions saved it, given or not
-    assert devices.choose_device(resumed).type == "cpu"
 
 
 def test_an_odd_number_of_channels_in_a_network_for_imagenet(fails, make_images):
@@ -692,3 +691,19 @@ def test_too_few_open_files_for_the_workers(fails, monkeypatch, make_images):
     argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", 6, "--init_channels", 4, "--layers", 1]
     line = fails(train.main, [*argv, "--workers", 2])
     assert "open files, but the limit is 24" in line and "--workers 0" in line
+
+
+# ---- packages that are not installed
+
+COMMANDS = ["train_search.py", "train.py", "test_cifar.py", "test_cifar100.py", "test_imagenet.py", "predict.py"]
+COMMANDS += ["export.py", "visualize.py", "-m nas201.train_search", "-m nas201.benchmark", "-m nas201.summary"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_without_packages_names_the_requirements_in_one_line(command):
+    """With -S, Python does not look for installed packages."""
+    words = [*command.split(), *(["EvNASA"] if command == "visualize.py" else ["--help"])]
+    done = subprocess.run([sys.executable, "-S", *words], cwd=helpers.ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.endswith("pip install -r requirements.txt\n")
+    assert done.stderr.count("\n") == 1

@@ -432,6 +432,6 @@ def test_too_little_memory(whole, process, tmp_path):
             COUNTS["too little memory"]["torch crashed"] += 1
             continue
         assert running.exitcode == 2, output.read_text()
-        assert "memory ran out" in one_line(output) and "--batch_size" in one_line(output)
+        assert "out of memory: " in one_line(output) and "--batch_size" in one_line(output)
         COUNTS["too little memory"]["one line, exit 2"] += 1
     assert COUNTS["too little memory"]["one line, exit 2"] >= few(12, 0)

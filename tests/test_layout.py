@@ -1,6 +1,7 @@
 """Imports point one way: scripts -> the method -> support; reporting is for scripts and nas201.report alone."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -31,11 +32,18 @@ METHOD = {
     "augment",
     "loaders",
     "memory",
+    "recipes",
+    "utils",
     "run_settings",
     "seed_roles",
     "shared_flags",
 }
-SEARCHES = {"search_cli", "search_space"}  # a space has its view, and a search ends with its report
+SEARCHES = {
+    "search_cli",
+    "search_space",
+    "search_state",
+    "baselines",
+}  # a space has its view, and a search ends with its report
 S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
 IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
@@ -48,6 +56,31 @@ for path in PATHS:
             inside = [f"{node.module}.{alias.name}" for alias in node.names]
             names = [name for name in inside if (ROOT / f"{name.replace('.', '/')}.py").exists()] or [node.module]
         IMPORTS.setdefault(module, set()).update(n for n in names if (ROOT / f"{n.replace('.', '/')}.py").exists())
+
+
+# Words of EvNAS and its data, also as parts of names: `support` serves any program.
+FOREIGN = re.compile(
+    r"evnas|darts|nas_?201|imagenet|cifar|genotype|fitness|generations?(?![a-z])|alphas|auxiliary|recipe|population"
+    r"|archit|(?<![a-z])arch(?![a-z])|baseline|supernet|individual|mutat|crossover|elite|retrain"
+    r"|(?<![a-z])cells?(?![a-z])",
+    re.IGNORECASE,
+)
+
+
+def test_support_contains_no_word_of_evnas():
+    """Neither in names nor in strings, comments and docstrings."""
+    found = [
+        f"{path.name}:{number}: {line.strip()}"
+        for path in sorted((ROOT / "support").glob("*.py"))
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if FOREIGN.search(line)
+    ]
+    assert found == []
+
+
+def test_every_root_module_has_a_place_in_the_layout():
+    root = {module for module in IMPORTS if "." not in module}
+    assert METHOD | SCRIPTS | SHARED | SEARCHES >= root, root - METHOD - SCRIPTS - SHARED - SEARCHES
 
 
 def test_imports_point_one_way():
