@@ -228,8 +228,8 @@ def load_directory(folder: str) -> Benchmark:
 def save(source: Benchmark, path: str | os.PathLike) -> None:
     """Write a source as a compact table, .csv or .csv.xz.
 
-    Columns that the source does not have are left out. Raises UserError for another suffix, for a missing record or figure, and if `path` cannot be
-    written.
+    Columns that the source does not have are left out. Raises UserError for another suffix, for a
+    missing record or figure, and if `path` cannot be written.
     """
     path = os.fspath(path)
     if not path.endswith((".csv", ".csv.xz")):
