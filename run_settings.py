@@ -1,4 +1,7 @@
-"""What `support/` is told about the runs of EvNAS: their arguments, their files and their history. No torch here."""
+"""What `support/` is told about the runs of EvNAS: their arguments, their files and their history.
+
+No torch here.
+"""
 
 from support.settings import RunSettings
 

@@ -1,4 +1,7 @@
-"""What the random streams of a run are for. Each role has a stream of its own, see `support.seeds`."""
+"""What the random streams of a run are for.
+
+Each role has a stream of its own, see `support.seeds`.
+"""
 
 from support.seeds import Role
 

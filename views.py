@@ -1,4 +1,7 @@
-"""The views of all search spaces, for drawings and reports of cells of either space. No torch here."""
+"""The views of all search spaces, for drawings and reports of cells of either space.
+
+No torch here.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -17,7 +20,10 @@ COLOURS = {
 
 
 def decode(alphas: "torch.Tensor") -> "torch.Tensor":
-    """Return `encoding.decode(alphas)`. The module imports torch, which takes seconds, so only a report does it."""
+    """Return `encoding.decode(alphas)`.
+
+    The module imports torch, which takes seconds, so only a report does it.
+    """
     import encoding
 
     return encoding.decode(alphas)

@@ -1,4 +1,4 @@
-"""What all benchmarks share: taking turns, the machine in words, ways to compute a supernet, the closing JSON line."""
+"""What the benchmarks share: taking turns, describing the machine, ways to compute a supernet, tables."""
 
 import argparse
 import copy
@@ -8,10 +8,13 @@ import platform
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fitness import PlainEvaluator, batch_norm_mode
@@ -19,13 +22,21 @@ from support import devices
 from training import make_optimizer, plain_forward, train_step
 
 WAYS = ("plain", "channels-last", "fast", "compiled")
-POPULATION = 50  # the paper's
+POPULATION = 50  # individuals, as in the paper
+BATCH = 64  # images of a training step, as in the paper
+RECIPE = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
+
+Seconds = dict[str, float]  # by way
 
 
-def alternate(functions, rounds, warmup, device):
-    """Call the functions of {name: function} in turn, `rounds` times after `warmup` unmeasured turns.
+# ---- measuring
 
-    Taking turns spreads a slow spell of the machine over all of them. Returns {name: median seconds}.
+
+def alternate(functions: dict[str, Callable[[], object]], rounds: int, warmup: int, device: str) -> Seconds:
+    """Call the functions in turn and return the median seconds of each, {name: seconds}.
+
+    Each is called `rounds` times, after `warmup` calls that do not count. Taking turns spreads a slow
+    spell of the machine over all functions.
     """
     seconds = {name: [] for name in functions}
     for turn in range(warmup + rounds):
@@ -39,58 +50,69 @@ def alternate(functions, rounds, warmup, device):
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def synchronize(device):
+def synchronize(device: str | torch.device) -> None:
+    """Wait until a CUDA device has computed everything."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def recorded(step):
-    """Return the step of a CUDA device as a CUDA graph."""
+def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Return a step of a CUDA device as a CUDA graph."""
     step = devices.Recorded(step)
     for _ in range(3):
         step()
     return step
 
 
-def describe(device):
-    """Processor, cores, threads and versions in one line."""
-    model = platform.processor() or platform.machine()
+def describe_machine(device: str | torch.device) -> str:
+    """Return one line with the processor, cores, threads and versions."""
+    processor = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    text = f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                processor = line.split(":", 1)[1].strip()
+                break
+    text = f"{processor}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     if torch.device(device).type == "cuda":
         text = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}; host {text}"
     return f"{text}; torch {torch.__version__}, python {sys.version.split()[0]}"
 
 
-def finish(ratios):
-    """Print the ratios {name: number} as the benchmark's last line, one JSON object."""
+def print_ratios(ratios: dict[str, float]) -> None:
+    """Print the ratios as one JSON object, which is the last line of every benchmark."""
     print(json.dumps({name: round(float(ratio), 3) for name, ratio in ratios.items()}), flush=True)
 
 
 # ---- supernets of both spaces
 
 
-def search_arguments(description, bn):
+def search_arguments(description: str, bn: str) -> argparse.ArgumentParser:
+    """Return the parser of the two searches' benchmarks; `bn` is the default for the statistics."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, for all ways")
-    parser.add_argument("--nchw", action="store_true", help="the fast path in this layout instead of channels-last")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the compiled way out")
-    parser.add_argument("--bn", choices=["batch", "running"], default=bn, help="statistics for fitness")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--full", action="store_true", help="the paper's sizes, multiplied out to the whole search")
+    parser.add_argument("--device", default="cpu", help="any PyTorch device, such as cuda (default: cpu)")
+    parser.add_argument("--amp", action="store_true", help="compute all ways with bfloat16 autocast")
+    parser.add_argument("--nchw", action="store_true", help="compute the fast path in NCHW, not in channels-last")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave out the compiled way, which takes minutes"
+    )
+    parser.add_argument(
+        "--bn", choices=["batch", "running"], default=bn, help=f"BatchNorm statistics for fitness (default: {bn})"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each way (default: 5)")
+    parser.add_argument(
+        "--full", action="store_true", help="measure fitness at batch 1,024 and estimate the time of a whole search"
+    )
     return parser
 
 
 class Way:
-    """One way to compute: plain (NCHW, the reference), the same channels-last, fast, or that compiled or checkpointed.
+    """A way to compute a supernet, with a copy of the network.
 
-    Each has a network of its own.
+    "plain" is the reference in NCHW, "channels-last" the reference in that layout, "fast" the fast
+    path, "compiled" and "checkpoint" the fast path with --compile or --checkpoint.
     """
 
-    def __init__(self, name, network, fast, args):
+    def __init__(self, name: str, network: nn.Module, fast: ModuleType, args: argparse.Namespace):
         if args.nchw:
             devices.CHANNELS_LAST = ()
         layouts = {"plain": torch.contiguous_format, "channels-last": torch.channels_last}
@@ -98,100 +120,125 @@ class Way:
         self.network = copy.deepcopy(network).to(args.device, memory_format=self.layout)
         self.args = args
         devices.set_up(torch.device(args.device))  # as the programs do
-        self.forward, self.make_evaluator = plain_forward, PlainEvaluator
+        self.forward = plain_forward
+        self.make_evaluator = PlainEvaluator
         if name in ("fast", "compiled", "checkpoint"):
             compile = name == "compiled"
             self.forward = partial(fast.forward, compile=compile, checkpoint=name == "checkpoint")
             self.make_evaluator = partial(fast.Evaluator, compile=compile)
 
-    def autocast(self):
-        return devices.autocast(torch.device(self.args.device), self.args.amp)
-
-    def training_step(self, x, y, alphas, nesterov=False):
-        """A function that makes one step as the search does and returns the logits."""
+    def training_step(self, x: Tensor, y: Tensor, alphas: Tensor, nesterov: bool = False) -> Callable[[], Tensor]:
+        """Return a function that makes one step of a search and returns the logits (B, num_classes)."""
         x = x.contiguous(memory_format=self.layout)
-        recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
-        optimizer = make_optimizer(self.network.parameters(), recipe, nesterov=nesterov)
+        optimizer = make_optimizer(self.network.parameters(), RECIPE, nesterov=nesterov)
 
-        def loss_of(x, y):
+        def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logits = self.forward(self.network, x, alphas)
             self.logits = logits.detach()
             return F.cross_entropy(logits, y), logits
 
-        def step():
+        def step() -> Tensor:
             train_step(self.network, optimizer, loss_of, x, y, amp=self.args.amp, grad_clip=5.0)
             return self.logits.float()
 
         return step
 
     @torch.no_grad()
-    def evaluator(self, x):
-        """What all individuals share: an evaluator with x as its batch."""
-        with batch_norm_mode(self.network, self.args.bn), self.autocast():
+    def evaluator(self, x: Tensor) -> object:
+        """Return an evaluator with the batch x, which has computed what all individuals share."""
+        device = torch.device(self.args.device)
+        with batch_norm_mode(self.network, self.args.bn), devices.autocast(device, self.args.amp):
             evaluator = self.make_evaluator(self.network, self.args.bn)
             evaluator.set_batch(x.contiguous(memory_format=self.layout))
             return evaluator
 
     @torch.no_grad()
-    def measure(self, evaluator, population):
-        """The logits (P, B, num_classes) of each individual of a population on the evaluator's batch."""
-        with batch_norm_mode(self.network, self.args.bn), self.autocast():
+    def measure(self, evaluator: object, population: Tensor) -> Tensor:
+        """Return the logits (P, B, num_classes) of a population on the evaluator's batch."""
+        device = torch.device(self.args.device)
+        with batch_norm_mode(self.network, self.args.bn), devices.autocast(device, self.args.amp):
             return torch.stack([evaluator.logits(alphas) for alphas in population]).float()
 
 
-def difference(actual, expected):
-    """The largest, relative to the largest expected value if that is more than 1."""
+def largest_difference(actual: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a share of the largest expected value if that is more than 1."""
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
 
 
-def compare(network, fast, args, x, y, alphas, nesterov=False):
-    """Seconds of a training step (64 images) and of the fitness of one of POPULATION individuals on all of x.
+def compare(
+    network: nn.Module,
+    fast: ModuleType,
+    args: argparse.Namespace,
+    x: Tensor,
+    y: Tensor,
+    alphas: Tensor,
+    nesterov: bool = False,
+) -> dict[str, Seconds]:
+    """Time all ways and print how far their results differ.
 
-    Returns {key: {way: seconds}}. What the individuals share on a batch counts for fitness by its POPULATION-th part.
-    Prints that, and how far the ways differ.
+    Returns the seconds of "train_step", a training step on the first BATCH images of x, and of
+    "fitness", the fitness of one individual on all of x. What the individuals of a population share
+    on a batch counts as one POPULATION-th of the fitness.
     """
-    print(f"{describe(args.device)}\namp {args.amp}, {args.bn} statistics for fitness")
+    print(f"{describe_machine(args.device)}\namp {args.amp}, {args.bn} statistics for fitness")
     ways = {name: Way(name, network, fast, args) for name in WAYS if args.compile or name != "compiled"}
     evaluators = {name: way.evaluator(x) for name, way in ways.items()}
-    logits = {name: way.measure(evaluators[name], alphas[None]) for name, way in ways.items()}
-    steps = {name: way.training_step(x[:64], y, alphas, nesterov) for name, way in ways.items()}
+    individual = alphas[None]
+    few = x[:BATCH]
+    measured = {name: way.measure(evaluators[name], individual) for name, way in ways.items()}
+    steps = {name: way.training_step(few, y, alphas, nesterov) for name, way in ways.items()}
     trained = {name: step() for name, step in steps.items()}
-    gradients = {
-        name: torch.cat([p.grad.flatten() for p in way.network.parameters()]).float() for name, way in ways.items()
-    }
+    gradients = {}
+    for name, way in ways.items():
+        gradients[name] = torch.cat([p.grad.flatten() for p in way.network.parameters()]).float()
     for name in list(ways)[1:]:
-        apart = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
-        differences = [difference(of[name], of["plain"]) for of in (trained, logits)]
-        text = "differences from plain, {}: training logits {:.1e}, fitness logits {:.1e}, gradient {:.1e} relatively"
-        print(text.format(name, *differences, apart.item()))
-    steps["--checkpoint"] = Way("checkpoint", network, fast, args).training_step(x[:64], y, alphas, nesterov)
+        of_gradient = (gradients[name] - gradients["plain"]).norm() / gradients["plain"].norm()
+        print(
+            f"{name} differs from plain: "
+            f"training logits by {largest_difference(trained[name], trained['plain']):.1e}, "
+            f"fitness logits by {largest_difference(measured[name], measured['plain']):.1e}, "
+            f"gradient by {of_gradient:.1e} of its norm"
+        )
+
+    steps["--checkpoint"] = Way("checkpoint", network, fast, args).training_step(few, y, alphas, nesterov)
     if torch.device(args.device).type == "cuda":
-        steps["--cuda_graph"] = recorded(Way("fast", network, fast, args).training_step(x[:64], y, alphas, nesterov))
-    seconds = {"train_step": alternate(steps, args.rounds, 1, args.device)}
-    kept = seconds["train_step"]["fast"]
-    for name, other in list(seconds["train_step"].items())[len(ways) :]:
-        print(f"training step, batch 64, with {name}: {other:.4f} s, {other / kept:.2f} times that of fast")
-    passes = {name: partial(way.measure, evaluators[name], alphas[None]) for name, way in ways.items()}
-    one = alternate(passes, args.rounds, 1, args.device)
+        steps["--cuda_graph"] = recorded(Way("fast", network, fast, args).training_step(few, y, alphas, nesterov))
+    train_seconds = alternate(steps, args.rounds, 1, args.device)
+    for name in steps:
+        if name not in ways:
+            ratio = train_seconds[name] / train_seconds["fast"]
+            print(f"training step with {name}: {train_seconds[name]:.4f} s, {ratio:.2f} times that of fast")
+
+    passes = {name: partial(way.measure, evaluators[name], individual) for name, way in ways.items()}
+    one_individual = alternate(passes, args.rounds, 1, args.device)
     shared = alternate({name: partial(way.evaluator, x) for name, way in ways.items()}, 2, 1, args.device)
     text = ", ".join(f"{name} {shared[name]:.4f}" for name in ("fast", "compiled") if name in shared)
-    print(f"fitness, seconds of what all individuals share on a batch: {text}")
-    return seconds | {"fitness": {name: one[name] + shared[name] / POPULATION for name in ways}}
+    print(f"fitness, seconds for what all individuals share on a batch: {text}")
+    fitness_seconds = {name: one_individual[name] + shared[name] / POPULATION for name in ways}
+    return {"train_step": train_seconds, "fitness": fitness_seconds}
 
 
-def fastest(seconds):
-    """Return the seconds of the fastest way that a search has, of {way: seconds}."""
+def fastest(seconds: Seconds) -> float:
+    """Return the seconds of the fastest way that a search can take."""
     return min(seconds[name] for name in ("fast", "compiled", "--cuda_graph") if name in seconds)
 
 
-def show(rows):
-    """Print {name: (title, {way: number})} and what is plain / fast; returns the ratios {name: number} to both ways."""
-    columns = "".join(f"{name:>14}" for name in WAYS)
+def print_table(lines: dict[str, tuple[str, dict[str, float]]]) -> dict[str, float]:
+    """Print a table of {name: (title, {way: number})} with the ratios plain / fast and plain / compiled.
+
+    Returns the ratios, {name: plain / fast, name_compiled: plain / compiled}.
+    """
+    columns = "".join(f"{way:>14}" for way in WAYS)
     print(f"\n{'medians':58}{columns} {'plain / fast':>14} {'/ compiled':>11}")
     ratios = {}
-    for name, (title, row) in rows.items():
-        figures = "".join(f"{row[way]:14.4f}" if way in row else f"{'-':>14}" for way in WAYS)
-        of_row = {way: row["plain"] / row[way] for way in ("fast", "compiled") if way in row}
-        print(f"{title:58}{figures} " + "".join(f"{ratio:12.2f}x" for ratio in of_row.values()))
-        ratios |= {name if way == "fast" else f"{name}_{way}": ratio for way, ratio in of_row.items()}
+    for name, (title, numbers) in lines.items():
+        text = f"{title:58}"
+        for way in WAYS:
+            text += f"{numbers[way]:14.4f}" if way in numbers else f"{'-':>14}"
+        text += " "
+        for way, key in (("fast", name), ("compiled", f"{name}_compiled")):
+            if way in numbers:
+                ratios[key] = numbers["plain"] / numbers[way]
+                text += f"{ratios[key]:12.2f}x"
+        print(text)
     return ratios

@@ -1,25 +1,28 @@
-"""Compare every primitive of the networks, forward and backward, with float64 in the layout NCHW on the CPU.
+"""Compare every primitive of the networks, forward and backward, with float64 in NCHW on the CPU.
 
     python benchmarks/conformance.py                   # on the CPU: minutes
-    python benchmarks/conformance.py --device cuda     # with compiled and recorded forms
+    python benchmarks/conformance.py --device cuda     # also as CUDA graphs
 
-A primitive is one convolution, pool, BatchNorm or product, in the form in which the programs call it: "plain" as in the
-readable networks, "fast" as in the searches' fast paths, "gpu" what a GPU gets instead (computed on whatever device
-there is), "compiled" and "recorded" as with --compile and --cuda_graph. The sizes are the paper's and some small ones.
+A primitive is a convolution, a pool or a BatchNorm, in a form in which the programs call it: "plain" as
+in the readable networks, "fast" as in the fast paths of the searches, "gpu" as on a GPU (computed on
+the device at hand), "compiled" as with --compile, and "recorded" as with --cuda_graph. The sizes are
+the paper's and some smaller ones.
 
-For each primitive, form and dtype the worst row is printed: the norm of the errors of an output or gradient, by what
-rounding explains (see support/kernel_check.py). Above 1 the kernel is wrong. The exit code is 1 if one is.
+For each primitive, form and dtype it prints the worst error: the norm of the errors of an output or a
+gradient, divided by what rounding explains (see support/kernel_check.py). Above 1 the kernel is wrong,
+and the exit code is 1.
 """
 
 import argparse
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -28,88 +31,96 @@ import fast_ops
 import operations
 from support import devices, kernel_check
 
-SIZES = [  # channels and pixels a side
+SIZES = [  # channels, and height and width in pixels
     *[(16, 32), (32, 16), (64, 8)],  # the supernets
     *[(36, 32), (72, 16), (144, 8)],  # retraining on CIFAR
     *[(24, 112), (48, 28), (96, 16)],  # retraining on ImageNet
     *itertools.product((2, 3, 5), (8, 16, 28, 32, 64)),  # few channels
 ]
 BATCHES = (2, 5, 64)
-ELEMENTS = 2**20  # of an input at most: 64 images of the supernet's first cells
+ELEMENTS = 2**20  # largest input: 64 images in the first cells of the supernet
 
 
 @dataclass(frozen=True)
 class Primitive:
-    """`function(x, *weights)` in some form, and what it and its gradients should be.
-
-    `weights(C)` lists the shapes of its weights. `expected(x, *weights)` and
-    `expected_gradients(gradient, x, *weights)` list `kernel_check.Expected`.
-    """
+    """A function of images and weights in some form, with the results and gradients that it should have."""
 
     name: str
     form: str
-    function: Callable
-    weights: Callable
-    expected: Callable
-    expected_gradients: Callable
+    function: Callable  # (x (B, C, H, W), *weights) -> Tensor
+    weights: Callable[[int], list[tuple]]  # (C) -> shapes of the weights
+    expected: Callable  # (x, *weights) -> list of kernel_check.Expected
+    expected_gradients: Callable  # (gradient, x, *weights) -> list of kernel_check.Expected
 
 
-def no_weights(C):
+def no_weights(C: int) -> list[tuple]:
+    """Return the shapes of the weights of a function without weights."""
     return []
 
 
-def convolution(name, form, function, weights, stride, padding, dilation=1, groups=None):
-    """Return the Primitive of a convolution; `groups` is None where each channel has its own kernel."""
+def convolution(
+    name: str,
+    form: str,
+    function: Callable,
+    weights: Callable[[int], list[tuple]],
+    stride: int,
+    padding: int | tuple[int, int],
+    dilation: int = 1,
+    groups: int | None = None,
+) -> Primitive:
+    """Return the primitive of a convolution. `groups` None means that each channel has its own kernel."""
 
-    def settings(weight):
+    def settings(weight: Tensor) -> tuple:
         pads = padding if isinstance(padding, tuple) else (padding, padding)
         return (stride, stride), pads, (dilation, dilation), False, (0, 0), groups or len(weight)
 
-    def expected(x, weight):
+    def expected(x: Tensor, weight: Tensor) -> list:
         return kernel_check.convolution(x, weight, None, *settings(weight))
 
-    def expected_gradients(gradient, x, weight):
+    def expected_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> list:
         mask = (True, True, False)
         return kernel_check.convolution_backward(gradient, x, weight, None, *settings(weight), mask)[:2]
 
     return Primitive(name, form, function, weights, expected, expected_gradients)
 
 
-def depthwise(k, stride, dilation):
+def depthwise(k: int, stride: int, dilation: int) -> Iterator[Primitive]:
     """Yield a depthwise convolution as the reference and as the fast path compute it."""
     name = f"depthwise {k}x{k}, stride {stride}, dilation {dilation}"
     padding = dilation * (k // 2)
 
-    def plain(x, weight):
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
         return operations.depthwise_conv(x, weight, stride, padding, dilation)
 
-    def fast(x, weight):
+    def fast(x: Tensor, weight: Tensor) -> Tensor:
         return fast_ops.depthwise(x, weight, dilation, fast_ops.every_second(x, 0) if stride == 2 else None)
 
     for form, function in (("plain", plain), ("fast", fast)):
         yield convolution(name, form, function, lambda C: [(C, 1, k, k)], stride, padding, dilation)
 
 
-def dense(name, weights, stride, padding):
-    """Return a convolution that mixes channels."""
+def dense(name: str, weights: Callable[[int], list[tuple]], stride: int, padding: int | tuple[int, int]) -> Primitive:
+    """Return the primitive of a convolution that mixes channels."""
 
-    def function(x, weight):
+    def function(x: Tensor, weight: Tensor) -> Tensor:
         return F.conv2d(x, weight, None, stride, padding)
 
     return convolution(name, "plain", function, weights, stride, padding, groups=1)
 
 
-def halving(x, weight):
+def halving(x: Tensor, weight: Tensor) -> Tensor:
+    """Apply a 1x1 convolution with stride 2, as FactorizedReduce does."""
     return operations.halving_conv(x, weight, x.shape[1])
 
 
-def average_pool(form, function, size, stride, padding):
+def average_pool(form: str, function: Callable, size: int, stride: int, padding: int) -> Primitive:
+    """Return the primitive of an average pool that ignores the padding."""
     settings = ((size, size), (stride, stride), (padding, padding), False, False, None)
 
-    def expected(x):
+    def expected(x: Tensor) -> list:
         return kernel_check.average_pool(x, *settings)
 
-    def expected_gradients(gradient, x):
+    def expected_gradients(gradient: Tensor, x: Tensor) -> list:
         return kernel_check.average_pool_backward(gradient, x, *settings)
 
     return Primitive(
@@ -117,10 +128,11 @@ def average_pool(form, function, size, stride, padding):
     )
 
 
-def max_pool(stride):
+def max_pool(stride: int) -> Primitive:
+    """Return the primitive of a 3x3 max pool."""
     settings = ((3, 3), (stride, stride), (1, 1))
 
-    def expected_gradients(gradient, x):
+    def expected_gradients(gradient: Tensor, x: Tensor) -> list:
         _, indices = torch.ops.aten.max_pool2d_with_indices(x, *settings)
         return kernel_check.max_pool_backward(gradient, x, *settings, (1, 1), False, indices)
 
@@ -134,28 +146,30 @@ def max_pool(stride):
     )
 
 
-def batch_norm(form, function):
+def batch_norm(form: str, function: Callable) -> Primitive:
+    """Return the primitive of a BatchNorm with the batch's statistics and a scale."""
     eps = 1e-5
 
-    def expected(x, weight):
+    def expected(x: Tensor, weight: Tensor) -> list:
         return kernel_check.batch_norm(x, weight, None, None, None, True, 0.0, eps)[:1]
 
-    def expected_gradients(gradient, x, weight):
+    def expected_gradients(gradient: Tensor, x: Tensor, weight: Tensor) -> list:
         statistics = x.mean((0, 2, 3)), (x.var((0, 2, 3), correction=0) + eps).rsqrt()
         mask = (True, True, False)
-        rows = kernel_check.batch_norm_backward(gradient, x, weight, None, None, *statistics, True, eps, mask)
-        return rows[:2]
+        gradients = kernel_check.batch_norm_backward(gradient, x, weight, None, None, *statistics, True, eps, mask)
+        return gradients[:2]
 
     name = "BatchNorm, batch statistics"
     return Primitive(name, form, function, lambda C: [(C,)], expected, expected_gradients)
 
 
 def primitives() -> list[Primitive]:
-    rows = []
+    """Return all primitives of the networks."""
+    found = []
     for k, (stride, dilation) in itertools.product((3, 5), itertools.product((1, 2), (1, 2))):
-        rows += depthwise(k, stride, dilation)
-    rows += depthwise(7, 1, 1)
-    rows += [
+        found += depthwise(k, stride, dilation)
+    found += depthwise(7, 1, 1)
+    found += [
         dense("1x1", lambda C: [(C, C, 1, 1)], 1, 0),
         convolution("1x1, stride 2", "plain", halving, lambda C: [(C // 2 + 1, C, 1, 1)], 2, 0, groups=1),
         dense("3x3", lambda C: [(C, C, 3, 3)], 1, 1),
@@ -169,23 +183,32 @@ def primitives() -> list[Primitive]:
             "fast": lambda x, stride=stride: fast_ops.fast_average_pool(x, stride),
             "gpu": lambda x, stride=stride: operations.SoundAveragePool.apply(x, stride),
         }
-        rows += [average_pool(form, function, 3, stride, 1) for form, function in pools.items()]
-    rows.append(average_pool("plain", lambda x: F.avg_pool2d(x, 2, 2, count_include_pad=False), 2, 2, 0))
-    rows.append(average_pool("plain", lambda x: F.avg_pool2d(x, 5, 3, count_include_pad=False), 5, 3, 0))
-    rows += [max_pool(1), max_pool(2)]
-    rows.append(batch_norm("plain", lambda x, weight: F.batch_norm(x, None, None, weight, None, True)))
-    rows.append(batch_norm("fast", lambda x, weight: fast_ops.batch_norm_stats(x, weight, None, 1e-5)[0]))
-    return rows
+        found += [average_pool(form, function, 3, stride, 1) for form, function in pools.items()]
+    found.append(average_pool("plain", lambda x: F.avg_pool2d(x, 2, 2, count_include_pad=False), 2, 2, 0))
+    found.append(average_pool("plain", lambda x: F.avg_pool2d(x, 5, 3, count_include_pad=False), 5, 3, 0))
+    found += [max_pool(1), max_pool(2)]
+    found.append(batch_norm("plain", lambda x, weight: F.batch_norm(x, None, None, weight, None, True)))
+    found.append(batch_norm("fast", lambda x, weight: fast_ops.batch_norm_stats(x, weight, None, 1e-5)[0]))
+    return found
 
 
-def check(primitive: Primitive, images: int, C: int, side: int, dtype: torch.dtype, device: torch.device, form=None):
-    """Return [(output, worst, overall)] of a primitive on random images, see `kernel_check.Row`.
+def check(
+    primitive: Primitive,
+    images: int,
+    C: int,
+    side: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    form: str | None = None,
+) -> list[tuple[str, float, float]]:
+    """Return the errors of a primitive as [(output, worst, overall)], see `kernel_check.Row`.
 
-    `form` is "compiled" or "recorded" to compute it so. Values are random, and exact in `dtype`.
+    Images and weights are random, with values that `dtype` represents exactly. `form` is "compiled",
+    "recorded" or None for the primitive's own.
     """
     generator = torch.Generator().manual_seed(C * side + images)
 
-    def draw(*shape):
+    def draw(*shape: int) -> Tensor:
         values = torch.randn(shape, generator=generator).to(dtype).float()
         if len(shape) != 4:
             return values.to(device)
@@ -195,7 +218,7 @@ def check(primitive: Primitive, images: int, C: int, side: int, dtype: torch.dty
     x = draw(images, C, side, side).to(dtype).requires_grad_()
     weights = [draw(*shape).requires_grad_() for shape in primitive.weights(C)]
 
-    def step(gradient=None):
+    def step(gradient: Tensor | None = None) -> Tensor | tuple[Tensor, ...]:
         with devices.autocast(device, dtype == torch.bfloat16):
             y = function(x, *weights)
         if gradient is None:
@@ -207,14 +230,16 @@ def check(primitive: Primitive, images: int, C: int, side: int, dtype: torch.dty
     outputs = recorded(lambda: step(gradient)) if form == "recorded" else step(gradient)
     precise = [kernel_check.to_reference(value) for value in (gradient, x, *weights)]
     expected = primitive.expected(*precise[1:]) + primitive.expected_gradients(*precise)
-    rows = zip(outputs, expected, strict=True)
-    return [(of.output, *kernel_check.compare(value, of, dtype)) for value, of in rows]
+    errors = []
+    for value, expectation in zip(outputs, expected, strict=True):
+        errors.append((expectation.output, *kernel_check.compare(value, expectation, dtype)))
+    return errors
 
 
-def recorded(function):
-    """Return what the function returns, from a CUDA graph of its kernels."""
+def recorded(function: Callable) -> tuple[Tensor, ...]:
+    """Return what the function returns, computed by a CUDA graph of its kernels."""
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):  # so that libraries are ready
+    with torch.cuda.stream(stream):  # libraries must be loaded before recording begins
         for _ in range(2):
             function()
     torch.cuda.synchronize()
@@ -226,8 +251,11 @@ def recorded(function):
     return outputs
 
 
-def sizes(full: bool, most: int = ELEMENTS):
-    """Yield (images, channels, pixels a side): all of at most so many elements, or those that hold known errors."""
+def sizes(full: bool, most: int = ELEMENTS) -> Iterator[tuple[int, int, int]]:
+    """Yield the sizes (images, channels, height and width) to check.
+
+    With `full` they are all sizes of at most `most` elements, else a few at which errors are known.
+    """
     if not full:
         yield from ((5, 2, 32), (5, 3, 8), (2, 16, 32))
         return
@@ -236,13 +264,18 @@ def sizes(full: bool, most: int = ELEMENTS):
             yield images, C, side
 
 
-def main():
+def main() -> int:
+    """Check all primitives; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--few", action="store_true", help="only the sizes that `make test` tries")
-    parser.add_argument("--compile", action="store_true", help="compile each primitive too, at one size (minutes)")
+    parser.add_argument("--device", default="cpu", help="any PyTorch device, such as cuda (default: cpu)")
+    parser.add_argument("--few", action="store_true", help="check only the few sizes that `make test` checks")
+    parser.add_argument(
+        "--compile", action="store_true", help="also check each primitive compiled, at one size; takes minutes"
+    )
     args = parser.parse_args()
-    device, start, wrong = torch.device(args.device), time.perf_counter(), 0
+    device = torch.device(args.device)
+    start = time.perf_counter()
+    wrong = 0
     devices.set_up(device)
     forms = [None, *["compiled"] * args.compile, *["recorded"] * (device.type == "cuda")]
     print(f"PyTorch {torch.__version__}, {devices.device_text(device)}")
@@ -254,7 +287,7 @@ def main():
         wrong += worst[0] > 1
         name = f"{primitive.name}, {form or primitive.form}, {str(dtype).removeprefix('torch.')}"
         print(f"{name:58} {worst[0]:8.3f}  {worst[1]} at {'x'.join(map(str, worst[2]))}", flush=True)
-    print(f"{wrong} of them are wrong; {time.perf_counter() - start:.0f} s")
+    print(f"{wrong} of these are wrong; {time.perf_counter() - start:.0f} s")
     return 1 if wrong else 0
 
 

@@ -1,6 +1,8 @@
-"""Latency of the exported EvNAS-A at batch 1: onnxruntime beside PyTorch, on the CPU. Weights are random.
+"""Time EvNAS-A on one image with PyTorch, torch.export and onnxruntime, on the CPU.
 
-python benchmarks/export.py [--imagenet] [--rounds 50]
+    python benchmarks/export.py [--imagenet] [--rounds 50]
+
+The weights are random.
 """
 
 import argparse
@@ -16,22 +18,33 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
-from benchmarks.common import alternate, describe, finish
-from export import Logits, difference, to_onnx, to_torch
+from benchmarks.common import alternate, describe_machine, print_ratios
+from export import Logits, relative_error, to_onnx, to_torch
 from model import NetworkCIFAR, NetworkImageNet
 
 
 @torch.no_grad()
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--imagenet", action="store_true", help="C 48, 14 cells, 224 pixels; else C 36, 20 cells, 32")
-    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument(
+        "--imagenet",
+        action="store_true",
+        help="time the ImageNet network (C 48, 14 cells, 224x224), not the CIFAR one (C 36, 20 cells, 32x32)",
+    )
+    parser.add_argument("--rounds", type=int, default=50, help="number of measurements of each way (default: 50)")
     args = parser.parse_args()
     torch.manual_seed(0)
-    network, C, layers, classes, side = NetworkCIFAR, 36, 20, 10, 32
     if args.imagenet:
-        network, C, layers, classes, side = NetworkImageNet, 48, 14, 1000, 224
-    module = Logits(network(C, classes, layers, False, genotypes.EvNASA)).eval().requires_grad_(False)
+        C = 48
+        layers = 14
+        side = 224
+        network = NetworkImageNet(C, 1000, layers, False, genotypes.EvNASA)
+    else:
+        C = 36
+        layers = 20
+        side = 32
+        network = NetworkCIFAR(C, 10, layers, False, genotypes.EvNASA)
+    module = Logits(network).eval().requires_grad_(False)
     images = torch.randn(2, 3, side, side)
     x = images[:1]
 
@@ -47,14 +60,16 @@ def main():
         "torch.export": partial(exported, x),
         "onnxruntime": lambda: torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0]),
     }
-    print(f"{describe('cpu')}; onnxruntime {onnxruntime.__version__}")
+    print(f"{describe_machine('cpu')}; onnxruntime {onnxruntime.__version__}")
     print(f"EvNAS-A, C {C}, {layers} cells, one image of {side}x{side}, {args.rounds} rounds")
     logits = {name: way() for name, way in ways.items()}
     seconds = alternate(ways, args.rounds, 5, "cpu")
     for name, value in seconds.items():
-        apart = difference(logits[name], logits["PyTorch"])  # relative to the largest
-        print(f"{name:24} {1000 * value:8.2f} ms, median; logits differ by {apart:.0e}")
-    finish({f"PyTorch / {name}": seconds["PyTorch"] / value for name, value in seconds.items() if name != "PyTorch"})
+        error = relative_error(logits[name], logits["PyTorch"])
+        print(f"{name:24} {1000 * value:8.2f} ms, median; logits differ by {error:.0e} of the largest")
+    print_ratios(
+        {f"PyTorch / {name}": seconds["PyTorch"] / value for name, value in seconds.items() if name != "PyTorch"}
+    )
 
 
 if __name__ == "__main__":

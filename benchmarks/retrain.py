@@ -1,53 +1,57 @@
-"""A retraining step of EvNAS-A: the network as it is built (NCHW) against what train.py runs.
+"""Time a retraining step of EvNAS-A: the network in NCHW and float32 against what train.py runs.
 
 python benchmarks/retrain.py [--device cuda --amp]
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import genotypes
-from benchmarks.common import alternate, describe, finish, recorded
+from benchmarks.common import RECIPE, alternate, describe_machine, print_ratios, recorded
 from model import NetworkCIFAR
 from support import devices
 from training import make_optimizer, train_step
 
 
-def main():
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--nchw", action="store_true", help="train.py's way in NCHW, not channels-last")
+    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each way (default: 3)")
+    parser.add_argument("--nchw", action="store_true", help="compute what train.py runs in NCHW, not in channels-last")
     devices.add_device_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, but for the network as it is built")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave the compiled step out")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, except for the network in NCHW")
+    parser.add_argument(
+        "--no-compile", dest="compile", action="store_false", help="leave out the compiled step, which takes minutes"
+    )
     args = parser.parse_args()
     device = devices.choose_device(args)
     layout = torch.contiguous_format if args.nchw else devices.memory_format(device)
     torch.manual_seed(0)
     plain = NetworkCIFAR(36, 10, 20, True, genotypes.EvNASA).to(device)
     fast = deepcopy(plain).to(memory_format=layout)
-    x, y = torch.randn(96, 3, 32, 32, device=device), torch.randint(10, (96,), device=device)
-    recipe = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
+    x = torch.randn(96, 3, 32, 32, device=device)
+    y = torch.randint(10, (96,), device=device)
 
-    def step(network, images, amp, **settings):
+    def step(network: nn.Module, images: Tensor, amp: bool, **settings) -> Callable[[], Tensor]:
         network.drop_path_prob = 0.1
-        optimizer = make_optimizer(network.parameters(), recipe)
+        optimizer = make_optimizer(network.parameters(), RECIPE)
 
-        def loss_of(x, y):
+        def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
             logits, logits_aux = network(x, **settings)
             return F.cross_entropy(logits, y) + 0.4 * F.cross_entropy(logits_aux, y), logits
 
         return partial(train_step, network, optimizer, loss_of, images, y, amp=amp, grad_clip=5.0)
 
-    print(f"{describe(device)}; EvNAS-A, C 36, 20 cells, batch 96, auxiliary head, drop path")
+    print(f"{describe_machine(device)}; EvNAS-A, C 36, 20 cells, batch 96, auxiliary head, drop path")
     images = x.contiguous(memory_format=layout)
     functions = {
         "plain": step(plain, x, amp=False),
@@ -60,9 +64,9 @@ def main():
         functions["--cuda_graph"] = recorded(step(deepcopy(plain).to(memory_format=layout), images, args.amp))
     median = alternate(functions, rounds=args.rounds, warmup=1, device=device)
     for name, value in median.items():
-        print(f"{name:12} {1000 * value:9.1f} ms a step; {value * 521:7.1f} s an epoch of 50,000 images")
+        print(f"{name:12} {1000 * value:9.1f} ms per step; {value * 521:7.1f} s per epoch of 50,000 images")
     names = {"fast": "train_step", "--compile": "compiled", "--cuda_graph": "recorded"}
-    finish({names[name]: median["plain"] / median[name] for name in names if name in median})
+    print_ratios({names[name]: median["plain"] / median[name] for name in names if name in median})
 
 
 if __name__ == "__main__":

@@ -1,55 +1,61 @@
-"""The search in the DARTS space: its fast path (fast_search.py) against the plain supernet, C 16, 8 cells.
+"""Time the search in the DARTS space (S1): the fast path against the plain supernet, with C 16 and 8 cells.
 
-    python benchmarks/search_s1.py                                  # ratios, some 10 minutes on 2 cores
+    python benchmarks/search_s1.py                                  # about 10 minutes on 2 cores
     python benchmarks/search_s1.py --device cuda --amp --full
 
---full measures fitness at batch 1,024, multiplies out to a generation and to the search, and compares the fitness in
-bfloat16 with that in float32 on the same lightly trained weights. Else images are random: only times, memory and
-equality are measured.
+Images are random, since only times, memory and equality are measured. With --full, fitness is measured
+at batch 1,024, the time of a generation and of the whole search is estimated from it, and the fitness
+in bfloat16 is compared with that in float32 on weights that were trained for 200 steps on digits.
 """
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import datasets
 import fast_search
-from benchmarks.common import WAYS, Way, compare, fastest, finish, search_arguments, show
+from benchmarks.common import WAYS, Way, compare, fastest, print_ratios, print_table, search_arguments
 from encoding import decode, random_alphas
 from model_search import Network
 
-PUBLISHED_HOURS = 3.83 * 24
+PUBLISHED_HOURS = 3.83 * 24  # on one GPU
 
 
-def new_network():
+def new_network() -> Network:
+    """Return the paper's supernet, each time with the same weights."""
     torch.manual_seed(18)
     return Network(16, 10, 8)
 
 
-def resident(field):
-    """VmRSS, or VmHWM, its peak, of this process in MB."""
+def resident(field: str) -> float:
+    """Return the memory of this process in MB: VmRSS for what it has now, VmHWM for the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
-def added_memory(args, batch):
-    """MB that a training step, or fitness, adds at its peak, in this process, which has computed nothing before."""
-    of, name = args.memory_of
+def added_memory(args: argparse.Namespace, batch: int) -> float:
+    """Return the MB that a training step or fitness adds at its peak.
+
+    This process must have computed nothing before, because a peak is that of its whole life.
+    """
+    task, name = args.memory_of
     way = Way(name, new_network(), fast_search, args)
-    x = torch.randn(16 if of == "training" else batch, 3, 32, 32, device=args.device)
+    x = torch.randn(16 if task == "training" else batch, 3, 32, 32, device=args.device)
     alphas = torch.zeros(1, 2, 14, 8, device=args.device)
 
-    def measure(x):
-        if of == "training":
+    def measure(x: Tensor) -> None:
+        if task == "training":
             way.training_step(x, torch.zeros(len(x), dtype=torch.int64, device=args.device), alphas[0])()
         else:
             way.measure(way.evaluator(x), alphas)
 
-    measure(x[:2])  # libraries load and kernels compile
+    measure(x[:2])  # so that libraries are loaded and kernels compiled
     if torch.device(args.device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -60,16 +66,20 @@ def added_memory(args, batch):
     return resident("VmHWM") - before
 
 
-def memory(of, name):
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", of, name]
+def memory(task: str, name: str) -> float:
+    """Measure `added_memory` of a way, for "training" or "fitness", in a process of its own."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", task, name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     return float(done.stdout.split()[-1])
 
 
-def compare_precisions(args, steps=200, individuals=100):
-    """Fitness of random individuals on enlarged handwritten digits, in float32 and bfloat16 on the same weights."""
+def compare_precisions(args: argparse.Namespace, steps: int = 200, individuals: int = 100) -> None:
+    """Print how far the fitness of random individuals in bfloat16 is from that in float32.
+
+    The weights are the same. They are trained on handwritten digits, enlarged to 32x32.
+    """
     from scipy.stats import kendalltau
 
     digits = datasets.load_images("digits", None, "train")
@@ -85,17 +95,18 @@ def compare_precisions(args, steps=200, individuals=100):
     for args.amp in (False, True):
         logits = way.measure(way.evaluator(x[1024:]), population)  # (P, B, 10)
         fitness.append(100 * (logits.argmax(-1) == y[1024:]).double().mean(1).cpu())
-    a, b = fitness
+    in_float32, in_bfloat16 = fitness
     print(
         f"bfloat16 against float32, {individuals} random individuals after {steps} steps on digits: Kendall's tau-b "
-        f"{kendalltau(a, b).statistic:.3f}; fitness {a.min():.1f} to {a.max():.1f} %, "
-        f"mean difference {(a - b).abs().mean():.2f} %"
+        f"{kendalltau(in_float32, in_bfloat16).statistic:.3f}; "
+        f"fitness {in_float32.min():.1f} to {in_float32.max():.1f} %, "
+        f"mean difference {(in_float32 - in_bfloat16).abs().mean():.2f} %"
     )
 
 
-def main():
+def main() -> None:
     parser = search_arguments(__doc__, bn="batch")
-    parser.add_argument("--memory_of", nargs=2, help="print the memory of training or fitness, WAY: for its own use")
+    parser.add_argument("--memory_of", nargs=2, metavar=("TASK", "WAY"), help=argparse.SUPPRESS)  # see `memory`
     args = parser.parse_args()
     batch = 1024 if args.full else 256
     if args.memory_of:
@@ -106,8 +117,10 @@ def main():
     x = torch.randn(batch, 3, 32, 32, generator=generator).to(args.device)
     y = torch.randint(10, (64,), generator=generator).to(args.device)
     seconds = compare(new_network(), fast_search, args, x, y, alphas)
-    peaks = {of: {name: memory(of, name) for name in WAYS if name != "compiled"} for of in ("training", "fitness")}
-    ratios = show(
+    peaks = {}
+    for task in ("training", "fitness"):
+        peaks[task] = {name: memory(task, name) for name in WAYS if name != "compiled"}
+    ratios = print_table(
         {
             "train_step": ("training step, batch 64, s", seconds["train_step"]),
             "fitness": (f"fitness, one individual, batch {batch}, s", seconds["fitness"]),
@@ -117,14 +130,15 @@ def main():
     )
     print(f"peak memory of a training step, batch 16, with --checkpoint: {memory('training', 'checkpoint'):.0f} MB")
     if args.full:
-        step, fitness = (fastest(of) for of in seconds.values())
+        step = fastest(seconds["train_step"])
+        fitness = fastest(seconds["fitness"])
         generation = 391 * step + 25 * 50 * fitness
         print(
             f"one generation, 391 steps and 50 distinct individuals on 25 batches: {generation:.1f} s; 50 generations "
             f"{50 * generation / 3600:.2f} h, published {PUBLISHED_HOURS:.1f} h"
         )
         compare_precisions(args)
-    finish(ratios)
+    print_ratios(ratios)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """NAS-Bench-201 (Dong & Yang, ICLR 2020): look up the true accuracies of its 15,625 architectures.
 
-SRC is a compact table (.csv or .csv.xz), a NATS-Bench directory (NATS-tss-v1_0-3ffb9-simple), or the
-official NAS-Bench-201-v1_1-096897.pth.
+SRC is a compact table (.csv or .csv.xz), a NATS-Bench directory (NATS-tss-v1_0-3ffb9-simple), or
+the official NAS-Bench-201-v1_1-096897.pth.
 
 Accuracies are top-1 in percent after 200 epochs of training, averaged over the seeds that an
 architecture was trained with. Figures of other training lengths are never used in their place.
@@ -46,8 +46,8 @@ class Benchmark:
     """The true accuracies of all architectures, as `load` returns them.
 
     archs: the arch strings in the benchmark's order.
-    table: accuracies (15625, 6), float64 in percent, in the order of COLUMNS, NaN where there is no figure.
-        None for a source whose records are read one by one.
+    table: accuracies (15625, 6), float64 in percent, in the order of COLUMNS, NaN where there is
+        no figure. None for a source whose records are read one by one.
     read: reads the record of an index and returns its accuracies (6,), if there is no table.
     absent: the columns that the source does not have.
     missing: the indices that have no record.
@@ -80,12 +80,15 @@ class Benchmark:
         return self.archs[index]
 
     def index(self, arch_string: str) -> int:
-        """Return the index of an arch string. Raises UserError, which says what is wrong with the arch string."""
+        """Return the index of an arch string.
+
+        Raises UserError, which says what is wrong with the arch string.
+        """
         from_arch_string(arch_string)
         return self._index[arch_string]
 
     def accuracies(self, index: int) -> np.ndarray:
-        """Return the accuracies (6,) of an architecture in the order of COLUMNS, NaN where there is no figure.
+        """Return the accuracies (6,) in the order of COLUMNS, NaN where there is no figure.
 
         Raises UserError for an index that does not exist and for a damaged record.
         """
@@ -93,10 +96,10 @@ class Benchmark:
         return self._read(index) if self.table is None else self.table[index]
 
     def accuracy(self, index: int, dataset: str, split: str) -> float | None:
-        """Return an accuracy in percent, or None if the source does not have it (see `absent` and `missing`).
+        """Return an accuracy in percent, or None if the source does not have it.
 
-        Raises UserError for a data set not in DATASETS, a split not in SPLITS, an index that does not exist and a
-        damaged record.
+        Raises UserError for a data set not in DATASETS, a split not in SPLITS, an index that does
+        not exist and a damaged record.
         """
         if (dataset, split) not in METRICS:
             raise UserError(f"no figures for {dataset} {split}; there are {', '.join(DATASETS)}, each valid and test")
@@ -104,7 +107,7 @@ class Benchmark:
         return None if math.isnan(value) else value
 
     def full_table(self) -> np.ndarray:
-        """Return the accuracies (15625, 6) of all architectures, and read them if that is still to do.
+        """Return the accuracies (15625, 6) of all architectures, reading them if necessary.
 
         Raises UserError if a record is missing or damaged.
         """
@@ -125,10 +128,10 @@ class Benchmark:
 
 
 def load(path: str | os.PathLike) -> Benchmark:
-    """Open a source: .csv or .csv.xz (a compact table), a NATS-Bench directory or the official .pth.
+    """Open a source: a compact table, a NATS-Bench directory or the official .pth.
 
-    The .pth is reported to need 28 GB of memory while it loads, so export it once. Raises UserError, which names the
-    file and, if there is one, the line or index at fault.
+    The .pth is reported to need 28 GB of memory while it loads, so export it once. Raises
+    UserError, which names the file and, if there is one, the line or index at fault.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -145,8 +148,8 @@ def load(path: str | os.PathLike) -> Benchmark:
 def checked(path: str, raw: RawTable) -> Benchmark:
     """Return the Benchmark of a table that a reader returned.
 
-    Every source goes through this check: all architectures, each under one index, and figures from 0 to 100. Raises
-    UserError.
+    Every source goes through this check: all architectures, each under one index, and figures from
+    0 to 100. Raises UserError.
     """
     check_header(path, raw.header)
     archs = [None] * NUM_ARCHS
@@ -180,7 +183,7 @@ def checked(path: str, raw: RawTable) -> Benchmark:
 
 
 def check_header(path: str, header: list[str]) -> None:
-    """Raise UserError if a table lacks index, arch or all figures, or if two of its columns have the same name."""
+    """Raise UserError if a table lacks index, arch or all figures, or repeats a column."""
     for name in ("index", "arch"):
         if name not in header:
             raise UserError(f"{path}: no column {name}; a table has index, arch and some of {', '.join(COLUMNS)}")
@@ -199,7 +202,7 @@ def checked_index(value: object, where: str) -> int:
 
 
 def load_directory(folder: str) -> Benchmark:
-    """Open a NATS-Bench directory: `meta.pickle.pbz2`, and a file for each architecture, read when it is needed."""
+    """Open a NATS-Bench directory, in which each architecture has a file, read when needed."""
 
     def unpickle(name: str) -> object:
         path = os.path.join(folder, name)
@@ -223,9 +226,10 @@ def load_directory(folder: str) -> Benchmark:
 
 
 def save(source: Benchmark, path: str | os.PathLike) -> None:
-    """Write a source as a compact table, .csv or .csv.xz, without the columns that it does not have.
+    """Write a source as a compact table, .csv or .csv.xz.
 
-    Raises UserError for another suffix, for a missing record or figure, and if `path` cannot be written.
+    Columns that the source does not have are left out. Raises UserError for another suffix, for a
+    missing record or figure, and if `path` cannot be written.
     """
     path = os.fspath(path)
     if not path.endswith((".csv", ".csv.xz")):
@@ -246,10 +250,11 @@ def save(source: Benchmark, path: str | os.PathLike) -> None:
 
 
 def best_of(values: np.ndarray, n: int) -> float:
-    """Return the expected largest of `n` distinct values drawn at random from `values` (N,), exactly.
+    """Return the exact expectation of the largest of `n` distinct random values (N,).
 
-    Sort the values. All n draws are among the i smallest with probability i/N * (i-1)/(N-1) * .. (n factors). The
-    largest draw is the i-th value with the difference of that probability between i and i - 1.
+    Sort the values. All n draws are among the i smallest with probability i/N * (i-1)/(N-1) * ..
+    (n factors). The largest draw is the i-th value with the difference of that probability between
+    i and i - 1.
     """
     places = np.arange(1, len(values) + 1)[:, None]  # i, (N, 1)
     drawn = np.arange(n)  # values drawn before, (n,)
@@ -259,13 +264,14 @@ def best_of(values: np.ndarray, n: int) -> float:
 
 
 def baselines(source: Benchmark, index: int | None = None) -> dict[str, dict[str, float]]:
-    """Return what a result has to be compared with, {column without "_200": figures}, for each complete column.
+    """Return {column without "_200": figures to compare a result with} for each complete column.
 
     The figures are accuracies in percent after 200 epochs:
     mean, median, std, best: of the whole space, so mean is what a random architecture has.
     best_of_10, best_of_50: see `best_of`.
-    most_parameters: of MOST_PARAMETERS; most_parameters_beaten_by is the number of better architectures.
-    accuracy, beaten_by: of the architecture with this index, if there is one, and the number of better architectures.
+    most_parameters: of MOST_PARAMETERS; most_parameters_beaten_by counts better architectures.
+    accuracy, beaten_by: of the architecture with this index, if one is given, and the number of
+        better architectures.
     Raises UserError if a record is missing or damaged.
     """
     figures = {}
@@ -289,14 +295,17 @@ def baselines(source: Benchmark, index: int | None = None) -> dict[str, dict[str
 
 
 def index_of(source: Benchmark, text: str) -> int:
-    """Return the index that the command line names by an arch string or a number. Raises UserError."""
+    """Return the index that the command line names by an arch string or a number.
+
+    Raises UserError.
+    """
     index = int(text) if re.fullmatch(r"-?\d{1,9}", text) else source.index(text)
     source.arch(index)
     return index
 
 
 def print_architecture(source: Benchmark, text: str) -> None:
-    """Print an architecture's accuracies and, if the source is a complete table, its ranks among all architectures."""
+    """Print an architecture's accuracies and, if the source is a complete table, its ranks."""
     index = index_of(source, text)
     print(f"index {index}  {source.arch(index)}")
     print(f"{'data set':15} {'split':6} {'accuracy':>8} {'rank':>6}")
@@ -319,7 +328,7 @@ def print_best(source: Benchmark) -> None:
 
 
 def print_baselines(source: Benchmark, text: str | None = None) -> None:
-    """Print `baselines` as a table, with what EvNAS published and, if one is named, an architecture's figures."""
+    """Print `baselines` as a table, with EvNAS's published figures and those of an architecture."""
     index = None if text is None else index_of(source, text)
     heads = {
         "mean": "mean",

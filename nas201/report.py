@@ -1,4 +1,4 @@
-"""What drawings and reports show of NAS-Bench-201: arch strings, true accuracies, published figures. No torch here."""
+"""What drawings and reports show of NAS-Bench-201. No torch here."""
 
 from html import escape
 from typing import TYPE_CHECKING
@@ -30,14 +30,20 @@ HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS"
 
 
 def decode(alphas: "torch.Tensor") -> "torch.Tensor":
-    """Return `nas201.encoding.decode(alphas)`. That module imports torch, so it is imported when it is needed."""
+    """Return `nas201.encoding.decode(alphas)`.
+
+    That module imports torch, so it is imported when it is needed.
+    """
     from nas201 import encoding
 
     return encoding.decode(alphas)
 
 
 def drawings(arch: str, name: str) -> dict[str, Drawing]:
-    """Return the drawing of an arch string, by file name. Raises UserError if the arch string is not valid."""
+    """Return the drawing of an arch string, by file name.
+
+    Raises UserError if the arch string is not valid.
+    """
     edges = []
     for (target, source), operation in zip(EDGES, from_arch_string(arch), strict=True):
         edges.append(Edge(NODES[source], NODES[target], PRIMITIVES[operation]))
@@ -45,7 +51,7 @@ def drawings(arch: str, name: str) -> dict[str, Drawing]:
 
 
 def accuracy_section(rows: list[dict], searched: str | None) -> str:
-    """Return the true accuracy of each generation's best, next to the optimum and what was published.
+    """Return each generation's best true accuracy, next to the optimum and published figures.
 
     Published searches are only shown for the data set that this search used, `searched`.
     """
@@ -55,7 +61,9 @@ def accuracy_section(rows: list[dict], searched: str | None) -> str:
         name = dataset.replace("cifar", "CIFAR-")
         for split, figures in published.items():
             found = format_number(column(rows, f"true_accuracy/{dataset}/{split}")[-1])
-            evnas, rsps, gdas = "–", "–", "–"
+            evnas = "–"
+            rsps = "–"
+            gdas = "–"
             if dataset == searched:
                 evnas = f"{figures.evnas:.2f} ± {figures.evnas_std:.2f}"
                 rsps = f"{figures.rsps:.2f}"
@@ -76,7 +84,7 @@ def accuracy_section(rows: list[dict], searched: str | None) -> str:
 
 
 def result_tables(result: dict) -> str:
-    """Return two tables: the winner next to random and to the largest architectures, and how fitness ranks them.
+    """Return two tables: the winner next to other architectures, and how fitness ranks them.
 
     `result` is the content of baselines.json.
     """

@@ -1,7 +1,7 @@
-"""Readers of the benchmark's files: compact tables, NATS-Bench records, the official .pth. They execute nothing.
+"""Readers of the benchmark's files: compact tables, NATS-Bench records, the official .pth.
 
-`read_csv` and `read_pth` return a `RawTable` that nobody has checked. `benchmark.load` checks it. A reader of another
-format needs nothing else.
+They execute nothing. `read_csv` and `read_pth` return a `RawTable` that nobody has checked.
+`benchmark.load` checks it. A reader of another format needs nothing else.
 """
 
 import bz2
@@ -22,7 +22,7 @@ from support.numpy_pickles import Dtype, scalar
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
-# {(data set, split): (data set, metric) as the benchmark calls them}, in the order of the table's columns.
+# {(data set, split): (data set, metric) as the benchmark calls them}, in the columns' order.
 # In the benchmark, cifar10-valid are networks that were trained on half of the training images.
 METRICS = {
     ("cifar10", "valid"): ("cifar10-valid", "x-valid"),
@@ -55,7 +55,10 @@ class RawTable(NamedTuple):
 
 
 def as_percent(value: object, name: str, where: str) -> float:
-    """Return `value` as a number from 0 to 100. Raises UserError, which says what `name` is at `where`."""
+    """Return `value` as a number from 0 to 100.
+
+    Raises UserError, which says what `name` is at `where`.
+    """
     try:
         number = float(value)
     except (TypeError, ValueError):
@@ -69,7 +72,10 @@ def as_percent(value: object, name: str, where: str) -> float:
 
 
 def read_csv(path: str) -> RawTable:
-    """Read a compact table, .csv or .csv.xz, line by line. Raises UserError, also while its records are read."""
+    """Read a compact table, .csv or .csv.xz, line by line.
+
+    Raises UserError, also while its records are read.
+    """
     reader = csv.reader(lines_of(path))
     with csv_errors(path):
         header = next(reader, [])
@@ -98,7 +104,7 @@ def csv_errors(path: str) -> Iterator[None]:
 
 
 def lines_of(path: str) -> Iterator[str]:
-    """Yield the lines of a table one at a time: a list of 16 MB of empty lines would take a gigabyte."""
+    """Yield the lines of a table. As a list, 16 MB of empty lines would take a gigabyte."""
     with io.TextIOWrapper(io.BytesIO(unpacked(path)), "utf-8-sig", newline="") as text:
         for number in itertools.count(1):
             line = text.readline(MAX_LINE)
@@ -148,9 +154,9 @@ def official_table(path: str, content: object, records: dict | None = None) -> R
 
 
 def official_records(path: str, archs: list, records: dict) -> Iterator[RawRecord]:
-    """Yield what the records say of each architecture in turn: no figures where there is no record. Raises UserError.
+    """Yield what the records say of each architecture in turn: no figures where there is no record.
 
-    Only the figures are kept, so that the records' memory can be freed.
+    Raises UserError. Only the figures are kept, so that the records' memory can be freed.
     """
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
@@ -161,8 +167,8 @@ def official_records(path: str, archs: list, records: dict) -> Iterator[RawRecor
 def figures_of(record: object, key: str, arch: str, where: str) -> dict[str, float]:
     """Return {column: accuracy after 200 epochs, mean over the seeds} of a record.
 
-    The 200-epoch runs are at `key` of the record. Columns that no run measured are left out. Raises UserError if the
-    record is not one of `arch`, and if it does not have the form of a record.
+    The 200-epoch runs are at `key` of the record. Columns that no run measured are left out. Raises
+    UserError if the record is not one of `arch`, and if it does not have the form of a record.
     """
     try:
         state = record[key]
@@ -185,7 +191,10 @@ def figures_of(record: object, key: str, arch: str, where: str) -> dict[str, flo
 
 
 def unpacked(path: str) -> bytes:
-    """Return the content of a file, unpacked if it is an .xz or a .pbz2. Raises UserError, also if it is too large."""
+    """Return the content of a file, unpacked if it is an .xz or a .pbz2.
+
+    Raises UserError, also if it is too large.
+    """
     opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], contextlib.nullcontext)
     try:
         with open_regular(path) as packed, opener(packed) as file:

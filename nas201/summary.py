@@ -38,7 +38,10 @@ def read_arguments(run_dir: Path) -> dict:
 
 
 def read_finished_history(run_dir: Path) -> list[dict]:
-    """Return the history of a run that has all its generations, baselines and report. Raises UserError for another."""
+    """Return the history of a run that has all its generations, baselines and report.
+
+    Raises UserError if the run is not finished.
+    """
     complete = all((run_dir / name).exists() for name in ("report.html", "baselines.json"))
     history = read_history(run_dir, SETTINGS) if complete else []
     generations = [row.get("generation") for row in history]
@@ -48,7 +51,10 @@ def read_finished_history(run_dir: Path) -> list[dict]:
 
 
 def read_run(run_dir: Path) -> dict:
-    """Return the figures of a finished run, as summary.json has them. Raises UserError if it is not finished."""
+    """Return the figures of a finished run, as summary.json has them.
+
+    Raises UserError if it is not finished.
+    """
     history = read_finished_history(run_dir)
     figures = {"run": str(run_dir)}
     for key in ("best_genotype", "fitness_best", "true_accuracy", "truth", "kendall_tau", "spearman_rho"):
@@ -65,14 +71,17 @@ def read_run(run_dir: Path) -> dict:
 
 
 def mean_std(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Return {"mean", "std"} of the values that are known (n - 1 in the denominator), None if there are too few."""
+    """Return mean and std (n - 1) of the values that are known, None if there are too few."""
     known = [value for value in values if value is not None]
     mean = statistics.fmean(known) if known else None
     return {"mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
 
 
 def summarise(folder: str | Path, dataset: str) -> dict:
-    """Return the content of summary.json. Accuracies are top-1 in percent after 200 epochs. Raises UserError."""
+    """Return the content of summary.json.
+
+    Accuracies are top-1 in percent after 200 epochs. Raises UserError.
+    """
     run_dirs = [Path(folder) / f"search-{dataset}-seed{seed}" for seed in SEEDS]
     runs = [read_run(run_dir) for run_dir in run_dirs]
     args = read_arguments(run_dirs[0])
@@ -93,10 +102,10 @@ def summarise(folder: str | Path, dataset: str) -> dict:
 
 
 def accuracy_figures(runs: list[dict], dataset: str, space: dict[str, dict]) -> dict[str, dict]:
-    """Return {column without "_200": figures}: of these searches, of published ones, and of the whole space.
+    """Return {column without "_200": figures} of these searches, published ones and the space.
 
-    `dataset` is the one that was searched: the published searches were on the same. `space` is what `baselines`
-    returns, {} if it is not known; the published optimum takes its place.
+    `dataset` is the one that was searched: the published searches were on the same. `space` is what
+    `baselines` returns, {} if it is not known; the published optimum takes its place.
     """
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):
@@ -155,7 +164,7 @@ def print_summary(summary: dict) -> None:
 
 
 def print_accuracies(summary: dict) -> None:
-    """Print accuracies and seconds: one line each, one column for each kind of search or architecture."""
+    """Print accuracies and seconds, with a column for each kind of search or architecture."""
     heads = {
         "searched": "these searches",
         "published": "published",

@@ -58,7 +58,7 @@ def default_settings(style: Mapping[str, object] | None = None) -> Iterator[None
 
 
 class Route(NamedTuple):
-    """What a row of a drawing shows: an operation, or the concatenation, between its sources and its target."""
+    """A row of a drawing: an operation, or the concatenation, with its sources and target."""
 
     sources: Sequence[str]
     operation: str
@@ -69,9 +69,10 @@ class Route(NamedTuple):
 def cell_figure(drawing: Drawing) -> "Figure":
     """Draw a cell as a matplotlib figure.
 
-    Nodes go down a diagonal, inputs first. Each edge has a row of its own, with its operation just before the target.
-    A line goes down below the source and turns into the row at a dot. So boxes touch neither other boxes nor lines,
-    and lines only meet at right angles. They are connected where there is a dot.
+    Nodes go down a diagonal, inputs first. Each edge has a row of its own, with its operation just
+    before the target. A line goes down below the source and turns into the row at a dot. So boxes
+    touch neither other boxes nor lines, and lines only meet at right angles. They are connected
+    where there is a dot.
     """
     from matplotlib.figure import Figure
 
@@ -140,7 +141,10 @@ def draw_box(
     axes: "Axes", kind: str, text: str, left: float, middle: float, width: float, height: float,
     *, edge: str, fill: str, radius: float,
 ) -> None:  # fmt: skip
-    """Draw a box with its text. `svg_of` makes `kind` its class. `edge` and `fill` are names in PALETTE."""
+    """Draw a box with its text.
+
+    `svg_of` makes `kind` its class. `edge` and `fill` are names in PALETTE.
+    """
     from matplotlib.patches import FancyBboxPatch
 
     style = {"fc": PALETTE[fill], "ec": PALETTE[edge], "ls": "--" if text == "none" else "-"}
@@ -159,8 +163,8 @@ def draw_line(axes: "Axes", xs: list[float], ys: list[float], style: str = "-", 
 def svg_of(figure: "Figure", title: str, description: str) -> str:
     """Return a figure as an <svg> element in which text stays text. Equal figures give equal bytes.
 
-    matplotlib numbers its elements. An id with a number becomes a class, so that many figures can share a page.
-    Only marks keep an id: it depends on their shape and on the title.
+    matplotlib numbers its elements. An id with a number becomes a class, so that many figures can
+    share a page. Only marks keep an id: it depends on their shape and on the title.
     """
     from matplotlib import rc_context
 
@@ -187,7 +191,10 @@ def cell_svg(drawing: Drawing) -> str:
 
 
 def load_cell(path: str | os.PathLike, views: Views) -> Cell:
-    """Return the cell in a genotype file. Raises UserError, which names the file, also if it cannot be drawn."""
+    """Return the cell in a genotype file.
+
+    Raises UserError, which names the file, also if it cannot be drawn.
+    """
     cell = genotype_files.load(path)
     try:
         drawings_of(cell, views)
@@ -198,9 +205,10 @@ def load_cell(path: str | os.PathLike, views: Views) -> Cell:
 
 @default_settings()
 def write_cell(folder: str | os.PathLike, cell: Cell, views: Views, format: str = "svg", name: str = "") -> list[str]:
-    """Write cell_normal and cell_reduce (Genotype) or cell (arch string) into `folder`. Return the paths.
+    """Write the drawings of a cell into `folder` and return their paths.
 
-    With `name`, the files are NAME_normal and so on, and the titles begin with it. Raises UserError and OSError.
+    A Genotype has cell_normal and cell_reduce, an arch string has cell. With `name`, the files are
+    NAME_normal and so on, and the titles begin with it. Raises UserError and OSError.
     """
     os.makedirs(folder, exist_ok=True)
     paths = []

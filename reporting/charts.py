@@ -10,7 +10,7 @@ from typing import NamedTuple
 from reporting import cells
 from reporting.cells import PALETTE
 
-# matplotlib's settings for a chart. Charts are 4.2 inches wide, so that their text is legible at 330 pixels.
+# matplotlib's settings for a chart. At 4.2 inches its text is legible at 330 pixels.
 WIDTH = 4.2
 STYLE = {
     "font.size": 9.5, "text.color": PALETTE["ink"], "axes.labelcolor": PALETTE["soft"], "axes.xmargin": 0,
@@ -32,9 +32,10 @@ def step_of(rows: Sequence[dict]) -> str:
 
 
 def column(rows: Iterable[dict], key: str) -> list[float | None]:
-    """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test"; None for what is no finite number.
+    """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test".
 
-    Values from 1e15 on are left out too, since no chart could show them.
+    None stands for what is no finite number, and for values from 1e15 on, which no chart could
+    show.
     """
     values = []
     for value in rows:
@@ -51,7 +52,7 @@ def finite_values(rows: Iterable[dict], key: str) -> list[float]:
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
-    """Return a number as text for a reader: at most `digits` decimals from 0.1 on, and a dash for None."""
+    """Return a number as text: `digits` decimals from 0.1 to 1000, and a dash for None."""
     if value is None:
         return "–"
     if abs(value) >= 1000 or value == int(value):
@@ -77,7 +78,10 @@ def definition_list(values: Mapping[str, object]) -> str:
 
 
 def table(caption: str, head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
-    """Return an HTML table. The first cell of each line of `body` is the line's heading. Cells are HTML."""
+    """Return an HTML table.
+
+    The first cell of each line of `body` is the line's heading. Cells are HTML.
+    """
     caption = escape(caption)
     heads = "".join(f"<th scope=col>{name}</th>" for name in head)
     lines = ""
@@ -88,7 +92,7 @@ def table(caption: str, head: Sequence[str], body: Iterable[Sequence[object]]) -
 
 
 def figure_with_table(title: str, subtitle: str, svg: str, numbers: str) -> str:
-    """Return a chart below its title, and above the table of its numbers, which the reader can unfold."""
+    """Return a chart with its title, and with a table of its numbers that the reader can unfold."""
     return (
         f"<figure><figcaption>{title} <small>{subtitle}</small></figcaption>{svg}"
         f"<details><summary>Numbers</summary>{numbers}</details></figure>"
@@ -130,7 +134,7 @@ def chart(
     levels: Sequence[Level] = (),
     from_zero: bool = False,
 ) -> str:
-    """Return a chart of the history as HTML, with a table of its numbers; "" if no line has a value.
+    """Return a chart of the history and its numbers as HTML; "" if no line has a value.
 
     With `from_zero` the vertical axis begins at 0.
     """
@@ -182,10 +186,10 @@ class Point(NamedTuple):
 
 
 def scatter(title: str, subtitle: str, axis: str, individuals: Sequence[Point], front: Sequence[Point]) -> str:
-    """Return a chart of fitness against a cost as HTML, with a table of the front. The first individual is the winner.
+    """Return a chart of fitness against a cost as HTML, with a table of the front.
 
-    `front` is not dominated when all costs count. The line connects those of its points that are not dominated in
-    this cost alone.
+    The first individual is the winner. `front` is not dominated when all costs count. The line
+    connects those of its points that are not dominated in this cost alone.
     """
     from matplotlib.figure import Figure
 

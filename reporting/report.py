@@ -1,9 +1,11 @@
 """The report of a run: one self-contained HTML page, made of the files in the run directory.
 
-The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each has a table of its numbers.
+The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each has a table
+of its numbers.
 
-`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts them on a page (`render`). Each
-section is HTML, or "" if there is nothing to show. What a report lacks is noted in `ReportedRun.missing`.
+`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts them on a page
+(`render`). Each section is HTML, or "" if there is nothing to show. What a report lacks is noted in
+`ReportedRun.missing`.
 """
 
 import json
@@ -115,8 +117,9 @@ class ReportedRun:
 def write_report(run_dir: str | os.PathLike, views: Views) -> str:
     """Write RUN_DIR/report.html from what the run has saved so far; return its path.
 
-    `views` holds the search spaces that the run can be of. The report itself says what it lacks. Raises UserError if
-    `run_dir` is not a run directory, if a line of history.jsonl is not valid, and if the report cannot be written.
+    `views` holds the search spaces that the run can be of. The report itself says what it lacks.
+    Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl is not valid,
+    and if the report cannot be written.
     """
     run = read_run(run_dir, views)
     page = render(run, sections(run))
@@ -148,7 +151,10 @@ def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
 
 
 def read_about(path: str) -> dict:
-    """Return the content of args.json. Raises UserError if it lacks the arguments or the versions."""
+    """Return the content of args.json.
+
+    Raises UserError if it lacks the arguments or the versions.
+    """
     about = read_json(path)
     if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("args", "versions")):
         raise UserError("args.json does not hold the arguments of a run")
@@ -210,7 +216,7 @@ def render(run: ReportedRun, parts: list[str]) -> str:
 
 
 def section(title: str, *charts: str, card: str = "") -> str:
-    """Return a heading, a card with other content, and charts side by side; "" if there is nothing below it."""
+    """Return a heading, a card and charts side by side; "" if they are empty."""
     card = f"<div class=card>{card}</div>" if card else ""
     figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
     return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
@@ -254,7 +260,7 @@ def missing_card(missing: Sequence[str]) -> str:
 
 
 def cell_section(run: ReportedRun, title: str) -> str:
-    """Return the drawings of the cell in genotype.json or, if there is no such file, in the last row of the history."""
+    """Return the drawings of the cell in genotype.json, else of that in the history's last row."""
     try:
         cell = cell_of(run)
         drawings = drawings_of(cell, run.views)
@@ -281,7 +287,7 @@ def cell_of(run: ReportedRun) -> Cell:
 
 
 def result_section(run: ReportedRun) -> str:
-    """Return the winner next to random architectures (baselines.json), and fitness against costs (pareto.json)."""
+    """Return the winner next to random architectures, and fitness against costs."""
     from costs import COSTS  # imports torch
 
     charts = []
@@ -353,7 +359,7 @@ def accuracy_section(rows: list[dict]) -> str:
 
 
 def population_section(run: ReportedRun) -> str:
-    """Return the charts of the population of each generation: operations, and how many architectures differ."""
+    """Return the charts of the populations: their operations and distinct architectures."""
     rows = []
     errors = {}  # {generation: why its population cannot be read}
     for row in run.rows:
@@ -377,7 +383,10 @@ def population_section(run: ReportedRun) -> str:
 
 
 def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[Line]:
-    """Return a line for each operation that occurs in cells of this name. Operations without a colour are grey."""
+    """Return a line for each operation that occurs in cells of this name.
+
+    Operations without a colour are grey.
+    """
     lines = []
     for operation in dict.fromkeys([*view.colours, *view.operations]):  # in the order of the colours
         line = Line(operation, view.colours.get(operation, OTHER), f"{cell_name} {operation}")
@@ -387,7 +396,7 @@ def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[L
 
 
 def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
-    """Return {"normal cell max_pool_3x3": percent of the edges of such cells, ..} of a saved population.
+    """Return {"normal cell max_pool_3x3": percent of edges, ..} of a saved population.
 
     Raises UserError if the file is not a population of this space.
     """
@@ -440,7 +449,8 @@ def settings_section(run: ReportedRun) -> str:
 def finish_run(run: "Run", cell: Cell, view: SpaceView) -> None:
     """Draw the cell and write the report of a run that has finished.
 
-    If a drawing fails, the log says why and how to try again. The results of the run are saved all the same.
+    If a drawing fails, the log says why and how to try again. The results of the run are saved all
+    the same.
     """
     if not run.writes:
         return

@@ -1,4 +1,7 @@
-"""How drawings and reports show a search space. A script passes them the views that it has; no space is known here."""
+"""How drawings and reports show a search space.
+
+A script passes them the views that it has; no space is known here.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -59,7 +62,10 @@ Views = Mapping[str, SpaceView]  # {name of the space: its view}
 
 
 def view_of(cell: Cell, views: Views) -> SpaceView:
-    """Return the view of the space that a cell belongs to. Raises UserError if it is not in `views`."""
+    """Return the view of the space that a cell belongs to.
+
+    Raises UserError if it is not in `views`.
+    """
     for view in views.values():
         if isinstance(cell, view.cell_type):
             return view
@@ -76,6 +82,6 @@ def drawings_of(cell: Cell, views: Views, name: str = "") -> dict[str, Drawing]:
 
 
 def title_of(name: str, words: str) -> str:
-    """Return the title of a drawing, "NAME: WORDS", in which characters that XML does not allow become "?"."""
+    """Return the title "NAME: WORDS"; characters that XML does not allow become "?"."""
     name = "".join(c if c.isprintable() else "?" for c in name)
     return f"{name}: {words}" if name else words.capitalize()

@@ -1,8 +1,10 @@
-"""Files, runs, devices, processes and command lines: everything here works without the method of the project.
+"""Files, runs, devices, processes and command lines: everything here works without the method of
+the project.
 
-Importing this package makes two things end in one line instead of a traceback, if a script of the project
-was started: Ctrl-C, and a package that is not installed. `support.cli.command` cannot do that while a script is
-still importing torch. So scripts import `support.cli` before torch; ruff.toml sorts it first.
+Importing this package makes two things end in one line instead of a traceback, if a script of the
+project was started: Ctrl-C, and a package that is not installed. `support.cli.command` cannot do
+that while a script is still importing torch. So scripts import `support.cli` before torch;
+ruff.toml sorts it first.
 """
 
 import sys
@@ -21,7 +23,9 @@ def is_started_script() -> bool:
 
 
 def end_in_one_line(exception_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Be a sys.excepthook: print one line for Ctrl-C and for a package that is not installed, which exits with 2."""
+    """Be a sys.excepthook: print one line for Ctrl-C and for a package that is not installed, which
+    exits with 2.
+    """
     if exception_type is KeyboardInterrupt:
         emit("interrupted", sys.stderr)
     elif isinstance(error, ModuleNotFoundError) and is_of_others(error.name):

@@ -1,7 +1,7 @@
 """The format of a checkpoint: how it is saved, loaded and compared.
 
-A file consists of the program's magic bytes, the SHA-256 of the rest as 64 hexadecimal digits, a line end,
-and what torch.save writes. Nothing in it is executed.
+A file consists of the program's magic bytes, the SHA-256 of the rest as 64 hexadecimal digits, a
+line end, and what torch.save writes. Nothing in it is executed.
 """
 
 import hashlib
@@ -30,8 +30,8 @@ PREVIOUS_NAME = "checkpoint.prev.pt"
 def save(path: Path, state: dict, *, completed: int, fingerprint: str, rows: list[dict], settings: RunSettings) -> None:
     """Write the checkpoint `path`, and keep the one before it as checkpoint.prev.pt.
 
-    It holds `state`, the number of steps that are completed, the run's fingerprint (JSON) and the rows of its
-    history. Raises UserError.
+    It holds `state`, the number of steps that are completed, the run's fingerprint (JSON) and the
+    rows of its history. Raises UserError.
     """
     content = io.BytesIO()
     history = json.dumps(rows)
@@ -45,9 +45,11 @@ def save(path: Path, state: dict, *, completed: int, fingerprint: str, rows: lis
 
 
 def load(path: Path, settings: RunSettings) -> dict:
-    """Return what `save` wrote: the state, with "completed", "bound" (the fingerprint, a dict) and "history" (rows).
+    """Return what `save` wrote: the state, with "completed", "bound" (the fingerprint, a dict) and
+    "history" (rows).
 
-    Raises UserError, which names the file, says what is wrong, and how to continue from the previous checkpoint.
+    Raises UserError, which names the file, says what is wrong, and how to continue from the
+    previous checkpoint.
     """
     previous = path.with_name(PREVIOUS_NAME)
     remedy = f". To continue from the previous one: mv {quoted(previous)} {quoted(path)}" if previous.exists() else ""
@@ -91,7 +93,9 @@ def checked_fields(state: dict, settings: RunSettings) -> dict[str, object]:
 
 
 def compare_shapes(now: object, before: object) -> Difference | None:
-    """Return the first place where nested dicts and lists hold tensors of another shape, or other types, or None."""
+    """Return the first place where nested dicts and lists hold tensors of another shape, or other
+    types, or None.
+    """
     return first_difference(now, before, shape_of)
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 
 from support.files import UserError, emit
 
-# What ends a run although the program has no fault: a part of torch's message, and what the user is told.
+# What ends a run although the program has no fault: a part of torch's message, and what the user is
+# told.
 OUT_OF_MEMORY = "out of memory: try --checkpoint (in training) or a smaller --batch_size"
 NO_COMPILER = "torch.compile found no compiler that works: give --no-compile, also with --resume"
 REMEDIES = {
@@ -37,10 +38,11 @@ LARGEST = 3.4028235e38  # the largest float32
 
 
 def command(main: Callable) -> Callable:
-    """Decorate `main(argv=None)`, so that an error that the user can fix ends in one line on stderr and exit code 2.
+    """Decorate `main(argv=None)`, so that an error that the user can fix ends in one line on stderr
+    and exit code 2.
 
-    Such errors are UserError, OSError, being out of memory, and those in REMEDIES. Ctrl-C ends in one line and
-    exit code 130.
+    Such errors are UserError, OSError, being out of memory, and those in REMEDIES. Ctrl-C ends in
+    one line and exit code 130.
     """
 
     @functools.wraps(main)
@@ -71,7 +73,9 @@ def command(main: Callable) -> Callable:
 
 
 def open_missing_streams() -> None:
-    """Open /dev/null for standard streams that the caller has closed, so that no file of a run gets their numbers."""
+    """Open /dev/null for standard streams that the caller has closed, so that no file of a run gets
+    their numbers.
+    """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))
@@ -89,7 +93,10 @@ def os_error_text(error: OSError) -> str:
 
 
 def remedy(error: BaseException | None) -> str | None:
-    """Return the line that REMEDIES has for an exception, or for one of those that led to it. None: there is none."""
+    """Return the line that REMEDIES has for an exception, or for one of those that led to it.
+
+    None: there is none.
+    """
     while error is not None:
         for line in ["out of memory"] if isinstance(error, MemoryError) else str(error).splitlines():
             for part, text in REMEDIES.items():
@@ -100,7 +107,10 @@ def remedy(error: BaseException | None) -> str | None:
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of flags, except None and False, which say nothing. Keeps the lines of the description."""
+    """Shows the defaults of flags, except None and False, which say nothing.
+
+    Keeps the lines of the description.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None or action.default is False else super()._get_help_string(action)
@@ -118,10 +128,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class Published(argparse.Action):
-    """A flag of the published scripts that this project does not have: accepted, hidden from --help, noted on stderr.
+    """A flag of the published scripts that this project does not have: accepted, hidden from
+    --help, noted on stderr.
 
-    `instead` is the command line that replaces it, with {} for its value. Without `instead` the flag is ignored, and
-    the note says `why`.
+    `instead` is the command line that replaces it, with {} for its value. Without `instead` the
+    flag is ignored, and the note says `why`.
     """
 
     def __init__(
@@ -156,7 +167,10 @@ class Published(argparse.Action):
 
 
 def file_name(text: str) -> str:
-    """Return the name at the end of a path. This is an argparse type, which refuses a path without a name."""
+    """Return the name at the end of a path.
+
+    This is an argparse type, which refuses a path without a name.
+    """
     last = Path(text).name
     if last in ("", ".."):
         raise argparse.ArgumentTypeError(f"{text!r} does not end in a name")
@@ -166,7 +180,9 @@ def file_name(text: str) -> str:
 def number(
     number_type: type, low: float | None = None, high: float | None = None, above: float | None = None
 ) -> Callable[[str], int | float]:
-    """Return an argparse type for int or float numbers of at least `low`, at most `high` and greater than `above`."""
+    """Return an argparse type for int or float numbers of at least `low`, at most `high` and
+    greater than `above`.
+    """
     all_bounds = [("at least", operator.ge, low), ("greater than", operator.gt, above), ("at most", operator.le, high)]
     bounds = [bound for bound in all_bounds if bound[2] is not None]
 

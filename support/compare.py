@@ -24,7 +24,8 @@ def compare_values(now: object, before: object) -> Difference | None:
 def comparable_value(value: object) -> object:
     """Return a string, a number or None as it is, and the type of anything else.
 
-    Only these are compared with ==, since a hostile file can hold values whose comparison never ends.
+    Only these are compared with ==, since a hostile file can hold values whose comparison never
+    ends.
     """
     return value if value is None or isinstance(value, (str, int, float)) else type(value)
 
@@ -32,9 +33,11 @@ def comparable_value(value: object) -> object:
 def first_difference(
     now: object, before: object, summary: Callable[[object], object], name: str = ""
 ) -> Difference | None:
-    """Return the first place where the summaries of the values in nested dicts and lists differ, or None.
+    """Return the first place where the summaries of the values in nested dicts and lists differ, or
+    None.
 
-    Only keys that both dicts have are compared. `before` may come from a hostile file, `now` may not.
+    Only keys that both dicts have are compared. `before` may come from a hostile file, `now` may
+    not.
     """
     if isinstance(now, dict) and isinstance(before, dict):
         keys = [key for key in now if key in before]

@@ -1,4 +1,6 @@
-"""The device that computes: its flags, its choice, number formats, compilation, CUDA graphs and memory."""
+"""The device that computes: its flags, its choice, number formats, compilation, CUDA graphs and
+memory.
+"""
 
 from support.cli import number
 
@@ -52,10 +54,11 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """Return the device that the flags of this module choose, set it up, and join the other processes.
+    """Return the device that the flags of this module choose, set it up, and join the other
+    processes.
 
-    It is --device, or CUDA device --gpu if there is a GPU, else the CPU. Under torchrun each process has a GPU
-    of its own. Raises UserError for a device or a setting that cannot be used.
+    It is --device, or CUDA device --gpu if there is a GPU, else the CPU. Under torchrun each
+    process has a GPU of its own. Raises UserError for a device or a setting that cannot be used.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.gpu is not None and args.device is None and name == "cpu":
@@ -97,7 +100,10 @@ def set_up(device: torch.device) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the next tensor. Without this, a CPU spends much of the time on new pages."""
+    """Let glibc keep freed memory for the next tensor.
+
+    Without this, a CPU spends much of the time on new pages.
+    """
     with contextlib.suppress(AttributeError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
@@ -124,15 +130,18 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """Return torch.compile(function), the same object for each function, with a graph for each shape of its inputs."""
-    # A network calls it with many shapes: several sizes, with and without gradients, and a last, smaller batch. The
-    # limit is called recompile_limit in newer versions.
+    """Return torch.compile(function), the same object for each function, with a graph for each
+    shape of its inputs.
+    """
+    # A network calls it with many shapes: several sizes, with and without gradients, and a last,
+    # smaller batch. The limit is called recompile_limit in newer versions.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return torch.compile(function, dynamic=False)
 
 
 class Recorded:
-    """A function of CUDA tensors that is recorded as a CUDA graph, so that its kernels are launched all at once.
+    """A function of CUDA tensors that is recorded as a CUDA graph, so that its kernels are launched
+    all at once.
 
     The first two calls compute normally, so that libraries, compilers and the optimiser are ready.
     Whatever the function reads besides its inputs must be tensors that stay at their addresses, or
@@ -166,7 +175,9 @@ class Recorded:
         return self.output.clone()
 
     def on_side_stream(self) -> torch.Tensor:
-        """Compute normally, but on another stream: gradients belong to the stream of their first backward pass."""
+        """Compute normally, but on another stream: gradients belong to the stream of their first
+        backward pass.
+        """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             output = self.function(*self.inputs)
@@ -175,11 +186,12 @@ class Recorded:
 
 
 def region_function(function: Callable, compile: bool = False, checkpoint: bool = False) -> Callable:
-    """Return a function that computes a region of a network: `function`, compiled and checkpointed if asked.
+    """Return a function that computes a region of a network: `function`, compiled and checkpointed
+    if asked.
 
-    With `checkpoint` only its arguments are kept, and the backward pass computes the rest a second time. If modules
-    are among the arguments, their running statistics change only the first time. `function` must not draw random
-    numbers.
+    With `checkpoint` only its arguments are kept, and the backward pass computes the rest a second
+    time. If modules are among the arguments, their running statistics change only the first time.
+    `function` must not draw random numbers.
     """
     function = compiled(function) if compile else function
     if not checkpoint:
@@ -225,7 +237,9 @@ def device_text(device: torch.device) -> str:
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the memory of a device in bytes: a GPU's, else the machine's, or the limit of a container."""
+    """Return the memory of a device in bytes: a GPU's, else the machine's, or the limit of a
+    container.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

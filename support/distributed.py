@@ -1,4 +1,6 @@
-"""Several processes under torchrun: which one this is, sums over all of them, and what only the first one prints."""
+"""Several processes under torchrun: which one this is, sums over all of them, and what only the
+first one prints.
+"""
 
 import atexit
 import contextlib
@@ -16,7 +18,10 @@ from support.files import UserError, emit
 
 
 def from_torchrun(name: str, default: int) -> int:
-    """Return the number in an environment variable that torchrun sets. Raises UserError if it is not a number."""
+    """Return the number in an environment variable that torchrun sets.
+
+    Raises UserError if it is not a number.
+    """
     try:
         return int(os.environ.get(name, default))
     except ValueError:
@@ -51,18 +56,25 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def progress(batches: Iterable, title: str, done: int = 0) -> tqdm:
-    """Return `batches` with a progress bar, `done` of them over already. Without a terminal there is no bar."""
+    """Return `batches` with a progress bar, `done` of them over already.
+
+    Without a terminal there is no bar.
+    """
     hidden = rank() > 0 or not sys.stderr.isatty()
     return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
 
 
 def join_process_group(device: torch.device) -> None:
-    """Meet the other processes under torchrun: NCCL between GPUs, gloo between CPUs. Raises UserError."""
+    """Meet the other processes under torchrun: NCCL between GPUs, gloo between CPUs.
+
+    Raises UserError.
+    """
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank() < world_size():
         raise UserError("RANK and WORLD_SIZE are inconsistent: unset both, or start with torchrun")
     if world_size() > 1 and not torch.distributed.is_initialized():
-        # This must be imported before the group is made. Imported later (by torch.compile, for example), its default
-        # arguments hold the group. Then the group's threads live until Python ends, and can abort the process there.
+        # This must be imported before the group is made. Imported later (by torch.compile, for
+        # example), its default arguments hold the group. Then the group's threads live until Python
+        # ends, and can abort the process there.
         importlib.import_module("torch.distributed.nn")
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -80,7 +92,10 @@ def leave_process_group() -> None:
 
 @contextlib.contextmanager
 def one_after_the_other() -> Iterator[None]:
-    """Let the first process of each machine finish the block before the others enter it. Use this for downloads."""
+    """Let the first process of each machine finish the block before the others enter it.
+
+    Use this for downloads.
+    """
     if world_size() > 1 and local_rank() > 0:
         torch.distributed.barrier()
     try:
@@ -106,7 +121,10 @@ def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def stack_over_ranks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a row for each process: its `tensors`, flattened and concatenated. The shape is (processes, elements)."""
+    """Return a row for each process: its `tensors`, flattened and concatenated.
+
+    The shape is (processes, elements).
+    """
     row = torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
     rows = row.new_zeros(world_size(), len(row))
     rows[rank()] = row
@@ -120,9 +138,11 @@ def fill(tensors: Sequence[torch.Tensor], row: torch.Tensor) -> None:
 
 
 def same_everywhere(text: str) -> list[str] | None:
-    """Return None if every process calls this with the same `text`, else the texts of all processes, by rank.
+    """Return None if every process calls this with the same `text`, else the texts of all
+    processes, by rank.
 
-    Digests and lengths are exchanged first, since they have the same shape in all processes whatever the texts are.
+    Digests and lengths are exchanged first, since they have the same shape in all processes
+    whatever the texts are.
     """
     if world_size() == 1:
         return None

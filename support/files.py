@@ -1,4 +1,7 @@
-"""Files that may be wrong or hostile are read safely, and files are never left half-written. No torch here."""
+"""Files that may be wrong or hostile are read safely, and files are never left half-written.
+
+No torch here.
+"""
 
 import contextlib
 import errno
@@ -35,10 +38,12 @@ class UserError(ValueError):
 
 
 def open_regular(path: AnyPath, mode: str = "rb") -> IO:
-    """Open a file as `open` does, but refuse pipes, which can block forever, and devices, which can be endless.
+    """Open a file as `open` does, but refuse pipes, which can block forever, and devices, which can
+    be endless.
 
-    Nothing is written through a symbolic link. Text is UTF-8, and characters that UTF-8 does not have are written
-    with backslashes. (File names can have bytes that Python reads as lone surrogates.) Raises OSError.
+    Nothing is written through a symbolic link. Text is UTF-8, and characters that UTF-8 does not
+    have are written with backslashes. (File names can have bytes that Python reads as lone
+    surrogates.) Raises OSError.
     """
 
     def opener(path: str, flags: int) -> int:
@@ -60,9 +65,9 @@ def open_regular(path: AnyPath, mode: str = "rb") -> IO:
 def atomic_write(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file next to `path`, which replaces `path` only if the block succeeds.
 
-    After the block, `path` has its new content even if the power fails: the file is synced and renamed, and its
-    folder is synced. Raises UserError if the folder cannot be written or the disk is full. An existing `path` is then
-    unchanged.
+    After the block, `path` has its new content even if the power fails: the file is synced and
+    renamed, and its folder is synced. Raises UserError if the folder cannot be written or the disk
+    is full. An existing `path` is then unchanged.
     """
     temporary = f"{path}.tmp{os.getpid()}"  # see remove_temporary_files
     try:
@@ -83,7 +88,8 @@ def atomic_write(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
 def sync_folder(folder: AnyPath) -> None:
     """Make names in `folder` that are new, renamed or removed survive a power cut. Raises OSError.
 
-    Does nothing on a file system that cannot sync folders, and in a folder that can be written but not read.
+    Does nothing on a file system that cannot sync folders, and in a folder that can be written but
+    not read.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -99,7 +105,10 @@ def sync_folder(folder: AnyPath) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder `path` and missing folders above it, so that they survive a power cut. Raises OSError."""
+    """Make the folder `path` and missing folders above it, so that they survive a power cut.
+
+    Raises OSError.
+    """
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -107,9 +116,10 @@ def make_folder(path: Path) -> None:
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Give the file `path` a second name in the same folder. It is copied if the file system has no links.
+    """Give the file `path` a second name in the same folder.
 
-    Both names exist at every moment, even if the power fails. Raises UserError.
+    It is copied if the file system has no links. Both names exist at every moment, even if the
+    power fails. Raises UserError.
     """
     link = f"{name}.tmp{os.getpid()}"
     try:
@@ -139,7 +149,9 @@ def remove_temporary_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def no_empty_folders(path: AnyPath) -> Iterator[None]:
-    """If the block fails, remove those folders on the way to `path` that it has made and left empty."""
+    """If the block fails, remove those folders on the way to `path` that it has made and left
+    empty.
+    """
     missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
         yield
@@ -160,8 +172,8 @@ def write_json(path: AnyPath, value: object) -> None:
 def append_line(path: AnyPath, line: str, sync: bool = False) -> None:
     """Append a line to a text file, with control characters escaped.
 
-    With `sync` the line survives a power cut, provided that the file's name does, see `sync_folder`.
-    Raises UserError if writing fails. The file can then end with a part of the line.
+    With `sync` the line survives a power cut, provided that the file's name does, see
+    `sync_folder`. Raises UserError if writing fails. The file can then end with a part of the line.
     """
     try:
         with open_regular(path, "a") as file:
@@ -181,18 +193,25 @@ def end_last_line(path: Path) -> None:
 
 # ---- what people and shells read
 
-# Characters that a terminal would obey or a reader misread: C0 and C1 controls, line separators, marks that turn the
-# direction of text, and the surrogates that stand for bytes of file names that are not UTF-8.
+# Characters that a terminal would obey or a reader misread: C0 and C1 controls, line separators,
+# marks that turn the direction of text, and the surrogates that stand for bytes of file names that
+# are not UTF-8.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
-    r"""Return `text` with control characters as \n, \x1b, \u202e. File and class names can contain any character."""
+    r"""Return `text` with control characters as \n, \x1b, \u202e.
+
+    File and class names can contain any character.
+    """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def quoted(word: object) -> str:
-    """Return a word quoted for a shell, on one line. Control characters use the form $'...' of bash and zsh."""
+    """Return a word quoted for a shell, on one line.
+
+    Control characters use the form $'...' of bash and zsh.
+    """
     text = str(word)
     if not CONTROLS.search(text):
         return shlex.quote(text)
@@ -203,7 +222,8 @@ def quoted(word: object) -> str:
 def emit(text: object, stream: TextIO, write: Callable = print) -> None:
     """Print a line and flush it, with control characters escaped.
 
-    If the stream is lost (a closed pipe, a full disk), it is replaced by /dev/null: the program goes on.
+    If the stream is lost (a closed pipe, a full disk), it is replaced by /dev/null: the program
+    goes on.
     """
     try:
         write(escaped(text), file=stream)
@@ -216,7 +236,10 @@ def emit(text: object, stream: TextIO, write: Callable = print) -> None:
 
 
 def read_bytes(path: AnyPath) -> bytes:
-    """Return the content of a file. Raises UserError, which names the file, if it cannot be read."""
+    """Return the content of a file.
+
+    Raises UserError, which names the file, if it cannot be read.
+    """
     try:
         with open_regular(path) as file:
             return file.read()
@@ -225,7 +248,10 @@ def read_bytes(path: AnyPath) -> bytes:
 
 
 def read_json(path: AnyPath) -> object:
-    """Return the JSON value in a file. Raises UserError, which names the file, if it is missing or not JSON."""
+    """Return the JSON value in a file.
+
+    Raises UserError, which names the file, if it is missing or not JSON.
+    """
     content = read_bytes(path)
     try:
         return json.loads(content)
@@ -236,8 +262,8 @@ def read_json(path: AnyPath) -> object:
 def read_history(run_dir: str | os.PathLike, settings: RunSettings) -> list[dict]:
     """Return the rows of RUN_DIR/history.jsonl, an empty list if there is no such file.
 
-    The run may be writing the file, so an unfinished last line is left out. Raises UserError, which names the
-    line, if a row is not valid.
+    The run may be writing the file, so an unfinished last line is left out. Raises UserError, which
+    names the line, if a row is not valid.
     """
     path = os.path.join(run_dir, "history.jsonl")
     lines = read_bytes(path).splitlines(keepends=True) if os.path.exists(path) else []
@@ -267,9 +293,10 @@ def step_field(rows: list[dict], settings: RunSettings) -> str:
 def check_history_row(
     row: object, before: list[dict], where: str, settings: RunSettings, in_order: bool = False
 ) -> None:
-    """Check the form of a row of a history. With `in_order` its step must follow those of the rows `before` it.
+    """Check the form of a row of a history.
 
-    Raises UserError, which begins with `where`.
+    With `in_order` its step must follow those of the rows `before` it. Raises UserError, which
+    begins with `where`.
     """
     name = step_field(before or [row], settings) if isinstance(row, dict) else settings.step_fields[-1]
     step = row.get(name) if isinstance(row, dict) else None
@@ -281,7 +308,10 @@ def check_history_row(
 
 
 def digest(path: AnyPath) -> str:
-    """Return the SHA-256 of a file's content, or of the names and sizes of the files in a folder. Raises OSError."""
+    """Return the SHA-256 of a file's content, or of the names and sizes of the files in a folder.
+
+    Raises OSError.
+    """
     sha = hashlib.sha256()
     if os.path.isdir(path):
         for entry in sorted(os.scandir(path), key=lambda entry: entry.name):
@@ -308,11 +338,13 @@ def restricted_unpickle(
 ) -> object:
     """Return the object in the pickle `data`, which was read from `path`.
 
-    Only the callables in `allowed`, {(module, name): object}, are known. `kwargs` go to pickle.Unpickler.
+    Only the callables in `allowed`, {(module, name): object}, are known. `kwargs` go to
+    pickle.Unpickler.
 
-    Raises UserError for any other callable (which is not executed), for the opcodes named in `refused`, for more than
-    MOST_STEPS opcodes, and for damaged data. Memo indices and the number of opcodes are checked before anything is
-    built: a pickle of 20 bytes can ask for gigabytes, and one byte can make an object of 216 bytes.
+    Raises UserError for any other callable (which is not executed), for the opcodes named in
+    `refused`, for more than MOST_STEPS opcodes, and for damaged data. Memo indices and the number
+    of opcodes are checked before anything is built: a pickle of 20 bytes can ask for gigabytes, and
+    one byte can make an object of 216 bytes.
     """
 
     class Restricted(pickle.Unpickler):

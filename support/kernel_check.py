@@ -1,23 +1,25 @@
-"""Check PyTorch's kernels, one by one, as a program calls them: against float64 in the layout NCHW on the CPU.
+"""Check PyTorch's kernels one by one, as a program calls them, against float64 in NCHW on the CPU.
 
     with KernelCheck() as check:
         loss = network(x).mean()
         loss.backward()
     wrong = [row for row in check.rows if row.worst > 1]
 
-Convolutions, matrix products, BatchNorms, pools and means are computed a second time, from the very inputs that the
-kernel got, so errors do not add up from one operation to the next. Each is checked once for each combination of shapes,
-layouts, dtypes and settings.
+Convolutions, matrix products, BatchNorms, pools and means are computed a second time, from the same
+inputs as the kernel's, so that errors do not add up from one operation to the next. Each kernel is
+checked once for each combination of shapes, layouts, dtypes and settings.
 
-The bound. A sum of n terms, each rounded to float32 or better as it is added, errs by about sqrt(n) u times the sum of
-the magnitudes of its terms, where u is the unit roundoff (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019). We allow
-`SLACK` times as much, since fast algorithms such as Winograd's add up transformed terms. Besides, a kernel may store
-partial sums in the format of the result: one for each image in a gradient of weights, one for each tap of the kernel in
-a convolution. A random partial sum is about as large as the root of the sum of its terms' squares, which is at least
-the sum of their magnitudes by sqrt(n). Nothing in the bound was fitted to what was seen.
+How large an error may be: in a sum of n terms, each addition rounds to float32 or better. The error
+is then about sqrt(n) u times the sum of the magnitudes of the terms, where u is the unit roundoff
+(Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019). We allow `SLACK` times as much, because fast
+algorithms such as Winograd's add transformed terms. A kernel may also store partial sums in the
+format of the result: one for each image in a gradient of weights, one for each tap of the kernel in
+a convolution. A random partial sum is about as large as the root of the sum of its terms' squares,
+which is at least the sum of their magnitudes divided by sqrt(n). We did not fit this bound to any
+measured error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,14 +27,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 SLACK = 16
-TAIL = 6  # the largest of a million normal errors is within so many standard deviations
+TAIL = 6  # standard deviations within which the largest of a million normal errors is
 
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one output of one kernel: errors as multiples of what rounding explains.
+    """The errors of one output of one kernel, as multiples of what rounding explains.
 
-    `worst` is the largest error of an element by its own bound, `overall` the norm of all errors by that of all bounds.
+    `worst` is the largest ratio of an element's error to its bound, `overall` the ratio of the
+    norms.
     """
 
     kernel: str
@@ -49,8 +52,9 @@ class Row:
 class Expected:
     """What one output should be (float64, on the CPU), and the sum of the magnitudes of its terms.
 
-    `terms` is the number of terms, `stores` how many partial sums a kernel may store in the format of the result. With
-    `exact` the output is a copy of an input, so nothing is rounded.
+    `terms` is the number of terms in the sum, and `stores` the number of partial sums that a kernel
+    may store in the format of the result. If `exact`, the output copies an input and nothing is
+    rounded.
     """
 
     output: str
@@ -64,18 +68,21 @@ class Expected:
 class KernelCheck(TorchDispatchMode):
     """Checks each kernel that is called in the block; `rows` has a Row for each of its outputs."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.rows: list[Row] = []
         self.seen = set()
 
-    def __torch_dispatch__(self, kernel, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, kernel: torch._ops.OpOverload, types: tuple, args: tuple = (), kwargs: dict | None = None
+    ) -> object:
+        """Run a kernel, and compare its outputs with what is expected."""
         kwargs = kwargs or {}
         expect = EXPECTED.get(kernel)
         inputs = [value for value in args if isinstance(value, torch.Tensor)]
         if expect is None or kwargs or not inputs or not inputs[0].is_floating_point():
             return kernel(*args, **kwargs)
-        setting = (str(kernel), *(describe_argument(value) for value in args))
+        setting = (str(kernel), *(setting_of(value) for value in args))
         if setting in self.seen:
             return kernel(*args)
         self.seen.add(setting)
@@ -85,14 +92,15 @@ class KernelCheck(TorchDispatchMode):
         for output, expected in zip(outputs, expect(*precise), strict=False):
             if output is not None and expected is not None:
                 errors = compare(output, expected, coarsest(inputs))
-                self.rows.append(Row(name_of(kernel), expected.output, text_of(kernel, args), *errors))
+                self.rows.append(Row(name_of(kernel), expected.output, setting_text(kernel, args), *errors))
         return found
 
 
 def compare(output: torch.Tensor, expected: Expected, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the largest error by its bound, and the norm of the errors by the norm of the bounds.
+    """Return the largest ratio of an error to its bound, and the ratio of the norms of both.
 
-    `dtype` is the coarsest format among the kernel's inputs: it may have stored its result so before converting it.
+    `dtype` is the coarsest format among the kernel's inputs: a kernel may store its result in it
+    before converting it.
     """
     stored = max(unit_roundoff(dtype), unit_roundoff(output.dtype))
     summed = min(stored, unit_roundoff(torch.float32))
@@ -116,11 +124,14 @@ def coarsest(tensors: list[torch.Tensor]) -> torch.dtype:
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
+    """Return the largest relative error of rounding to `dtype`."""
     return torch.finfo(dtype).eps / 2
 
 
-def to_reference(value):
-    """Return a tensor in NCHW on the CPU, in float64 if it is floating-point, and anything else as it is."""
+def to_reference(value: object) -> object:
+    """Return a tensor in NCHW on the CPU, in float64 if it is floating-point, and anything else as
+    it is.
+    """
     if not isinstance(value, torch.Tensor):
         return value
     value = value.detach().cpu().contiguous()
@@ -130,14 +141,16 @@ def to_reference(value):
 # ---- what is expected: a function of a kernel's arguments in float64 for each kernel
 
 
-def convolution(x, weight, bias, *settings) -> list[Expected]:
+def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *settings: object) -> list[Expected]:
     value = aten.convolution(x, weight, bias, *settings)
     magnitude = aten.convolution(x.abs(), weight.abs(), None if bias is None else bias.abs(), *settings)
     taps = area(weight.shape[2:])
     return [Expected("output", value, magnitude, terms=weight[0].numel() + (bias is not None), stores=taps)]
 
 
-def convolution_backward(gradient, x, weight, *settings) -> list[Expected | None]:
+def convolution_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, *settings: object
+) -> list[Expected | None]:
     values = aten.convolution_backward(gradient, x, weight, *settings)
     magnitudes = aten.convolution_backward(gradient.abs(), x.abs(), weight.abs(), *settings)
     pixels = gradient.numel() // gradient.shape[1]
@@ -150,9 +163,11 @@ def convolution_backward(gradient, x, weight, *settings) -> list[Expected | None
 
 
 def linear_in_input(kernel: Callable, output: str) -> Callable:
-    """Return what to expect of a kernel that is linear in its first argument, with coefficients of at least 0."""
+    """Return what to expect of a kernel that is linear in its first argument, with coefficients of
+    at least 0.
+    """
 
-    def expect(x, *settings) -> list[Expected]:
+    def expect(x: torch.Tensor, *settings: object) -> list[Expected]:
         value = kernel(x, *settings)
         terms = max(1, x.numel() // max(1, value.numel()))
         return [Expected(output, value, kernel(x.abs(), *settings), terms)]
@@ -160,50 +175,63 @@ def linear_in_input(kernel: Callable, output: str) -> Callable:
     return expect
 
 
-def average_pool(x, kernel_size, *settings) -> list[Expected]:
+def average_pool(x: torch.Tensor, kernel_size: Sequence[int], *settings: object) -> list[Expected]:
     value = aten.avg_pool2d(x, kernel_size, *settings)
     magnitude = aten.avg_pool2d(x.abs(), kernel_size, *settings)
     taps = area(kernel_size)
     return [Expected("output", value, magnitude, taps, taps)]
 
 
-def average_pool_backward(gradient, x, kernel_size, *settings) -> list[Expected]:
+def average_pool_backward(
+    gradient: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], *settings: object
+) -> list[Expected]:
     value = aten.avg_pool2d_backward(gradient, x, kernel_size, *settings)
     magnitude = aten.avg_pool2d_backward(gradient.abs(), x, kernel_size, *settings)
     taps = area(kernel_size)
     return [Expected("gradient of the input", value, magnitude, taps, taps)]
 
 
-def max_pool(x, *settings) -> list[Expected]:
+def max_pool(x: torch.Tensor, *settings: object) -> list[Expected]:
     value, _ = aten.max_pool2d_with_indices(x, *settings)
     return [Expected("output", value, value.abs(), exact=True)]  # indices differ where two neighbours are equal
 
 
-def max_pool_backward(gradient, x, kernel_size, *settings) -> list[Expected]:
+def max_pool_backward(
+    gradient: torch.Tensor, x: torch.Tensor, kernel_size: Sequence[int], *settings: object
+) -> list[Expected]:
     value = aten.max_pool2d_with_indices_backward(gradient, x, kernel_size, *settings)
     magnitude = aten.max_pool2d_with_indices_backward(gradient.abs(), x, kernel_size, *settings)
     taps = area(kernel_size)
     return [Expected("gradient of the input", value, magnitude, taps, taps)]
 
 
-def area(kernel_size) -> int:
+def area(kernel_size: Sequence[int]) -> int:
     return kernel_size[0] * kernel_size[-1]
 
 
-def matrix_product(a, b) -> list[Expected]:
+def matrix_product(a: torch.Tensor, b: torch.Tensor) -> list[Expected]:
     return [Expected("output", a @ b, a.abs() @ b.abs(), terms=a.shape[-1])]
 
 
-def matrix_product_and_sum(c, a, b) -> list[Expected]:
+def matrix_product_and_sum(c: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[Expected]:
     return [Expected("output", c + a @ b, c.abs() + a.abs() @ b.abs(), terms=a.shape[-1] + 1)]
 
 
-def log_softmax(x, dim, half_to_float) -> list[Expected]:
+def log_softmax(x: torch.Tensor, dim: int, half_to_float: bool) -> list[Expected]:
     value = torch.log_softmax(x, dim)
     return [Expected("output", value, value.abs() + x.abs().amax(dim, keepdim=True), terms=x.shape[dim])]
 
 
-def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, eps) -> list[Expected]:
+def batch_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> list[Expected]:
     """Of y, and in training of the batch's mean and inverse standard deviation."""
     count = x.numel() // x.shape[1]
     mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if training else (running_mean, running_var)
@@ -227,7 +255,16 @@ def batch_norm(x, weight, bias, running_mean, running_var, training, momentum, e
 
 
 def batch_norm_backward(
-    gradient, x, weight, running_mean, running_var, mean, inverse_std, training, eps, mask
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    inverse_std: torch.Tensor | None,
+    training: bool,
+    eps: float,
+    mask: Sequence[bool],
 ) -> list[Expected | None]:
     """Of the gradients of x, weight and bias."""
     count = x.numel() // x.shape[1]
@@ -251,18 +288,28 @@ def batch_norm_backward(
     ]
 
 
-def batch_statistics(x, *settings) -> list[Expected]:
+def batch_statistics(x: torch.Tensor, *settings: object) -> list[Expected]:
     count = x.numel() // x.shape[1]
     value = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
     magnitude = x.abs().mean((0, 2, 3)), x.square().mean((0, 2, 3))
     return [Expected(name, *pair, count) for name, *pair in zip(("mean", "variance"), value, magnitude, strict=True)]
 
 
-def per_channel(values):  # (C,) -> (1, C, 1, 1)
+def per_channel(values: torch.Tensor) -> torch.Tensor:  # (C,) -> (1, C, 1, 1)
     return values.view(1, -1, 1, 1)
 
 
-def cudnn_batch_norm_backward(x, gradient, weight, running_mean, running_var, mean, inverse_std, eps, _):
+def cudnn_batch_norm_backward(
+    x: torch.Tensor,
+    gradient: torch.Tensor,
+    weight: torch.Tensor | None,
+    running_mean: torch.Tensor | None,
+    running_var: torch.Tensor | None,
+    mean: torch.Tensor | None,
+    inverse_std: torch.Tensor | None,
+    eps: float,
+    _: object,
+) -> list[Expected | None]:
     mask = (True, True, True)
     return batch_norm_backward(gradient, x, weight, running_mean, running_var, mean, inverse_std, True, eps, mask)
 
@@ -291,19 +338,24 @@ EXPECTED = {
 # ---- words
 
 
-def name_of(kernel) -> str:
+def name_of(kernel: torch._ops.OpOverload) -> str:
+    """Return the name of a kernel without its library and variant, such as "convolution"."""
     return kernel.name().split("::")[1].split(".")[0]
 
 
-def describe_argument(value):
-    """Return what of an argument decides which kernel runs: shape, strides, dtype, or the value itself."""
+def setting_of(value: object) -> object:
+    """Return what decides which kernel runs: device, dtype, shape and strides of a tensor, else the
+    value as text.
+    """
     if isinstance(value, torch.Tensor):
         return value.device.type, value.dtype, tuple(value.shape), value.stride()
     return str(value)
 
 
-def text_of(kernel, args) -> str:
-    """Return the setting in words, such as "cpu, bfloat16, channels-last, 64x16x32x32, kernel 5x5, dilation 2"."""
+def setting_text(kernel: torch._ops.OpOverload, args: Sequence[object]) -> str:
+    """Return the setting as text, such as "cpu, bfloat16, channels-last, 64x16x32x32, kernel 5x5,
+    dilation 2".
+    """
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     x = tensors[1] if kernel is aten.convolution_backward.default else tensors[0]
     parts = [x.device.type, str(x.dtype).removeprefix("torch.")]

@@ -1,4 +1,6 @@
-"""Where results come from: versions, the project's commit, and the commands that repeat or continue them."""
+"""Where results come from: versions, the project's commit, and the commands that repeat or continue
+them.
+"""
 
 import importlib.metadata
 import os
@@ -14,13 +16,17 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that results depend on, and of the CUDA that torch is for."""
+    """Return the versions of Python and of the packages that results depend on, and of the CUDA
+    that torch is for.
+    """
     packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
 def git_revision() -> str | None:
-    """Return the project's commit, with a + if files differ from it, or None outside a git checkout."""
+    """Return the project's commit, with a + if files differ from it, or None outside a git
+    checkout.
+    """
     # Without --git-dir, git would also find the repository of a folder above the project.
     command = "git --git-dir=.git describe --always --exclude=* --abbrev=12 --dirty=+".split()
     settings = dict(cwd=PROJECT, text=True, stderr=subprocess.DEVNULL, timeout=10)
@@ -31,7 +37,8 @@ def git_revision() -> str | None:
 
 
 def shell_command(prog: str, *words: object) -> str:
-    """Return the shell command that starts a program of the project with these words, from the current directory.
+    """Return the shell command that starts a program of the project with these words, from the
+    current directory.
 
     `prog` is a script such as "train.py", or a module such as "python -m package.module".
     """

@@ -1,8 +1,9 @@
-"""The arguments of a resumed run: read from its args.json, checked, and compared with its checkpoint.
+"""The arguments of a resumed run: read from its args.json, checked, and compared with its
+checkpoint.
 
-A run may only continue as it began. Its fingerprint says how that was: the arguments that can change the
-result, the number of threads, and what the program adds, such as digests of the data. Checkpoints hold it
-under the key "bound".
+A run may only continue as it began. Its fingerprint says how that was: the arguments that can
+change the result, the number of threads, and what the program adds, such as digests of the data.
+Checkpoints hold it under the key "bound".
 """
 
 import argparse
@@ -31,12 +32,14 @@ class Saved(NamedTuple):
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, settings: RunSettings) -> argparse.Namespace:
-    """Parse a command line. With --resume RUN_DIR, the saved arguments of that run are the defaults.
+    """Parse a command line.
 
-    The parser must have the argument --resume. PyTorch gets the number of threads that the run had.
+    With --resume RUN_DIR, the saved arguments of that run are the defaults. The parser must have
+    the argument --resume. PyTorch gets the number of threads that the run had.
 
-    Raises UserError if an argument on the command line differs from the saved one and could change the
-    result, and if args.json holds something that the parser refuses or that contradicts the checkpoint.
+    Raises UserError if an argument on the command line differs from the saved one and could change
+    the result, and if args.json holds something that the parser refuses or that contradicts the
+    checkpoint.
     """
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -50,9 +53,9 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, settings: Run
 
 
 def load_saved(parser: argparse.ArgumentParser, path: Path, settings: RunSettings, known: Collection[str]) -> Saved:
-    """Read the arguments in the file `path` (args.json) and parse them again. The parser has the arguments `known`.
+    """Read the arguments in the file `path` (args.json) and parse them again.
 
-    Raises UserError.
+    The parser has the arguments `known`. Raises UserError.
     """
     with required_file():
         content = read_json(path)
@@ -95,7 +98,9 @@ def command_line(parser: argparse.ArgumentParser, values: dict[str, object]) -> 
 
 
 def check_overrides(args: argparse.Namespace, saved: argparse.Namespace, settings: RunSettings) -> None:
-    """Raise UserError if an argument on the command line differs from the saved one and could change the result."""
+    """Raise UserError if an argument on the command line differs from the saved one and could
+    change the result.
+    """
     for name, value in vars(args).items():
         if name in settings.free_arguments | settings.unsaved_arguments or value == getattr(saved, name):
             continue
@@ -104,7 +109,8 @@ def check_overrides(args: argparse.Namespace, saved: argparse.Namespace, setting
 
 
 def check_against_checkpoint(path: Path, saved: Saved, settings: RunSettings) -> None:
-    """Compare the saved arguments with those in the checkpoint, and give PyTorch the number of threads that are saved.
+    """Compare the saved arguments with those in the checkpoint, and give PyTorch the number of
+    threads that are saved.
 
     Sums are split among threads, so a CPU run is bit-identical only with the same number of them.
     Raises UserError.
@@ -117,7 +123,9 @@ def check_against_checkpoint(path: Path, saved: Saved, settings: RunSettings) ->
 
 @contextlib.contextmanager
 def required_file() -> Iterator[None]:
-    """Within this block, a UserError also says that a run cannot continue without the file that was read."""
+    """Within this block, a UserError also says that a run cannot continue without the file that was
+    read.
+    """
     try:
         yield
     except UserError as error:
@@ -136,12 +144,17 @@ def fixed_arguments(args: argparse.Namespace, settings: RunSettings) -> dict[str
 def fingerprint_of(
     args: argparse.Namespace, threads: int, inputs: dict[str, object], settings: RunSettings
 ) -> dict[str, object]:
-    """Return the fingerprint of a run, which JSON can hold. `inputs` are what else it depends on."""
+    """Return the fingerprint of a run, which JSON can hold.
+
+    `inputs` are what else it depends on.
+    """
     return {"args": fixed_arguments(args, settings), "threads": threads, **inputs}
 
 
 def check_fingerprint(path: Path, now: dict[str, object], before: dict[str, object]) -> None:
-    """Raise UserError, which begins with `path`, if the fingerprint `before` of a checkpoint differs from `now`."""
+    """Raise UserError, which begins with `path`, if the fingerprint `before` of a checkpoint
+    differs from `now`.
+    """
     if found := compare_values(now, before):
         raise UserError(
             f"{path}: {found.name} is {found.now!r:.100} now, but {found.before!r:.100} in the run's checkpoint. "

@@ -1,6 +1,8 @@
-"""A run's directory: created or opened, locked, with its log, history, checkpoints and TensorBoard curves.
+"""A run's directory: created or opened, locked, with its log, history, checkpoints and TensorBoard
+curves.
 
-args.json  log.txt  history.jsonl  checkpoint.pt  checkpoint.prev.pt  weights/  runs/  (and what the program adds)
+args.json log.txt history.jsonl checkpoint.pt checkpoint.prev.pt weights/ runs/ (and what the
+program adds)
 
 Only rank 0 writes. The checkpoint is the truth: the other files can be made again from it.
 """
@@ -45,16 +47,17 @@ from support.settings import RunSettings
 
 # What a run that ended before its first checkpoint leaves in its directory.
 BEGUN = {"args.json", "log.txt"}
-# What messages call a run without a directory. The name of the directory can differ among processes.
+# What messages call a run without a directory. The name of the directory can differ among
+# processes.
 NEW = "new run"
 
 
 class Run:
     """An open run directory, locked against other processes. Made by `Run.create` or `Run.resume`.
 
-    `completed` is the number of steps (such as epochs) that the last checkpoint counts, `rows` are those of the
-    history, and `state` is what the last checkpoint holds ({} in a new run). `writes` is whether this process
-    is the one that writes files.
+    `completed` is the number of steps (such as epochs) that the last checkpoint counts, `rows` are
+    those of the history, and `state` is what the last checkpoint holds ({} in a new run). `writes`
+    is whether this process is the one that writes files.
     """
 
     def __init__(self, path: str | os.PathLike, settings: RunSettings) -> None:
@@ -91,10 +94,10 @@ class Run:
     ) -> "Run":
         """Make PARENT/NAME and write args.json.
 
-        `inputs` is what the run depends on besides its arguments, as JSON: digests of its data, for example.
-        If the directory exists, -2, -3 .. is appended to the name. Without `new_name` the name is kept, and the
-        directory may only hold a run without a checkpoint. That run's files are moved to PARENT/NAME/old-1
-        (-2, -3 ..). Raises UserError.
+        `inputs` is what the run depends on besides its arguments, as JSON: digests of its data, for
+        example. If the directory exists, -2, -3 .. is appended to the name. Without `new_name` the
+        name is kept, and the directory may only hold a run without a checkpoint. That run's files
+        are moved to PARENT/NAME/old-1 (-2, -3 ..). Raises UserError.
         """
         fingerprint = fingerprint_of(args, torch.get_num_threads(), inputs, settings)
         check_alike(NEW, fingerprint)
@@ -138,7 +141,8 @@ class Run:
     ) -> "Run":
         """Open an earlier run at its last checkpoint. Call `restore` next.
 
-        Raises UserError, also if the arguments, the threads or the `inputs` differ from those of the checkpoint.
+        Raises UserError, also if the arguments, the threads or the `inputs` differ from those of
+        the checkpoint.
         """
         fingerprint = fingerprint_of(args, torch.get_num_threads(), inputs, settings)
         check_alike(path, fingerprint)
@@ -181,7 +185,9 @@ class Run:
             distributed.say(text, file)
 
     def record(self, step: int, entry: dict) -> None:
-        """Append one row to the history (which the next checkpoint will hold), to history.jsonl, and to TensorBoard."""
+        """Append one row to the history (which the next checkpoint will hold), to history.jsonl,
+        and to TensorBoard.
+        """
         if not self.writes:
             return
         self.rows.append(entry)
@@ -197,7 +203,9 @@ class Run:
             self._board.flush()
 
     def save_weights(self, network: nn.Module, name: str, about: dict) -> None:
-        """Write weights/NAME, a plain state dict, and what `about` says of it to a JSON file next to it."""
+        """Write weights/NAME, a plain state dict, and what `about` says of it to a JSON file next
+        to it.
+        """
         if self.writes:
             make_folder(self.path / "weights")
             weights.save_weights(network, self.path / "weights" / name, about)
@@ -205,8 +213,9 @@ class Run:
     def save_checkpoint(self, completed: int, state: dict) -> None:
         """Write checkpoint.pt, and keep the previous one as checkpoint.prev.pt.
 
-        Call this before writing any file that can be made again from the checkpoint. A crash at any moment then
-        leaves files that are as old as the checkpoint or older, and `restore` has them made again.
+        Call this before writing any file that can be made again from the checkpoint. A crash at any
+        moment then leaves files that are as old as the checkpoint or older, and `restore` has them
+        made again.
         """
         self.completed = completed
         if self.writes:
@@ -220,11 +229,11 @@ class Run:
             )
 
     def restore(self, state: object) -> None:
-        """Load the last checkpoint into `state`, which has state_dict() and load_state_dict(). A new run saves it.
+        """Load the last checkpoint into `state`, which has state_dict() and load_state_dict().
 
-        Then the history, the log and TensorBoard's curves are those of the checkpoint again. Raises UserError if
-        the checkpoint does not fit (it is another run's, or arguments changed), and if processes start with
-        different weights.
+        A new run saves it. Then the history, the log and TensorBoard's curves are those of the
+        checkpoint again. Raises UserError if the checkpoint does not fit (it is another run's, or
+        arguments changed), and if processes start with different weights.
         """
         if self.state:
             try:
@@ -265,7 +274,9 @@ class Run:
 
     @contextlib.contextmanager
     def saving_when_interrupted(self, state: Callable[[], dict]) -> Iterator[None]:
-        """If a signal interrupts the block, save `state()`, say how to continue, and exit with 128 + the signal."""
+        """If a signal interrupts the block, save `state()`, say how to continue, and exit with 128
+        + the signal.
+        """
         try:
             yield
         except signals.Interrupted as place:
@@ -287,7 +298,8 @@ class Run:
 def check_alike(where: str | os.PathLike, value: dict[str, object]) -> None:
     """Check that `value`, which JSON can hold, is the same in all processes of a run.
 
-    Every process has to call this. Each raises UserError, with the first difference and its rank, if one differs.
+    Every process has to call this. Each raises UserError, with the first difference and its rank,
+    if one differs.
     """
     texts = distributed.same_everywhere(json.dumps(value))
     if texts is None:
@@ -303,9 +315,10 @@ def check_alike(where: str | os.PathLike, value: dict[str, object]) -> None:
 
 
 def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> None:
-    """Check that all processes of a run have the same arguments, except paths. Call this once they have met.
+    """Check that all processes of a run have the same arguments, except paths.
 
-    Where they wait for each other depends on the arguments. Every process raises UserError if one differs.
+    Call this once they have met. Where they wait for each other depends on the arguments. Every
+    process raises UserError if one differs.
     """
     fixed = fixed_arguments(args, settings)
     synchronised = {name: getattr(args, name) for name in settings.synchronised_arguments}
@@ -316,18 +329,24 @@ def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> No
 
 
 def refuse_links(path: Path, folders: tuple[str, ...]) -> None:
-    """Raise UserError if one of the folders in `path` is a symbolic link: files would be written somewhere else."""
+    """Raise UserError if one of the folders in `path` is a symbolic link: files would be written
+    somewhere else.
+    """
     for name in folders:
         if (path / name).is_symlink():
             raise UserError(f"{path / name}: this is a symbolic link, and nothing is written through one. Remove it")
 
 
 def lock(path: Path) -> TextIO:
-    """Keep other processes out of a run directory for as long as the returned file is open. Raises UserError."""
+    """Keep other processes out of a run directory for as long as the returned file is open.
+
+    Raises UserError.
+    """
     try:
         file = open_regular(path / ".lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A forked process, such as one that reads images, would keep the lock if it outlives this one.
+        # A forked process, such as one that reads images, would keep the lock if it outlives this
+        # one.
         os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
         raise UserError(f"{path}: in use by another process. Wait for it, or stop it") from None
@@ -337,9 +356,10 @@ def lock(path: Path) -> TextIO:
 
 
 def make_directory(path: Path, new_name: bool = True) -> Path:
-    """Make and return `path`. With `new_name`, make path-2, path-3 .. if it exists. Raises UserError.
+    """Make and return `path`.
 
-    So two runs that start in the same second get a directory each.
+    With `new_name`, make path-2, path-3 .. if it exists. Raises UserError. So two runs that start
+    in the same second get a directory each.
     """
     try:
         make_folder(path.parent)
@@ -359,8 +379,9 @@ def make_directory(path: Path, new_name: bool = True) -> Path:
 def set_aside(run: Run) -> None:
     """Move what an earlier run left in the directory of a new one into old-1 (-2, -3 ..) there.
 
-    Inner runs stay, since they have copies of everything they need. So do args.json and log.txt if there is
-    nothing else. Raises UserError if the earlier run can be continued, and if the directory is not a run's.
+    Inner runs stay, since they have copies of everything they need. So do args.json and log.txt if
+    there is nothing else. Raises UserError if the earlier run can be continued, and if the
+    directory is not a run's.
     """
     here = {name for name in os.listdir(run.path) if not re.fullmatch(r"\.lock|old-\d+", name)}
     last = run.path / checkpoints.NAME
@@ -389,10 +410,11 @@ def set_aside(run: Run) -> None:
 def is_finished(
     args: argparse.Namespace, settings: RunSettings, *, completed: int, files: list[str], last_file: str
 ) -> bool:
-    """Return whether the run `args.resume` (None: there is none) has come to its end with these arguments.
+    """Return whether the run `args.resume` (None: there is none) has come to its end with these
+    arguments.
 
-    Then its checkpoint counts `completed` steps, it has the history of its checkpoint, all `files`, and a
-    `last_file` that was written after the checkpoint. Raises UserError.
+    Then its checkpoint counts `completed` steps, it has the history of its checkpoint, all `files`,
+    and a `last_file` that was written after the checkpoint. Raises UserError.
     """
     if not args.resume:
         return False
@@ -417,7 +439,9 @@ def is_finished(
 
 
 def open_board(run: Run) -> object:
-    """Return a SummaryWriter on the run's runs/, or False, with a line in the log, if there cannot be one."""
+    """Return a SummaryWriter on the run's runs/, or False, with a line in the log, if there cannot
+    be one.
+    """
     try:
         from torch.utils.tensorboard import SummaryWriter
 

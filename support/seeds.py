@@ -1,4 +1,6 @@
-"""Seeds: every random stream of a run has a seed of its own, derived from the run's --seed and the stream's role."""
+"""Seeds: every random stream of a run has a seed of its own, derived from the run's --seed and the
+stream's role.
+"""
 
 import argparse
 import zlib
@@ -13,8 +15,9 @@ SCHEMES = (1, 2)
 class Role(NamedTuple):
     """What a random stream is for.
 
-    Scheme 2 derives the seed of a stream from the run's seed and the role's name. Scheme 1, of older runs, takes
-    `factor * seed + offset`. There, two roles can share a stream, and so can runs with neighbouring seeds.
+    Scheme 2 derives the seed of a stream from the run's seed and the role's name. Scheme 1, of
+    older runs, takes `factor * seed + offset`. There, two roles can share a stream, and so can runs
+    with neighbouring seeds.
     """
 
     name: str

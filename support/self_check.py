@@ -29,7 +29,9 @@ COMPILED = 0.05
 
 
 def is_needed(args: argparse.Namespace, device: torch.device) -> bool:
-    """Return whether a run has to be checked: --self_check is on, and it is not float32 on the CPU, uncompiled."""
+    """Return whether a run has to be checked: --self_check is on, and it is not float32 on the CPU,
+    uncompiled.
+    """
     return args.self_check and (device.type != "cpu" or args.amp or args.compile)
 
 
@@ -41,7 +43,8 @@ def self_check(
     classes: int,
     args: argparse.Namespace,
 ) -> str:
-    """Check a training step of `network` on `images` random images of `image_shape`; return a line for the log.
+    """Check a training step of `network` on `images` random images of `image_shape`; return a line
+    for the log.
 
     `loss(network, x, y, compile)` returns the loss of normalised images x (B, 3, H, W) of classes
     y (B,). Of the flags, --amp and --compile count. Raises UserError, which names the operation,
@@ -122,7 +125,9 @@ def check_compiled_step(
     args: argparse.Namespace,
     generator: torch.Generator,
 ) -> None:
-    """Raise UserError if the compiled step differs more from a float32 step than the uncompiled step does."""
+    """Raise UserError if the compiled step differs more from a float32 step than the uncompiled
+    step does.
+    """
     state = generator.get_state()
 
     def gradients(amp: bool, compile: bool) -> dict[str, torch.Tensor]:

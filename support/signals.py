@@ -1,4 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first one lets a run finish its step or batch and save, a second one stops it."""
+"""Ctrl-C, SIGTERM and SIGHUP: the first one lets a run finish its step or batch and save, a second
+one stops it.
+"""
 
 import signal
 import threading
@@ -29,16 +31,17 @@ def release(handlers: dict) -> None:
     global received
     received = None
     for number, handler in handlers.items():
-        # Under torchrun only Ctrl-C: torchrun sends SIGTERM when a process is lost, and the others must still be
-        # able to print their messages.
+        # Under torchrun only Ctrl-C: torchrun sends SIGTERM when a process is lost, and the others
+        # must still be able to print their messages.
         if number == signal.SIGINT or distributed.world_size() == 1:
             signal.signal(number, handler)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
     global received
-    # torchrun passes signals on, even those that its processes have received already, and sends SIGTERM when a
-    # process is lost. So only a second Ctrl-C means that the user does not want to wait.
+    # torchrun passes signals on, even those that its processes have received already, and sends
+    # SIGTERM when a process is lost. So only a second Ctrl-C means that the user does not want to
+    # wait.
     if received and (number == signal.SIGINT or distributed.world_size() == 1):
         raise KeyboardInterrupt
     received = received or number
@@ -47,8 +50,9 @@ def _receive(number: int, frame: FrameType | None) -> None:
 def stop_requested(device: torch.device, at_meeting_point: bool = True) -> bool:
     """Return whether to stop now, because a process has received a signal.
 
-    Several processes have to stop at the same step, so they ask each other. They do that only if all of them are
-    `at_meeting_point`, a step at which they wait for each other anyway. At other steps the answer is no.
+    Several processes have to stop at the same step, so they ask each other. They do that only if
+    all of them are `at_meeting_point`, a step at which they wait for each other anyway. At other
+    steps the answer is no.
     """
     if distributed.world_size() == 1:
         return received is not None

@@ -1,4 +1,6 @@
-"""Weights files: plain state dicts, read without executing anything, each with a JSON file that describes it."""
+"""Weights files: plain state dicts, read without executing anything, each with a JSON file that
+describes it.
+"""
 
 import collections
 import contextlib
@@ -62,7 +64,8 @@ def unpickle_tensors(file: IO[bytes]) -> object:
 
 
 def read_state(path: AnyPath) -> dict[str, torch.Tensor]:
-    """Return the state dict {name: tensor} in a weights file of any network, published ones included.
+    """Return the state dict {name: tensor} in a weights file of any network, published ones
+    included.
 
     The file holds it directly or under "state_dict". What DataParallel and torch.compile put into
     the names is removed. Raises UserError.
@@ -113,7 +116,9 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: AnyPath, 
 
 
 def problems(value: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
-    """Yield the reasons why a file's tensor cannot be loaded as the network's tensor of the same name."""
+    """Yield the reasons why a file's tensor cannot be loaded as the network's tensor of the same
+    name.
+    """
     if value.is_nested or value.layout is not torch.strided or value.is_quantized or value.is_meta:
         yield "is sparse, nested, quantised or without values"
     elif value.shape != expected.shape:
@@ -125,7 +130,8 @@ def problems(value: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
 
 
 def locate(path: AnyPath) -> AnyPath:
-    """Return `path`, or the file of the same name in the folder weights/ next to it if only that exists.
+    """Return `path`, or the file of the same name in the folder weights/ next to it if only that
+    exists.
 
     So a run can be named as the published scripts do, which have no such folder.
     """
@@ -139,10 +145,11 @@ def info_path(path: AnyPath) -> Path:
 
 
 def save_weights(model: nn.Module, path: AnyPath, about: dict) -> None:
-    """Write the state dict to `path`, and a JSON file with `about` and a checksum next to it. Raises UserError.
+    """Write the state dict to `path`, and a JSON file with `about` and a checksum next to it.
 
-    A reader, or a crash, can come between the two files. So the JSON file is written first, and under
-    "before" it also describes the weights that it finds. It then describes old and new weights.
+    Raises UserError. A reader, or a crash, can come between the two files. So the JSON file is
+    written first, and under "before" it also describes the weights that it finds. It then describes
+    old and new weights.
     """
     content = io.BytesIO()  # torch.save hides that a disk is full
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
@@ -155,7 +162,8 @@ def save_weights(model: nn.Module, path: AnyPath, about: dict) -> None:
 
 
 def read_info(path: AnyPath) -> dict:
-    """Return what was saved about the weights at `path`, or {} if there is no JSON file next to them.
+    """Return what was saved about the weights at `path`, or {} if there is no JSON file next to
+    them.
 
     Raises UserError if that file describes other weights.
     """
@@ -171,9 +179,11 @@ def read_info(path: AnyPath) -> dict:
 
 
 def matching_info(path: AnyPath) -> dict | None:
-    """Return what the JSON file next to the weights at `path` says about them, or None if it is about other weights.
+    """Return what the JSON file next to the weights at `path` says about them, or None if it is
+    about other weights.
 
-    A run may be writing both files, so they are read again until they do not change meanwhile. Raises UserError.
+    A run may be writing both files, so they are read again until they do not change meanwhile.
+    Raises UserError.
     """
     read_at = None
     while (now := [version(file) for file in (info_path(path), path)]) != read_at:
