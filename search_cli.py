@@ -141,7 +141,7 @@ def search_loaders(
     """
     loaders.check_batch(args.batch_size, train)
     if not len(valid):
-        raise UserError("the validation split is empty: use a smaller --train_portion, or more images")
+        raise UserError("the validation split is empty: use more images, or a smaller share of them for training")
     if args.bn == "batch":
         loaders.check_statistics("--valid_batch_size", min(args.valid_batch_size, len(valid)), valid)
     cutout = args.cutout and args.cutout_length

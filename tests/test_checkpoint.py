@@ -41,7 +41,7 @@ def retrained_s2():
 
 
 @pytest.mark.parametrize("make, side", [(s1, 8), (s2, 8), (retrained, 32), (retrained_s2, 8)])
-def test_the_same_step(make, side):
+def test_checkpointed_step_is_the_same_to_the_bit(make, side):
     """Logits, gradients and, moved once, running statistics, over two steps."""
     network, forward = make()
     before, results = copy.deepcopy(network.state_dict()), []
@@ -76,7 +76,7 @@ def kept_bytes(network, forward):
     return sum(block.nbytes() for block in blocks.values())
 
 
-def test_what_s1_keeps():
+def test_checkpointed_step_keeps_less_memory():
     """At the paper's size."""
     network, fast = s1(C=16, layers=8)
     alphas = seeded_alphas(1)

@@ -95,7 +95,7 @@ def assert_equal_ways(tolerance, *supernet):
     ],
     indirect=["kernels"],
 )
-def test_supernets_with_graphs(supernet, nodes, kernels, count, graphs):
+def test_compiled_supernets_equal_the_eager_ones_as_graphs(supernet, nodes, kernels, count, graphs):
     """As many graphs as kinds of cells, for each of training and fitness with either statistics.
 
     In fitness the rest of S1's first cell, behind what all individuals share, is a kind of its own. With one node it
@@ -109,7 +109,7 @@ def test_supernets_with_graphs(supernet, nodes, kernels, count, graphs):
 @pytest.mark.slow
 @pytest.mark.parametrize("supernet", [s1, s2])
 @pytest.mark.parametrize("kernels", ["gpu", "cpu"], indirect=True)
-def test_supernets_with_inductor(supernet, kernels):
+def test_compiled_supernets_equal_the_eager_ones_with_inductor(supernet, kernels):
     """In float64, where no rounding flips a ReLU."""
     start_anew()
     fast, *inputs = supernet(nodes=1)
@@ -142,7 +142,7 @@ def of_arch_string():
 
 
 @pytest.mark.parametrize("make", [pytest.param(of_genotype, marks=pytest.mark.slow), of_arch_string])
-def test_a_retrained_network_with_graphs(graphs, make):
+def test_compiled_retrained_network_equals_the_eager_one_as_graphs(graphs, make):
     eager, *others = retrained(make())
     for results in others:
         for actual, expected in zip(results, eager, strict=True):
@@ -151,7 +151,7 @@ def test_a_retrained_network_with_graphs(graphs, make):
 
 
 @pytest.mark.slow
-def test_a_retrained_network_with_inductor():
+def test_compiled_retrained_network_equals_the_eager_one_with_inductor():
     start_anew()
     eager, *others = retrained(of_genotype())
     for results in others:
@@ -161,7 +161,7 @@ def test_a_retrained_network_with_inductor():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gradients", [False, True])
-def test_statistics_of_many_pixels_with_inductor(gradients):
+def test_compiled_statistics_of_many_pixels_are_precise(gradients):
     """262,144 values a channel, summed up in float32."""
     start_anew()
     x = images(0, (256, 16, 32, 32)).add_(3).contiguous(memory_format=torch.channels_last).requires_grad_(gradients)
@@ -173,7 +173,7 @@ def test_statistics_of_many_pixels_with_inductor(gradients):
 
 
 @pytest.mark.slow
-def test_a_whole_retraining_needs_a_graph_for_each_kind_of_cell(tmp_path, monkeypatch, graphs):
+def test_retraining_makes_one_graph_per_kind_of_cell(tmp_path, monkeypatch, graphs):
     """EvNAS-A at the paper's depth; each epoch has another drop path, a last, smaller batch, and a test."""
     monkeypatch.setattr(devices, "has_compiler", lambda: True)  # these graphs need none
     sizes = dict(layers=20, init_channels=2, epochs=4, drop_path_prob=0.2, train_samples=80, batch_size=60)
@@ -181,7 +181,7 @@ def test_a_whole_retraining_needs_a_graph_for_each_kind_of_cell(tmp_path, monkey
     assert len(graphs) == 9
 
 
-def test_concatenate_two_with_and_without_gradients(graphs):
+def test_compiled_concatenate_equals_cat(graphs):
     for gradients in (True, False):
         x = images(0, (2, 3, 4, 4)).requires_grad_(gradients)
         with torch.set_grad_enabled(gradients):
@@ -189,7 +189,7 @@ def test_concatenate_two_with_and_without_gradients(graphs):
         assert torch.equal(y, torch.cat([x, x + 1], dim=1))
 
 
-def test_a_cpu_without_a_compiler(tmp_path, capsys, monkeypatch):
+def test_cpu_without_a_compiler_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit) as error:
         retrain(tmp_path, "--compile", epochs=1)
@@ -197,7 +197,7 @@ def test_a_cpu_without_a_compiler(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_compiler_that_does_not_work(tmp_path, monkeypatch):
+def test_broken_compiler_is_found_before_there_is_a_run(tmp_path, monkeypatch):
     """The self-check finds it before there is a run. A run that began without the check goes on with --no-compile."""
     monkeypatch.setenv("CXX", "false")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))

@@ -61,7 +61,7 @@ def distances(results, references):
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("settings", [{}, {"checkpoint": True}, {"compile": True}], ids=["eager", "again", "compile"])
-def test_fast_is_plain_on_a_card(space, settings):
+def test_fast_path_equals_the_plain_one_on_a_gpu(space, settings):
     dtype = torch.float32 if settings.get("compile") else torch.float64
     fast, plain, alphas, x, y = on_a_card(space, dtype)
     other = copy.deepcopy(plain).to(memory_format=torch.channels_last)
@@ -72,7 +72,7 @@ def test_fast_is_plain_on_a_card(space, settings):
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_bfloat16_is_as_near_to_float32_as_in_the_plain_network(space):
+def test_bfloat16_error_is_that_of_the_plain_network(space):
     fast, plain, alphas, x, y = on_a_card(space)
     others = [copy.deepcopy(plain) for _ in range(2)]
     expected = gradients_and_logits(plain_forward, plain, x, y, alphas)
@@ -88,7 +88,7 @@ class Batches(list):
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("settings", [{}, {"checkpoint": True}], ids=["eager", "checkpoint"])
-def test_a_recorded_step_is_the_same_step(space, settings):
+def test_recorded_step_equals_the_eager_one(space, settings):
     """Six steps, each with another individual, and one with fewer images."""
     fast, network, _, x, y = on_a_card(space, torch.float64)
     population = torch.rand(7, *SPACES[space][2]().shape[1:], device="cuda", dtype=torch.float64)
@@ -118,7 +118,7 @@ def test_recorded_retraining_draws_the_same_drop_path(tmp_path):
     assert recorded == pytest.approx(usual, rel=1e-2)
 
 
-def test_a_search_on_a_card_is_resumed(tmp_path):
+def test_search_on_a_gpu_resumes(tmp_path):
     whole = search(tmp_path, device="cuda", epochs=2)
     assert len(history(whole)) == 2
     checkpoint = load_checkpoint(whole / "checkpoint.prev.pt")
@@ -128,7 +128,7 @@ def test_a_search_on_a_card_is_resumed(tmp_path):
     assert len(history(whole)) == 2
 
 
-def test_a_process_group_of_one_over_nccl(tmp_path):
+def test_process_group_of_one_works_over_nccl(tmp_path):
     torch.distributed.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
         value = torch.full((3,), 2.0, device="cuda")
@@ -139,6 +139,6 @@ def test_a_process_group_of_one_over_nccl(tmp_path):
 
 
 @pytest.mark.parametrize("name, flags", [("search_s1", ["--full"]), ("search_s2", ["--full"]), ("retrain", [])])
-def test_benchmarks_on_a_card(name, flags):
+def test_benchmarks_run_on_a_gpu(name, flags):
     command = [sys.executable, f"benchmarks/{name}.py", "--device", "cuda", "--rounds", "1", *flags]
     subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True, timeout=3000)

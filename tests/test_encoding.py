@@ -67,7 +67,7 @@ def tied_everywhere(random, count):
 
 
 @pytest.mark.parametrize("make", [continuous, tied_within_edges, tied_between_edges, tied_everywhere])
-def test_equals_plain_implementation(make):
+def test_decode_and_genotype_equal_a_plain_implementation(make):
     population = make(np.random.RandomState(1), 150)
     decoded = decode(torch.from_numpy(population)).numpy()
     for alphas, one_hot in zip(population, decoded, strict=True):
@@ -85,7 +85,7 @@ def test_ties_are_common_in_the_tied_samples():
     assert (alphas[:, :, 0] == alphas[:, :, 1]).all(-1).mean() > 0.3  # the two edges of the first node
 
 
-def test_lowest_operation_among_equals():
+def test_decode_takes_the_lowest_operation_among_equals():
     alphas = torch.zeros(2, 14, 8)
     alphas[..., 5:] = 0.5
     assert {op for op, _ in genotype(alphas).normal} == {"sep_conv_5x5"}
@@ -93,7 +93,7 @@ def test_lowest_operation_among_equals():
     assert {op for op, _ in genotype(torch.zeros(2, 14, 8)).reduce} == {"max_pool_3x3"}
 
 
-def test_lower_edge_among_equals():
+def test_decode_takes_the_lower_edge_among_equals():
     equal = torch.full((2, 14, 8), 0.25)
     assert [node for _, node in genotype(equal).normal] == [0, 1] * 4
     assert decode(equal)[1].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 5, 6, 9, 10]
@@ -103,7 +103,7 @@ def test_lower_edge_among_equals():
     assert genotype(alphas).normal[6:] == [("dil_conv_5x5", 1), ("dil_conv_5x5", 3)]
 
 
-def test_strongest_edge_first():
+def test_genotype_has_the_strongest_edge_first():
     alphas = torch.zeros(2, 14, 8)
     alphas[0, 1, SEP3] = 0.9  # node 0: input 1 before input 0
     alphas[0, 0, DIL5] = 0.8
@@ -114,7 +114,7 @@ def test_strongest_edge_first():
     assert pairs[4:6] == [("dil_conv_5x5", 3), ("sep_conv_3x3", 1)]
 
 
-def test_strength_is_the_softmax_not_the_raw_value():
+def test_edge_strength_is_the_softmax_not_the_raw_value():
     alphas = torch.zeros(2, 14, 8)
     alphas[0, 2] = 0.9  # the largest raw values, but one among eight equals: softmax 1/8
     alphas[0, 3, SEP3] = 0.5
@@ -123,21 +123,21 @@ def test_strength_is_the_softmax_not_the_raw_value():
 
 
 @pytest.mark.parametrize("others", [0.0, 0.5, 0.999])
-def test_none_never_comes_out(others):
+def test_decode_never_keeps_none(others):
     alphas = torch.full((2, 14, 8), others)
     alphas[..., 0] = 0.999  # first, or tied for first
     assert decode(alphas)[..., 0].sum() == 0
     assert "none" not in {op for op, _ in genotype(alphas).normal + genotype(alphas).reduce}
 
 
-def test_a_strong_none_weakens_its_edge():
+def test_strong_none_weakens_its_edge():
     alphas = torch.zeros(2, 14, 8)
     alphas[..., SEP3] = 0.5
     alphas[0, 9, 0] = 0.9
     assert [node for _, node in genotype(alphas).normal[6:]] == [1, 2]
 
 
-def test_two_one_hot_edges_a_node():
+def test_decode_keeps_two_one_hot_edges_per_node():
     decoded = decode(random_alphas(200, torch.Generator().manual_seed(0)))
     assert set(decoded.unique().tolist()) == {0.0, 1.0}
     assert decoded.sum(-1).max() == 1
@@ -146,12 +146,12 @@ def test_two_one_hot_edges_a_node():
 
 
 @pytest.mark.parametrize("make", [continuous, tied_everywhere])
-def test_idempotent(make):
+def test_decode_is_idempotent(make):
     decoded = decode(torch.from_numpy(make(np.random.RandomState(2), 300)))
     assert torch.equal(decode(decoded), decoded)
 
 
-def test_leading_dimensions_are_a_loop():
+def test_decode_treats_individuals_one_by_one():
     alphas = random_alphas(12, torch.Generator().manual_seed(3))
     single = torch.stack([decode(a) for a in alphas])
     assert torch.equal(decode(alphas), single)
@@ -159,7 +159,7 @@ def test_leading_dimensions_are_a_loop():
     assert decode(alphas[:0]).shape == (0, 2, 14, 8)
 
 
-def test_input_is_left_alone():
+def test_decode_does_not_change_its_input():
     alphas = random_alphas(3, torch.Generator().manual_seed(4))
     before = alphas.clone()
     decode(alphas)
@@ -168,7 +168,7 @@ def test_input_is_left_alone():
     assert torch.equal(alphas, before)
 
 
-def test_not_contiguous_input():
+def test_decode_takes_input_that_is_not_contiguous():
     alphas = random_alphas(3, torch.Generator().manual_seed(4))
     strided = alphas.transpose(0, 2).contiguous().transpose(0, 2)
     assert torch.equal(decode(strided), decode(alphas))
@@ -181,7 +181,7 @@ def test_genotypes_are_valid_cells_of_plain_values():
         assert all(type(op) is str and type(node) is int for op, node in cell.normal + cell.reduce)
 
 
-def test_random_alphas():
+def test_random_alphas_are_uniform_and_reproducible():
     alphas = random_alphas(50, generator=torch.Generator().manual_seed(6))
     assert alphas.shape == (50, 2, 14, 8) and alphas.dtype == torch.float32
     assert 0 <= alphas.min() and alphas.max() < 1

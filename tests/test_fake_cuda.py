@@ -1,4 +1,4 @@
-"""What a GPU would be asked to do, counted without one: see benchmarks/kernels.py."""
+"""Kernels that a forward pass launches on a GPU, counted without one: see benchmarks/kernels.py."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from model import NetworkCIFAR
 pytestmark = pytest.mark.skipif(
     torch.__version__.startswith("2.6."), reason="PyTorch 2.6 looks for the device behind a fake tensor"
 )
-UNREAD = {"square", "reciprocal", "rsqrt", "sub", "_foreach_pow"}  # what variances are made with
+UNREAD = {"square", "reciprocal", "rsqrt", "sub", "_foreach_pow"}  # kernels that compute variances
 
 
 @pytest.fixture(params=[False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bfloat16"])
@@ -20,7 +20,7 @@ def amp(request):
 
 
 def launches(function, amp):
-    """Count without the conversions to bfloat16, which autocast makes once a batch of each kernel."""
+    """Return the counts without the conversions to bfloat16, which autocast makes once per batch."""
     counts = kernels.launches(function, amp).counts
     assert ("_to_copy" in counts) == amp
     del counts["_to_copy"]
@@ -28,9 +28,11 @@ def launches(function, amp):
 
 
 @pytest.mark.parametrize("space, most", [pytest.param("s1", 3310, marks=pytest.mark.slow), ("s2", 850)])
-def test_training(space, most, amp):
-    fast, network, alphas, _ = kernels.SPACES[space]
-    network, x, alphas = network(), torch.randn(64, 3, 32, 32), torch.rand(alphas)
+def test_training_launches_few_kernels(space, most, amp):
+    fast = kernels.SPACES[space].fast
+    network = kernels.SPACES[space].make_network()
+    alphas = torch.rand(kernels.SPACES[space].alphas)
+    x = torch.randn(64, 3, 32, 32)
     counts = launches(lambda: fast.forward(network, x, alphas), amp)
     assert counts.total() <= most
     assert counts["_foreach_pow"] == 1  # all standard deviations become variances at once
@@ -46,10 +48,12 @@ def test_training(space, most, amp):
         ("s2", "running", 1200, 430),
     ],
 )
-def test_fitness(space, bn, most_shared, most, amp):
-    """What the weights and a batch cost all individuals together, and what each individual costs."""
-    fast, network, alphas, _ = kernels.SPACES[space]
-    network, x, alphas = network(), torch.randn(1024, 3, 32, 32), torch.rand(alphas)
+def test_fitness_launches_few_kernels(space, bn, most_shared, most, amp):
+    """Count what all individuals share on a batch, and what each individual needs besides."""
+    fast = kernels.SPACES[space].fast
+    network = kernels.SPACES[space].make_network()
+    alphas = torch.rand(kernels.SPACES[space].alphas)
+    x = torch.randn(1024, 3, 32, 32)
     evaluators = []
 
     def prepare():
@@ -62,7 +66,7 @@ def test_fitness(space, bn, most_shared, most, amp):
         assert not (shared | counts).keys() & UNREAD
 
 
-def test_retraining(amp):
+def test_retraining_draws_drop_path_once(amp):
     network = NetworkCIFAR(36, 10, 20, True, genotypes.EvNASA)
     network.drop_path_prob = 0.2
     counts = launches(lambda: network(torch.randn(96, 3, 32, 32)), amp)

@@ -105,12 +105,12 @@ def test_alphas_get_gradients():
 
 
 @pytest.mark.parametrize("key", TRAJECTORIES["s1_supernet"])
-def test_golden_training_trajectory(key):
+def test_training_trajectory_is_that_of_the_original(key):
     steps = trajectory(Fast(network()), *TRAJECTORIES["s1_supernet"][key])
     assert_matches(steps, SMALL[key], key)
 
 
-def test_golden_eval_logits():
+def test_eval_logits_are_those_of_the_original():
     evaluator = fast_evaluator(network(), "running", images(13, (8, 3, 32, 32)))
     raw = seeded_alphas(SMALL["alpha_seed"])
     assert_close(evaluator.logits(raw), SMALL["eval_logits_raw"])
@@ -179,7 +179,7 @@ def test_fitness_of_a_population_equals_the_plain_one(trained, bn, decoded):
 
 
 @both_modes
-def test_fitness_takes_the_current_weights(bn):
+def test_evaluator_uses_the_weights_it_was_made_with(bn):
     of, x = network(), images(3, (8, 3, 16, 16))
     before = fast_evaluator(of, bn, x).logits(individual(1))
     train(Fast(of), of, 2)
@@ -190,7 +190,7 @@ def test_fitness_takes_the_current_weights(bn):
 
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("side", [4, 6, 7, 8])
-def test_average_pool(stride, side):
+def test_fast_average_pool_equals_the_operation(stride, side):
     x = images(0, (2, 5, side, side)).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(fast_ops.fast_average_pool(x, stride), OPS["avg_pool_3x3"](5, stride, False)(x))
 
@@ -199,7 +199,7 @@ def test_average_pool(stride, side):
     "kernel, stride, dilation, side",
     [(k, s, d, side) for k in (3, 5) for s, d in ((1, 1), (2, 1), (1, 2)) for side in (8, 9) if s == 1 or side == 8],
 )
-def test_depthwise_gradients(kernel, stride, dilation, side):
+def test_depthwise_gradients_equal_those_of_the_module(kernel, stride, dilation, side):
     conv = torch.nn.Conv2d(4, 4, kernel, stride, kernel // 2 * dilation, dilation, groups=4, bias=False).double()
     x = images(0, (2, 4, side, side)).double().contiguous(memory_format=torch.channels_last).requires_grad_()
     gradients = []
@@ -210,7 +210,7 @@ def test_depthwise_gradients(kernel, stride, dilation, side):
 
 
 @both_modes
-def test_autocast(bn):
+def test_autocast_keeps_logits_and_gradients_in_float32(bn):
     of, x = network(), images(3, (16, 3, 16, 16))
     expected = plain_logits(of, x, individual(1), bn)
     with torch.autocast("cpu", torch.bfloat16):

@@ -22,7 +22,7 @@ def test_random_alphas_are_uniform_and_reproducible():
     assert torch.equal(alphas, random_alphas(1000, generator=torch.Generator().manual_seed(1)))
 
 
-def test_decode_is_argmax_of_1000_random_alphas():
+def test_decode_is_the_argmax_as_one_hot():
     raw = random_alphas(1000, generator=torch.Generator().manual_seed(2))
     decoded = decode(raw)
     assert decoded.shape == raw.shape and torch.equal(decoded.argmax(-1), raw.argmax(-1))
@@ -34,7 +34,7 @@ def test_decode_is_argmax_of_1000_random_alphas():
     assert (decoded[..., 0] == 1).any()  # `none` can be chosen
 
 
-def test_the_lowest_index_wins_among_equals():
+def test_decode_takes_the_lowest_index_among_equals():
     assert from_arch_string(arch_string(torch.zeros(6, 5))) == (0,) * 6
     alphas = torch.zeros(6, 5)
     alphas[:, 2] = alphas[:, 4] = 0.5
@@ -42,7 +42,7 @@ def test_the_lowest_index_wins_among_equals():
     assert from_arch_string(arch_string(alphas)) == (2,) * 6
 
 
-def test_all_15625_round_trips():
+def test_arch_strings_round_trip_for_all_15625_cells():
     strings = set()
     for ops in itertools.product(range(5), repeat=6):
         text = to_arch_string(ops)
@@ -51,7 +51,7 @@ def test_all_15625_round_trips():
     assert len(strings) == 15625
 
 
-def test_arch_string_of_alphas():
+def test_arch_string_takes_one_individual():
     assert from_arch_string(ARCH) == (3, 3, 4, 1, 3, 1)
     alphas = torch.eye(5)[[3, 3, 4, 1, 3, 1]]
     assert arch_string(alphas) == arch_string(alphas[None]) == ARCH
@@ -75,7 +75,7 @@ def test_arch_string_of_alphas():
         ("x" * 100_000, "lacks the edge"),
     ],
 )
-def test_bad_arch_strings(text, message):
+def test_bad_arch_string_is_refused_with_its_reason(text, message):
     with pytest.raises(UserError) as error:
         from_arch_string(text)
     assert message in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400

@@ -86,7 +86,7 @@ def test_several_steps_in_float64_leave_equal_weights_and_buffers(track, kernels
         assert not torch.equal(expected, before[name]), name
 
 
-def test_statistics_are_as_precise_as_the_plain_path():
+def test_batch_statistics_are_precise():
     """Over many values: torch's channels-last BatchNorm would miss this tolerance tenfold."""
     x = images(0, (64, 8, 32, 32)) + 0.3
     scale, shift = torch.ones(8), torch.zeros(8)
@@ -108,7 +108,7 @@ def test_alphas_get_gradients():
 
 
 @pytest.mark.parametrize("key", TRAJECTORIES["s2_supernet"])
-def test_golden_training_trajectory(key):
+def test_training_trajectory_is_that_of_the_original(key):
     steps = trajectory(
         Fast(fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))), *TRAJECTORIES["s2_supernet"][key], nesterov=True
     )
@@ -116,7 +116,7 @@ def test_golden_training_trajectory(key):
 
 
 @pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: str(case["seed"]))
-def test_golden_eval_logits(case):
+def test_eval_logits_are_those_of_the_original(case):
     of = fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
     evaluator = fast_evaluator(of, "running", images(17, (4, 3, 32, 32)))
     raw = seeded_alphas(case["seed"], (1, 6, 5))
@@ -143,7 +143,7 @@ def test_population_fitness_equals_one_by_one_and_moves_nothing(bn, track, kerne
     assert all(torch.equal(value, before[name]) for name, value in of.state_dict().items())
 
 
-def test_without_running_statistics_the_searched_cells_alone_use_the_batch():
+def test_without_running_statistics_only_the_searched_cells_use_the_batch():
     tracked, untracked, x = network(True), network(False), images(3, (8, 3, 16, 16))
     with torch.no_grad():  # other running statistics than 0 and 1
         for of in (tracked, untracked):
@@ -159,7 +159,7 @@ def test_without_running_statistics_the_searched_cells_alone_use_the_batch():
 
 
 @both_modes
-def test_an_evaluator_takes_the_weights_it_was_made_with(bn):
+def test_evaluator_uses_the_weights_it_was_made_with(bn):
     of, x, alphas = network(), images(3, (8, 3, 16, 16)), seeded_alphas(0, (1, 6, 5))
     before = fast_evaluator(of, bn, x).logits(alphas)
     train(Fast(of), of, 2)
@@ -169,7 +169,7 @@ def test_an_evaluator_takes_the_weights_it_was_made_with(bn):
 
 
 @both_modes
-def test_autocast(bn):
+def test_autocast_keeps_logits_and_gradients_in_float32(bn):
     of, x, alphas = network(), images(3, (8, 3, 16, 16)), decode(seeded_alphas(0, (1, 6, 5)))
     expected = plain_logits(of, x, alphas, bn)
     with torch.autocast("cpu", torch.bfloat16):

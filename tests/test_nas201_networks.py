@@ -19,20 +19,20 @@ from support.files import UserError, restricted_unpickle
 from golden import fill, images, seeded_alphas
 
 
-def test_full_size_has_the_published_layout():
+def test_full_size_network_has_the_published_layout():
     network = Network(16, 5, 10)
     assert len(network.state_dict()) == 759
     assert sum(p.numel() for p in network.parameters()) == 1_686_106
     assert len(network.cells) == 17 and [i for i, c in enumerate(network.cells) if not isinstance(c, Cell)] == [5, 11]
 
 
-def test_alphas_have_a_dimension_of_cells_or_none():
+def test_network_takes_alphas_with_and_without_a_cell_dimension():
     network, x, raw = fill(Network(4, 1, 10)).eval(), images(17, (4, 3, 8, 8)), seeded_alphas(3000, (1, 6, 5))
     assert torch.equal(network(x, raw[0]), network(x, raw))  # (6, 5) and (1, 6, 5)
     assert torch.equal(decode(raw), torch.eye(5)[raw.argmax(-1)])
 
 
-def test_batchnorm_settings_and_the_track_flag():
+def test_track_running_stats_applies_only_to_searched_cells():
     for track in (True, False):
         network = Network(4, 1, 10, track_running_stats=track)
         for name, module in network.named_modules():
@@ -42,7 +42,7 @@ def test_batchnorm_settings_and_the_track_flag():
                 assert module.track_running_stats is (track or not searched), name
 
 
-def test_published_weights_hold_alphas_which_loading_leaves_out():
+def test_loading_ignores_the_alphas_of_published_weights():
     network = Network(4, 1, 10)
     network.load_state_dict({**small_weights(network), "arch_parameters": torch.zeros(6, 5)})
     with pytest.raises(RuntimeError, match="surprise"):
@@ -50,7 +50,7 @@ def test_published_weights_hold_alphas_which_loading_leaves_out():
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_published_weights_file_is_loaded(tmp_path, prefix):
+def test_published_weight_file_is_loaded(tmp_path, prefix):
     network, path = Network(4, 1, 10), tmp_path / "weights.pt"
     state = {**small_weights(Network(4, 1, 10)), "arch_parameters": torch.rand(6, 5)}
     torch.save({prefix + name: value for name, value in state.items()}, path)
@@ -69,7 +69,7 @@ def small_weights(network):
     return {name: entry.clone() for name, entry in network.state_dict().items()}
 
 
-def test_none_is_exactly_nothing():
+def test_cell_of_none_returns_zeros():
     """With `none` alone on every edge nothing gets through."""
     cell = Cell(4, 4, True).eval()
     weights = torch.zeros(6, 5)
@@ -77,7 +77,7 @@ def test_none_is_exactly_nothing():
     assert torch.equal(cell(torch.randn(2, 4, 8, 8), weights), torch.zeros(2, 4, 8, 8))
 
 
-def test_skip_path_sums():
+def test_cell_of_skips_adds_up_all_paths():
     """With `skip` alone on every edge node k is the sum of all earlier nodes: 1, 1, 2, 4 times the input."""
     cell = Cell(4, 4, True).eval()
     weights = torch.zeros(6, 5)
@@ -90,7 +90,7 @@ def test_skip_path_sums():
 
 
 @pytest.mark.parametrize("index", [0, 11, 284])
-def test_sizes_are_those_on_record(shared_data, index):
+def test_network_sizes_are_those_on_record(shared_data, index):
     """The benchmark's own records; what it calls flops counts the classifier's bias too."""
     path = shared_data("NATS-tss-v1_0-3ffb9-simple") / f"{index:06d}.pickle.pbz2"
     record = restricted_unpickle(unpacked(path), ALLOWED, path)["200"]
@@ -103,7 +103,7 @@ def test_sizes_are_those_on_record(shared_data, index):
 
 
 @pytest.mark.parametrize("train", [False, True])
-def test_a_network_is_the_supernet_with_one_operation_an_edge(train):
+def test_network_equals_the_supernet_with_one_operation_per_edge(train):
     arch = "|nor_conv_3x3~0|+|avg_pool_3x3~0|nor_conv_1x1~1|+|none~0|skip_connect~1|nor_conv_3x3~2|"
     supernet, network = fill(Network(4, 2, 10)).train(train), model.Network(4, 2, 10, arch).train(train)
     alphas = torch.full((6, 5), -1e9)

@@ -1,4 +1,4 @@
-"""Searches on NAS-Bench-201 end to end: resume, variants, the benchmark's figures, searchNAS201.sh, bad input."""
+"""Searches of NAS-Bench-201 end to end: true accuracies, resume, flags, variants, searchNAS201.sh, bad input."""
 
 import dataclasses
 import json
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import draw_no_charts
 from scipy import stats
 from torch import nn
 
@@ -24,7 +25,7 @@ from reporting.cells import load_cell
 from support import runs
 from views import VIEWS
 
-from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, s2_search, write_table
+from helpers import S2_ARCHS, S2_SEARCH_LINE, S2_TRUTH, populations, s2_search, write_table
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,36 +60,59 @@ def same(a, b):
     return a == b
 
 
-# The run and its files
+# ---- the run and its files
 
 
-def test_a_run_and_its_history(tmp_path, table, capsys):
-    run = s2_search(tmp_path, "--api_path", table())
-    entries = history(run)
-    assert [entry["generation"] for entry in entries] == [1, 2, 3]
-    index = {arch: i for i, arch in enumerate(S2_ARCHS)}
-    for entry in entries:
-        with np.load(run / "population" / f"{entry['generation']:03d}.npz") as file:
-            alphas, fitness = torch.from_numpy(file["alphas"]), file["fitness"]
-        assert alphas.shape == (6, 1, 6, 5) and (np.diff(fitness) <= 0).all() and len(set(fitness)) > 1
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, table):
+    """A finished search of three generations with a benchmark table; its report has no charts."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "open_board", lambda run: False)
+        draw_no_charts(patch.setattr)
+        return s2_search(tmp_path_factory.mktemp("finished"), "--api_path", table())
+
+
+def test_history_describes_the_saved_populations(finished):
+    rows = history(finished)
+    assert [row["generation"] for row in rows] == [1, 2, 3]
+    for row, (alphas, fitness) in zip(rows, populations(finished), strict=True):
+        assert alphas.shape == (6, 1, 6, 5) and (fitness.diff() <= 0).all() and len(set(fitness.tolist())) > 1
+        assert row["best_genotype"] == encoding.arch_string(alphas[0]) and row["fitness_best"] == fitness[0]
+
+
+def test_history_has_the_true_accuracies_of_the_best(finished):
+    for row in history(finished):
+        best = S2_TRUTH[S2_ARCHS.index(row["best_genotype"])]
+        assert list(row["true_accuracy"]) == ["cifar10", "cifar100", "ImageNet16-120"]
+        assert [v for pair in row["true_accuracy"].values() for v in (pair["valid"], pair["test"])] == list(best)
+
+
+def test_history_has_the_rank_correlations_of_the_population(finished):
+    for row, (alphas, fitness) in zip(history(finished), populations(finished), strict=True):
         archs = [encoding.arch_string(individual) for individual in alphas]
-        assert entry["best_genotype"] == archs[0] and entry["fitness_best"] == fitness[0]
-        best = S2_TRUTH[index[archs[0]]]
-        assert list(entry["true_accuracy"]) == ["cifar10", "cifar100", "ImageNet16-120"]
-        assert [v for pair in entry["true_accuracy"].values() for v in (pair["valid"], pair["test"])] == list(best)
-        truth = [S2_TRUTH[index[arch], 0] for arch in archs]  # CIFAR-10 validation, column 0
-        assert entry["truth"] == "cifar10 valid"
-        assert entry["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
-        assert entry["spearman_rho"] == pytest.approx(stats.spearmanr(fitness, truth).statistic)
-    assert json.loads((run / "genotype.json").read_text()) == {"arch": entries[-1]["best_genotype"]}
-    assert load_cell(run / "genotype.json", VIEWS) == entries[-1]["best_genotype"]
-    assert (run / "cell.svg").exists() and (run / "weights/weights.pt").exists()
-    assert "True accuracy, CIFAR-10" in (run / "report.html").read_text()
-    assert "cifar10 valid accuracy of the best" in (run / "log.txt").read_text()
-    before = (run / "history.jsonl").read_bytes()
-    capsys.readouterr()
-    main(["--resume", str(run)])
-    assert capsys.readouterr().out == f"{run} is finished\n" and (run / "history.jsonl").read_bytes() == before
+        truth = [S2_TRUTH[S2_ARCHS.index(arch), 0] for arch in archs]  # CIFAR-10 validation, column 0
+        assert row["truth"] == "cifar10 valid"
+        assert row["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
+        assert row["spearman_rho"] == pytest.approx(stats.spearmanr(fitness, truth).statistic)
+
+
+def test_genotype_file_holds_the_best_of_the_last_generation(finished):
+    best = history(finished)[-1]["best_genotype"]
+    assert json.loads((finished / "genotype.json").read_text()) == {"arch": best}
+    assert load_cell(finished / "genotype.json", VIEWS) == best
+
+
+def test_finished_search_has_its_files(finished):
+    assert (finished / "cell.svg").exists() and (finished / "weights/weights.pt").exists()
+    assert "True accuracy, CIFAR-10" in (finished / "report.html").read_text()
+    assert "cifar10 valid accuracy of the best" in (finished / "log.txt").read_text()
+
+
+def test_resume_of_a_finished_search_changes_nothing(finished, capsys):
+    before = (finished / "history.jsonl").read_bytes()
+    main(["--resume", str(finished)])
+    assert capsys.readouterr().out == f"{finished} is finished\n"
+    assert (finished / "history.jsonl").read_bytes() == before
 
 
 def test_tensorboard_has_the_true_accuracies(tmp_path, table, monkeypatch):
@@ -105,22 +129,23 @@ def test_tensorboard_has_the_true_accuracies(tmp_path, table, monkeypatch):
     assert {"kendall_tau", "spearman_rho", "fitness_best", "true_accuracy/ImageNet16-120/test"} <= set(written)
 
 
-def test_without_a_table_the_string_alone(tmp_path):
+def test_search_without_a_table_reports_only_the_arch_string(tmp_path):
     run = s2_search(tmp_path, "--epochs", 1)
     entry = history(run)[0]
     assert entry["best_genotype"] in S2_ARCHS
     assert not {"true_accuracy", "truth", "kendall_tau", "spearman_rho"} & set(entry)
 
 
-def test_a_table_without_validation_is_compared_by_test(tmp_path, table, capsys):
+def test_table_without_validation_is_compared_by_test(tmp_path, table, capsys):
     run = s2_search(tmp_path, "--api_path", table(absent=("valid",)), "--epochs", 1, "--api_dataset", "cifar100")
-    assert "cifar100 test accuracy after 200 epochs; absent are cifar10_valid_200" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "cifar100 test accuracy" in out and "cifar10_valid_200" in out
     entry = history(run)[0]
     assert entry["truth"] == "cifar100 test" and entry["true_accuracy"]["cifar100"]["valid"] is None
     assert -1 <= entry["kendall_tau"] <= 1
 
 
-def test_a_table_without_the_data_set(tmp_path, table):
+def test_table_without_the_data_set_has_no_rank_correlation(tmp_path, table):
     run = s2_search(tmp_path, "--api_path", table(absent=("cifar10_",)), "--epochs", 1)
     entry = history(run)[0]
     assert entry["truth"] is None and entry["kendall_tau"] is None and entry["spearman_rho"] is None
@@ -128,9 +153,9 @@ def test_a_table_without_the_data_set(tmp_path, table):
     assert entry["true_accuracy"]["cifar100"]["test"] is not None
 
 
-def test_the_shared_table(tmp_path, shared_data):
+def test_table_of_test_accuracies_is_compared_by_test(tmp_path, shared_data):
     run = s2_search(tmp_path, "--api_path", shared_data("nb201_accuracy.csv.xz"), "--epochs", 1)
-    entry = history(run)[0]  # this table has test accuracies alone
+    entry = history(run)[0]
     assert entry["truth"] == "cifar10 test" and entry["true_accuracy"]["cifar10"]["test"] > 9
 
 
@@ -141,20 +166,15 @@ def test_equal_fitness_has_no_correlation(tmp_path, table):
     assert entry["fitness_std"] == 0 and entry["kendall_tau"] is None and entry["spearman_rho"] is None
 
 
-# Resume; see also test_resume.py
+# ---- resume; see also test_resume.py
 
 
-def test_resume_with_other_arguments(tmp_path, fails):
-    run = s2_search(tmp_path / "run", "--epochs", 1)
-    for flags, words in (
-        (["--bn", "batch"], "--bn batch"),
-        (["--epochs", "4"], "--epochs 4"),
-        (["--track_running_stats"], "--track_running_stats True"),
-    ):
-        assert words in fails(main, ["--resume", run, *flags])
+@pytest.mark.parametrize("flags", [["--bn", "batch"], ["--epochs", "4"], ["--track_running_stats"]], ids=str)
+def test_resume_with_another_argument_is_refused(finished, fails, flags):
+    assert flags[0] in fails(main, ["--resume", finished, *flags])
 
 
-def test_a_run_is_bound_to_its_table_wherever_that_lies(tmp_path, table, monkeypatch, fails):
+def test_run_is_bound_to_its_table_wherever_it_is(tmp_path, table, monkeypatch, fails):
     path = table()
     run = s2_search(tmp_path, "--api_path", path, "--epochs", 1)
     (run / "report.html").unlink()
@@ -169,8 +189,8 @@ def test_a_run_is_bound_to_its_table_wherever_that_lies(tmp_path, table, monkeyp
     assert "no such" in fails(main, ["--resume", "run", "--api_path", "nowhere.csv"]).lower()
 
 
-def test_a_run_is_bound_to_its_split_file_wherever_that_lies(tmp_path, monkeypatch, fails):
-    """On CIFAR-10 in name; the images are random ones of 8x8 pixels."""
+def test_run_is_bound_to_its_split_file_wherever_it_is(tmp_path, monkeypatch, fails):
+    """The data set is called CIFAR-10, but its images are random ones of 8x8 pixels."""
 
     def load(root, split, workers):
         images = torch.randint(256, (50_000, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -194,39 +214,62 @@ def test_a_run_is_bound_to_its_split_file_wherever_that_lies(tmp_path, monkeypat
     assert not (run / "report.html").exists()
 
 
-def test_resume_keeps_what_differs_from_this_spaces_defaults(tmp_path):
+def test_resume_keeps_arguments_that_differ_from_the_defaults(tmp_path):
     run = s2_search(tmp_path, "--bn", "batch", "--valid_transform", "train", "--epochs", 1)
     (run / "report.html").unlink()
     main(["--resume", str(run)])
     assert json.loads((run / "args.json").read_text())["args"]["bn"] == "batch" and (run / "report.html").exists()
 
 
-# Flags
+# ---- flags
 
 
-def test_defaults(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: seen.update(vars(setup.args), setup=setup))
-    main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4"])
+@pytest.fixture
+def setup_of(monkeypatch):
+    """`setup_of(*flags)` returns the SearchSetup of a search of digits that is not run."""
+    setups = []
+    monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: setups.append(setup))
+
+    def make(*flags):
+        main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4", *flags])
+        return setups.pop()
+
+    return make
+
+
+def batch_norms(network):
+    """Return {name: whether it keeps running statistics} of the BatchNorms of a network."""
+    modules = network.named_modules()
+    return {name: module.track_running_stats for name, module in modules if isinstance(module, nn.BatchNorm2d)}
+
+
+def test_defaults_are_the_papers(setup_of):
     expected = dict(
         batch_size=64, valid_batch_size=1024, epochs=50, pop_size=50, tsize=10, num_elites=1, mutate_rate=0.1, seed=18,
         learning_rate=0.025, learning_rate_min=0.001, momentum=0.9, weight_decay=3e-4, grad_clip=5, num_cells=5,
         max_nodes=4, track_running_stats=False, bn="running", valid_transform="test", cutout=False, workers=2,
     )  # fmt: skip
-    assert expected.items() <= seen.items()
-    setup = seen["setup"]
-    space, network, train, valid = setup.space, setup.network, setup.train_loader, setup.valid_loader
-    assert space.nesterov and len(network.cells) == 17 and (train.cutout, valid.augment) == (0, False)
-    norms = {name: m.track_running_stats for name, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
-    assert all(tracked is ("edges" not in name) for name, tracked in norms.items())
-    main(["--dataset", "digits", "--device", "cpu", "--init_channels", "4", "--cutout", "--track_running_stats"])
-    norms = [m.track_running_stats for m in seen["setup"].network.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert all(norms) and len(norms) == 15 * 6 * 2 + 1 + 4 + 1
-    assert seen["setup"].train_loader.cutout == 4  # 16, held to a quarter of a digit's image
+    setup = setup_of()
+    assert expected.items() <= vars(setup.args).items()
+    assert setup.space.nesterov and len(setup.network.cells) == 17
+    assert setup.train_loader.cutout == 0 and not setup.valid_loader.augment
+
+
+def test_searched_cells_keep_no_running_statistics_by_default(setup_of):
+    assert all(tracked is ("edges" not in name) for name, tracked in batch_norms(setup_of().network).items())
+
+
+def test_track_running_stats_keeps_those_of_every_batch_norm(setup_of):
+    norms = batch_norms(setup_of("--track_running_stats").network)
+    assert all(norms.values()) and len(norms) == 15 * 6 * 2 + 1 + 4 + 1
+
+
+def test_cutout_is_at_most_a_quarter_of_a_digit(setup_of):
+    assert setup_of("--cutout").train_loader.cutout == 4
 
 
 @pytest.mark.parametrize("variant", ["rand", "nd", "ndt", "ndf", "mut", "cross"])
-def test_variants(tmp_path, table, variant):
+def test_variants_measure_and_report_as_they_select(tmp_path, table, variant):
     run = s2_search(tmp_path, "--variant", variant, "--api_path", table(), "--epochs", 2)
     entries = history(run)
     assert ("fitness_best" in entries[0]) == (variant != "rand")
@@ -250,14 +293,14 @@ def test_fitness_leaves_batch_norm_buffers_untouched(tmp_path, monkeypatch, bn):
     assert len(checked) == 3  # two generations, and at the end the random architectures
 
 
-def test_no_running_statistics_and_no_momentum(tmp_path):
+def test_search_without_momentum_saves_no_running_statistics_of_edges(tmp_path):
     run = s2_search(tmp_path, "--momentum", 0, "--epochs", 1)
     names = torch.load(run / "weights/weights.pt", weights_only=True)
     assert {name.split(".")[0] for name in names if "running" in name} == {"stem", "cells", "lastact"}
     assert not any("edges" in name and "running" in name for name in names)
 
 
-# ---- summary and shell script
+# ---- three seeds
 
 
 def shell(*words, check=True, script=ROOT / "searchNAS201.sh"):
@@ -272,7 +315,7 @@ def shell(*words, check=True, script=ROOT / "searchNAS201.sh"):
 
 
 def assert_summary(folder, names, out):
-    """summary.json and the printed summary agree with the histories of three runs of two generations with a table."""
+    """Check summary.json and the printed text against the histories of three runs of two generations with a table."""
     result = json.loads((folder / "summary.json").read_text())
     entries = [history(folder / name) for name in names]
     assert [len(lines) for lines in entries] == [2, 2, 2]
@@ -292,7 +335,7 @@ def assert_summary(folder, names, out):
     assert result["runs"][1]["kendall_tau_by_generation"] == [entry["kendall_tau"] for entry in entries[1]]
 
 
-def test_summary_has_the_figures_of_three_histories(tmp_path, table, capsys):
+def test_summary_describes_three_seeds(tmp_path, table, capsys):
     names = [f"search-digits-seed{seed}" for seed in summary.SEEDS]
     for seed, name in zip(summary.SEEDS, names, strict=True):
         s2_search(tmp_path, "--api_path", table(), "--epochs", 2, "--seed", seed, "--run_name", name)
@@ -302,7 +345,7 @@ def test_summary_has_the_figures_of_three_histories(tmp_path, table, capsys):
 
 
 @pytest.mark.slow
-def test_script_skips_finished_runs_and_continues_the_others(tmp_path, table, monkeypatch):
+def test_script_finishes_what_its_three_seeds_began(tmp_path, table, monkeypatch):
     """One run is finished, one was interrupted, one ended before its first checkpoint."""
     path, tiny = table(), [*S2_SEARCH_LINE[4:], "--epochs", "2"]  # --dataset and --device are the script's
     flags = [*tiny, "--api_path", str(path), "--data", "../data", "--device", "cpu", "--dataset", "digits"]
@@ -323,7 +366,7 @@ def test_script_skips_finished_runs_and_continues_the_others(tmp_path, table, mo
     (folder / names[2]).mkdir()
     finished = (folder / names[0] / "history.jsonl").read_bytes()
 
-    for name in ("utils", "numpy", "train_search"):  # what lies where the script is called is not run
+    for name in ("utils", "numpy", "train_search"):  # modules in the current directory must not be imported
         (tmp_path / f"{name}.py").write_text("raise SystemExit('a stranger')")
     (tmp_path / "linked.sh").symlink_to(ROOT / "searchNAS201.sh")
     monkeypatch.chdir(tmp_path)
@@ -333,8 +376,8 @@ def test_script_skips_finished_runs_and_continues_the_others(tmp_path, table, mo
     assert_summary(folder, names, out)
 
 
-def test_summary_without_a_table_shows_published_figures_of_the_searched_data_set(tmp_path, capsys):
-    """The three runs have two names each, so that they can pass for searches on CIFAR-100."""
+def test_summary_without_a_table_has_published_figures_of_the_searched_data_set(tmp_path, capsys):
+    """Three searches under two names: of digits, which nobody published, and of cifar100."""
     for seed in summary.SEEDS:
         flags = ["--epochs", 1, "--seed", seed, "--run_name", f"search-digits-seed{seed}"]
         s2_search(tmp_path, *flags)
@@ -352,18 +395,35 @@ def test_summary_without_a_table_shows_published_figures_of_the_searched_data_se
         assert ("66.74 ± 3.08" in out) == ("20249.7" in out) == (dataset == "cifar100") and "92.18 ± 1.11" not in out
 
 
-def test_the_benchmark_is_looked_for_where_the_published_script_had_it(tmp_path, monkeypatch, table, capsys):
+@pytest.fixture
+def published_table(tmp_path, table, monkeypatch):
+    """A table where the published script has it, seen from tmp_path, which is the current directory."""
     monkeypatch.chdir(tmp_path)
-    run = s2_search(Path("."), "--epochs", 1)
+    monkeypatch.setattr("nas201.train_search.PUBLISHED_TABLE", os.path.relpath(table()))
+
+
+def test_table_is_found_where_the_published_script_has_it(tmp_path, published_table):
+    assert history(s2_search(tmp_path, "--epochs", 1))[0]["truth"] == "cifar10 valid"
+
+
+def test_empty_api_path_uses_no_table(tmp_path, published_table):
+    assert "truth" not in history(s2_search(tmp_path, "--epochs", 1, "--api_path", ""))[0]
+
+
+def test_search_without_the_published_table_names_the_flag_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    s2_search(tmp_path, "--epochs", 1)
     assert capsys.readouterr().out.count("--api_path") == 1
+
+
+def test_resumed_search_keeps_to_having_no_table(tmp_path, monkeypatch, table, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = s2_search(tmp_path, "--epochs", 1)
     (run / "report.html").unlink()
     monkeypatch.setattr("nas201.train_search.PUBLISHED_TABLE", os.path.relpath(table()))
-    main(["--resume", str(run)])  # a run keeps to what it was started with
+    capsys.readouterr()
+    main(["--resume", str(run)])
     assert "--api_path" not in capsys.readouterr().out and "truth" not in history(run)[0]
-    main([*S2_SEARCH_LINE, "--epochs", "1", "--run_name", "found"])
-    assert history(tmp_path / "found")[0]["truth"] == "cifar10 valid"
-    main([*S2_SEARCH_LINE, "--epochs", "1", "--run_name", "none", "--api_path", ""])
-    assert "truth" not in history(tmp_path / "none")[0]
 
 
 @pytest.mark.parametrize(
@@ -375,28 +435,34 @@ def test_the_benchmark_is_looked_for_where_the_published_script_had_it(tmp_path,
         (["digits", "cpu", "out", "--dir=x"], "--dir"),
     ],
 )
-def test_script_refuses_bad_arguments(words, expected):
+def test_bad_argument_of_the_script_is_refused(words, expected):
     done = shell(*words, check=False)
     assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
 
 
-# Bad input
+# ---- bad input
 
 
-def test_bad_arguments(fails, table, tmp_path_factory):
-    other = tmp_path_factory.mktemp("bad")
-    bad_table, split, damaged = other / "table.csv", other / "split.txt", other / "bench.pth"
-    bad_table.write_text("\n".join(table().read_text().splitlines()[:-1]))
-    split.write_text('{"train": ["int", ["1"]], "valid": ["int", ["1"]]}')
-    damaged.write_bytes(b"PK\x03\x04 no archive")
-    for flags, words in (
-        (["--api_path", bad_table], "15624"),
-        (["--api_path", other / "absent.csv"], "absent.csv"),
-        (["--api_path", damaged], "bench.pth"),
-        (["--split_file", split], "--split_file and --split fixed are for"),
-        (["--split", "fixed"], "not for digits"),
-        (["--dataset", "ImageNet16-120", "--data", other], "train_data_batch_1"),
-        (["--dataset", "folder", "--data", other / "nowhere"], "nowhere"),
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory, table):
+    """A folder with a table that lacks a row, a split file and a damaged benchmark."""
+    folder = tmp_path_factory.mktemp("bad")
+    (folder / "table.csv").write_text("\n".join(table().read_text().splitlines()[:-1]))
+    (folder / "split.txt").write_text('{"train": ["int", ["1"]], "valid": ["int", ["1"]]}')
+    (folder / "bench.pth").write_bytes(b"PK\x03\x04 no archive")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--api_path", "{bad}/table.csv"], "15624 rows"),
+        (["--api_path", "{bad}/absent.csv"], "absent.csv"),
+        (["--api_path", "{bad}/bench.pth"], "bench.pth"),
+        (["--split_file", "{bad}/split.txt"], "--split_file"),
+        (["--split", "fixed"], "digits"),
+        (["--dataset", "ImageNet16-120", "--data", "{bad}"], "train_data_batch_1"),
+        (["--dataset", "folder", "--data", "{bad}/nowhere"], "nowhere"),
         (["--dataset", "mnist"], "mnist"),
         (["--max_nodes", "5"], "--max_nodes"),
         (["--workers", "0"], "--workers"),
@@ -407,10 +473,14 @@ def test_bad_arguments(fails, table, tmp_path_factory):
         (["--epochs", "0"], "--epochs"),
         (["--layers", "8"], "--layers"),
         (["--train_portion", "0.5"], "--train_portion"),
-        (["--resume", other], "args.json"),
-    ):
-        assert words in fails(main, [*S2_SEARCH_LINE, *flags])
+        (["--resume", "{bad}"], "args.json"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_argument_is_refused(fails, bad_files, flags, words):
+    flags = [word.replace("{bad}", str(bad_files)) for word in flags]
+    assert words in fails(main, [*S2_SEARCH_LINE, *flags])
 
 
-def test_summary_refuses_an_unfinished_run(fails, tmp_path):
+def test_summary_of_an_unfinished_run_is_refused(fails, tmp_path):
     assert "search-digits-seed18" in fails(summary.main, [tmp_path, "digits"])

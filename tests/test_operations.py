@@ -27,14 +27,14 @@ def layers(module):
 # Candidate operations
 
 
-def test_every_operation_of_every_cell_is_there():
+def test_operations_cover_every_named_cell():
     assert sorted(OPS) == sorted(genotypes.OPERATIONS)
 
 
 @pytest.mark.parametrize("name", OPS)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("affine", [True, False])
-def test_shapes_and_parameters(name, stride, affine):
+def test_operation_has_the_right_shape_and_parameters(name, stride, affine):
     op = OPS[name](8, stride, affine)
     x = images(0, (2, 8, 12, 6)).requires_grad_()
     y = op(x)
@@ -53,7 +53,7 @@ def test_shapes_and_parameters(name, stride, affine):
 
 @pytest.mark.parametrize("name", CONV)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolutions(name, stride):
+def test_separable_convolutions_have_the_right_layers(name, stride):
     op = OPS[name](8, stride, True)
     half = ["ReLU", "DepthwiseConv", "Conv2d", "BatchNorm2d"]
     assert layers(op) == half * (len(CONV[name]) // 2)
@@ -64,7 +64,7 @@ def test_convolutions(name, stride):
         assert conv.groups == (8 if kernel > 1 else 1)
 
 
-def test_conv_7x1_1x7():
+def test_conv_7x1_1x7_has_the_right_layers():
     op = OPS["conv_7x1_1x7"](8, 2, True)
     assert layers(op) == ["ReLU", "Conv2d", "Conv2d", "BatchNorm2d"]
     assert [(m.kernel_size, m.stride) for m in op if isinstance(m, nn.Conv2d)] == [((1, 7), (1, 2)), ((7, 1), (2, 1))]
@@ -76,11 +76,15 @@ def test_pools_count_no_padding():
     assert torch.equal(OPS["max_pool_3x3"](2, 1, False)(-x), -x)
 
 
-def test_none_and_skip():
+def test_none_returns_zeros():
     x = images(1, (2, 4, 6, 6))
     x[0, 0, 0, 0] = float("inf")  # 0 * inf would be nan
     assert torch.equal(OPS["none"](4, 1, False)(x), torch.zeros(2, 4, 6, 6))
     assert torch.equal(OPS["none"](4, 2, False)(x), torch.zeros(2, 4, 3, 3))
+
+
+def test_skip_connect_is_the_identity_or_a_factorized_reduce():
+    x = images(1, (2, 4, 6, 6))
     assert torch.equal(OPS["skip_connect"](4, 1, False)(x), x)
     assert isinstance(OPS["skip_connect"](4, 2, False), FactorizedReduce)
 
@@ -94,7 +98,7 @@ def test_operations_do_not_change_their_input():
 
 
 @pytest.mark.parametrize("channels", [3, 16])
-def test_factorized_reduce(channels):
+def test_factorized_reduce_equals_two_shifted_convolutions(channels):
     reduce = FactorizedReduce(channels, 8, affine=False).eval()
     x = images(3, (2, channels, 6, 4))
     y = reduce(x) * (1 + reduce.bn.eps) ** 0.5  # running statistics are 0 and 1
@@ -108,7 +112,7 @@ def test_factorized_reduce(channels):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_classifier_is_in_float32_under_autocast(dtype):
+def test_classifier_computes_in_float32_under_autocast(dtype):
     linear, x = Classifier(5, 3), images(4, (2, 5, 1, 1)).flatten(1).to(dtype)
     expected = x.float() @ linear.weight.t() + linear.bias
     with torch.autocast("cpu", torch.bfloat16):
@@ -123,11 +127,11 @@ def test_logits_are_float32_under_autocast(family, side):
     assert [of.dtype for of in logits] == [torch.float32, torch.float32]
 
 
-# Where BatchNorm stands behind pools
+# Where BatchNorm follows a pool
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_supernet_normalises_behind_pools_only(stride):
+def test_supernet_normalises_only_after_pools(stride):
     ops = MixedOp(8, stride)._ops
     for name, op in zip(genotypes.PRIMITIVES, ops, strict=True):
         if "pool" in name:
@@ -138,13 +142,13 @@ def test_supernet_normalises_behind_pools_only(stride):
     assert not list(ops[1].parameters())
 
 
-def test_supernet_has_affine_normalisation_in_the_stem_only():
+def test_supernet_has_affine_norms_only_in_the_stem():
     norms = {n: m.affine for n, m in Network(4, 10, 3).named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert [n for n, affine in norms.items() if affine] == ["stem.1"]
     assert len(norms) > 100
 
 
-def test_retrained_cells_do_not_normalise_behind_pools():
+def test_retrained_cells_do_not_normalise_after_pools():
     network = NetworkCIFAR(4, 10, 3, False, genotypes.DARTS_V1)
     for cell in network.cells:
         pools = [op for op in cell._ops if "Pool" in type(op).__name__]
@@ -153,7 +157,7 @@ def test_retrained_cells_do_not_normalise_behind_pools():
 
 
 @pytest.mark.parametrize("depth, reductions", [(3, [1, 2]), (5, [1, 3]), (8, [2, 5]), (20, [6, 13])])
-def test_where_cells_reduce(depth, reductions):
+def test_cells_reduce_at_thirds_of_the_depth(depth, reductions):
     with torch.device("meta"):
         supernet = Network(4, 10, depth)
         network = NetworkCIFAR(4, 10, depth, False, genotypes.EvNASA)
@@ -186,7 +190,7 @@ def one_operation_cell(op, reduction):
 
 @pytest.mark.parametrize("op", [op for op in OPS if op != "none"])
 @pytest.mark.parametrize("reduction", [False, True])
-def test_drop_path_on_all_but_the_stride_one_skip(op, reduction):
+def test_drop_path_drops_all_but_the_stride_one_skip(op, reduction):
     torch.manual_seed(2)
     cell, x = one_operation_cell(op, reduction)
     with torch.no_grad():
@@ -199,7 +203,7 @@ def test_drop_path_on_all_but_the_stride_one_skip(op, reduction):
         torch.testing.assert_close(partly[~dropped], whole[~dropped] * 2)
 
 
-def test_edges_drop_independently():
+def test_drop_path_drops_edges_independently():
     torch.manual_seed(3)
     pairs = [("max_pool_3x3", 0), ("avg_pool_3x3", 1)]
     cell = fill(Cell(genotypes.Genotype(pairs, [2], pairs, [2]), 4, 4, 4, False, False))
@@ -209,7 +213,7 @@ def test_edges_drop_independently():
 
 
 @pytest.mark.parametrize("network", [NetworkCIFAR, NetworkImageNet])
-def test_drop_path_prob_of_the_networks(network):
+def test_drop_path_prob_applies_only_in_training(network):
     side = 32 if network is NetworkCIFAR else 224
     model = fill(network(4, 10, 3, False, genotypes.EvNASA))
     x = images(7, (2, 3, side, side))
@@ -245,7 +249,7 @@ def test_auxiliary_head_does_not_change_the_main_path(network, side):
 
 
 @pytest.mark.parametrize("network, stride, norms", [(NetworkCIFAR, 3, 2), (NetworkImageNet, 2, 1)])
-def test_auxiliary_head_layers(network, stride, norms):
+def test_auxiliary_head_has_the_right_layers(network, stride, norms):
     features = network(4, 10, 3, True, genotypes.EvNASA).auxiliary_head.features
     expected = ["ReLU", "AvgPool2d", "Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "BatchNorm2d", "ReLU"]
     if norms == 1:

@@ -81,7 +81,7 @@ def step(name, amp, compile, fast):
         pytest.param("retraining", True, True, id="retraining-bfloat16-compiled", marks=needs_bfloat16),
     ],
 )
-def test_a_step_is_that_of_the_plain_network(name, amp, compile):
+def test_step_equals_that_of_the_plain_network(name, amp, compile):
     value, expected = step(name, False, False, False)
     found_value, found = step(name, amp, compile, True)
     _, plain = step(name, amp, False, False)

@@ -33,11 +33,7 @@ def test_figures_are_those_of_the_original(figures, section):
     assert_matches(figures[section], REFERENCE[section], section)
 
 
-def test_reference_has_one_array_a_line():
-    assert (golden.TESTS / "reference.json").read_text() == golden.json_lines(REFERENCE) + "\n"
-
-
-def test_figures_of_another_file(tmp_path, monkeypatch):
+def test_golden_computes_figures_of_another_file(tmp_path, monkeypatch):
     """The modules beside it go before those of the same name here."""
     (tmp_path / "encoding.py").write_text("import torch\ndef decode(alphas):\n    return torch.zeros(2, 14, 8)\n")
     (tmp_path / "other.py").write_text("import encoding\nfrom genotypes import EvNASA\n\n\nclass Decoding:\n")
@@ -60,7 +56,7 @@ def test_figures_of_another_file(tmp_path, monkeypatch):
         ("EvNASC", 3.4, 4.9, 547),
     ],
 )
-def test_published_sizes(name, cifar, imagenet, imagenet_mult_adds):
+def test_network_sizes_are_the_published_ones(name, cifar, imagenet, imagenet_mult_adds):
     sizes = REFERENCE["full_size"]["EvNASA-cifar10"], REFERENCE["full_size"]["EvNASA-imagenet"]
     arch = genotypes.get(name)
     assert round(millions(full_network(NetworkCIFAR, sizes[0], False, arch)), 1) == cifar
@@ -70,7 +66,7 @@ def test_published_sizes(name, cifar, imagenet, imagenet_mult_adds):
 
 
 @pytest.mark.parametrize("Network, side", [(NetworkCIFAR, 32), (NetworkImageNet, 224)])
-def test_auxiliary_logits_come_in_training_alone(Network, side):
+def test_auxiliary_logits_come_only_in_training(Network, side):
     network, x = Network(2, 10, 3, True, genotypes.EvNASA), images(0, (2, 3, side, side))
     assert network.eval()(x)[1] is None
     assert network.train()(x)[1].shape == (2, 10)
