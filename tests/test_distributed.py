@@ -141,7 +141,7 @@ def test_all_processes_stop_where_one_has_values_that_are_not_finite(tmp_path, w
 
 
 @pytest.mark.parametrize("rank, order", [(0, ["block", "barrier"]), (1, ["barrier", "block"])])
-def test_one_after_the_other(monkeypatch, rank, order):
+def test_the_first_process_of_a_machine_goes_before_the_others(monkeypatch, rank, order):
     """Also where the block fails: the others must not wait for ever."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", str(rank))
@@ -209,7 +209,7 @@ def test_a_lost_process_ends_the_run_in_one_line_and_one_process_continues_it(tm
 @pytest.mark.slow
 @pytest.mark.parametrize("script, argv", SCRIPTS)
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_torchrun_is_interrupted(tmp_path, script, argv, number):
+def test_a_run_under_torchrun_stops_and_says_how_to_continue(tmp_path, script, argv, number):
     """It passes the signal on; both processes stop at the same step, and one of them saves."""
     process = torchrun(script.__file__, *argv, "--epochs", 40, "--dir", tmp_path, stderr=subprocess.PIPE)
     history = wait_for_lines(process, tmp_path, 2)

@@ -150,7 +150,7 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
     line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
     assert "w.pt" in line and (name in line or kind == "nested")
     torch.save({**state, f"module.{name}": state[name] + 1}, path)
-    assert f"{name} is there twice" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    assert f"{name} is in it twice" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def card(monkeypatch):
 
 def test_a_card_without_bfloat16(card, fails):
     line = fails(train_search.main, [*SEARCH, "--device", "cuda", "--amp"])
-    assert "Tesla T4 does not compute with bfloat16: leave --amp out" in line
+    assert "--amp: Tesla T4" in line
 
 
 @pytest.mark.parametrize(

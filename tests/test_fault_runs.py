@@ -30,7 +30,7 @@ counted, process, whole = faults.counted, faults.process, faults.whole
 # ---- damaged checkpoints
 
 
-def test_damaged_checkpoints(whole, tmp_path):
+def test_damaged_checkpoints_are_refused_and_the_previous_one_offered(whole, tmp_path):
     """Cut off, one bit flipped: refused with a line that offers the one before."""
     script, expected, _, _ = whole
     path, luck = tmp_path / "checkpoint.pt", random.Random(2)
@@ -61,7 +61,7 @@ WITHOUT_WEIGHTS = {"completed": 0, "bound": "{}", "history": "[]"}
 
 
 @quick_report
-def test_missing_files(whole, process, tmp_path):
+def test_missing_files_are_named_or_made_again(whole, process, tmp_path):
     script, expected, _, _ = whole
     needed = {"args.json", "checkpoint.pt"} | ({"genotype.json"} if script == "train" else set())
     lost = {".lock", "log.txt", "checkpoint.prev.pt"}
@@ -92,7 +92,7 @@ def test_missing_files(whole, process, tmp_path):
         ),
     ],
 )
-def test_runs_of_another_version(whole, tmp_path, name, change, says, capfd):
+def test_runs_of_another_version_are_refused(whole, tmp_path, name, change, says, capfd):
     script, expected, _, _ = whole
     run = Path(shutil.copytree(expected, tmp_path / "run"))
     content = (run / name).read_bytes()
@@ -144,7 +144,7 @@ def files_of_run_edited(run, script):
 
 
 @quick_report
-def test_edited_arguments_and_cells(whole, tmp_path):
+def test_edited_arguments_and_cells_are_refused_or_change_nothing(whole, tmp_path):
     """Each is refused before the run goes on, or changes nothing."""
     script, expected, _, _ = whole
     for i, (what, name, content) in enumerate(files_of_run_edited(expected, script)):
@@ -197,7 +197,7 @@ def forgeries(script):
 
 
 @quick_report
-def test_forged_checkpoints(whole, tmp_path):
+def test_forged_checkpoints_are_refused(whole, tmp_path):
     script, expected, _, _ = whole
     run = unfinished(expected, tmp_path)
     genuine = (run / "checkpoint.pt").read_bytes()
@@ -241,7 +241,7 @@ def change_images(root, change):
 
 
 @quick_report
-def test_changed_and_moved_data(tmp_path, make_images, monkeypatch):
+def test_changed_data_are_refused_and_moved_data_accepted(tmp_path, make_images, monkeypatch):
     make_images("train", 8, [(8, 8)], (".png",))
     images = make_images("test", 2, [(8, 8)], (".png",))
     monkeypatch.chdir(tmp_path)

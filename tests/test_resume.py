@@ -115,7 +115,7 @@ def stopped_run(script, folder, stops, capsys):
     return run
 
 
-def test_a_run_stopped_again_and_again(whole, tmp_path, capsys):
+def test_a_run_stopped_again_and_again_ends_bit_identical(whole, tmp_path, capsys):
     script, expected = whole
     stops = moments(script.unit, script.measuring, script.steps, script.batches)
     if script.module is train_search:  # it has its loop in common with NAS-Bench-201's and is slower
@@ -125,7 +125,7 @@ def test_a_run_stopped_again_and_again(whole, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("i", range(15))
-def test_a_run_stopped_once(whole, tmp_path, i, capsys):
+def test_a_run_stopped_once_ends_bit_identical(whole, tmp_path, i, capsys):
     script, expected = whole
     stop = moments(script.unit, script.measuring, script.steps, script.batches)[i]
     assert_same_run(stopped_run(script, tmp_path, [stop], capsys), expected)
@@ -187,7 +187,7 @@ def test_a_resumed_run_keeps_its_own_cell(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("whole", SCRIPTS, indirect=True)
-def test_a_process_interrupted_within_an_epoch(whole, tmp_path, number):
+def test_a_process_interrupted_within_an_epoch_says_how_to_continue(whole, tmp_path, number):
     script, expected = whole
     process = start(*script.command.split(), *script.argv, "--dir", tmp_path, "--report_freq", 1)
     errors = interrupted_at(process, f"{script.unit} 2/3, step 1/{script.steps}", number)

@@ -78,7 +78,7 @@ def run(tmp_path):
 # ---- checkpoints
 
 
-def test_the_command_that_continues_a_run(tmp_path, monkeypatch):
+def test_the_command_that_continues_a_run_names_script_and_path(tmp_path, monkeypatch):
     """Read by a shell, in the project and elsewhere, it names the right script and the whole path."""
     python, path = tmp_path / "bin dir/python", "a 'b' $(touch c)/run"
     python.parent.mkdir()
@@ -119,7 +119,7 @@ def test_checkpoint_round_trip_keeps_the_one_before(run):
     assert sorted(path.name for path in run.path.iterdir()) == names
 
 
-def test_checkpoints_on_a_file_system_without_links(run, monkeypatch):
+def test_checkpoints_are_copied_on_a_file_system_without_links(run, monkeypatch):
     monkeypatch.setattr(os, "link", no_space)
     for seed in range(3):
         before = (run.path / "checkpoint.pt").read_bytes() if seed else None
@@ -128,7 +128,7 @@ def test_checkpoints_on_a_file_system_without_links(run, monkeypatch):
     assert load_checkpoint(run.path / "checkpoint.prev.pt")["completed"] == 0
 
 
-def test_missing_checkpoint(run):
+def test_a_missing_checkpoint_is_refused_with_what_to_do(run):
     path = run.path / "checkpoint.pt"
     with pytest.raises(UserError, match="No such file.*ended before its first checkpoint"):
         load_checkpoint(path)
@@ -193,7 +193,7 @@ def test_nothing_is_written_through_a_link(run, tmp_path, name):
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
-def test_what_is_no_file_is_not_read(tmp_path, kind):
+def test_pipes_and_devices_are_not_read(tmp_path, kind):
     path = tmp_path / "table.csv"
     os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
     for read in (files.read_bytes, files.read_json, weights.load_torch, sources.unpacked):
@@ -294,7 +294,7 @@ def test_temporary_files_of_killed_processes_go_when_a_run_is_opened(run):
     resumed.close()
 
 
-def test_a_checkpoint_that_is_its_own_predecessor(run):
+def test_a_checkpoint_that_is_its_own_predecessor_is_replaced(run):
     """So it is after a kill between the two names: then a rename does nothing, and the link stays."""
     run.save_checkpoint(0, state(0))
     os.link(run.path / "checkpoint.pt", run.path / "checkpoint.prev.pt")
@@ -404,7 +404,7 @@ def test_other_data_are_refused_with_the_first_difference(run, change, says):
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
-def test_arguments_are_bound_but_for_free_ones(tmp_path):
+def test_a_fingerprint_holds_all_arguments_except_free_ones(tmp_path):
     args = dict(bn="batch", data="here", device="cpu", dir=".")
     run = new_run(tmp_path, **args)
     run.save_checkpoint(0, state(0))
@@ -416,7 +416,7 @@ def test_arguments_are_bound_but_for_free_ones(tmp_path):
         resumed_run(run.path, bn="running")
 
 
-def test_the_parent_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
+def test_the_commit_of_a_parent_repository_is_not_recorded(tmp_path, monkeypatch):
     for command in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m c"):
         subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
     code = tmp_path / "code"
@@ -427,7 +427,7 @@ def test_the_parent_repositorys_commit_is_not_ours(tmp_path, monkeypatch):
     assert len(provenance.git_revision()) == 12
 
 
-def test_log_and_args(run, capsys):
+def test_log_and_args_have_what_was_written(run, capsys):
     run.log("first")
     run.log("second")
     assert capsys.readouterr().out == "first\nsecond\n"
@@ -490,7 +490,7 @@ def test_a_resumed_run_has_the_saved_arguments(saved):
         assert args.data == os.getcwd()
 
 
-def test_arguments_that_change_no_result_are_free(saved):
+def test_arguments_that_change_no_result_can_be_changed(saved):
     given = ["--device", "cpu", "--workers", "0", "--report_freq", "3", "--epochs", "7"]
     args = parse(parser(), ["--resume", saved, *given])
     assert (args.device, args.workers, args.report_freq, args.epochs) == ("cpu", 0, 3, 7)
@@ -505,7 +505,7 @@ def test_other_arguments_are_refused(saved):
         parse(parser("other.py"), ["--resume", saved])
 
 
-def test_flags_of_another_version(saved):
+def test_new_flags_get_defaults_and_unknown_ones_are_refused(saved):
     newer = parser()
     newer.add_argument("--flag", default=3)
     newer.add_argument("--workers2", dest="workers", type=int)
@@ -566,7 +566,7 @@ def test_a_resumed_run_computes_with_as_many_threads(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{", '{"prog": "prog.py"}', '{"prog": "prog.py", "args": []}', "\xff"])
-def test_damaged_args(saved, content):
+def test_damaged_args_are_refused(saved, content):
     with open(f"{saved}/args.json", "w", encoding="latin-1") as file:
         file.write(content)
     with pytest.raises(UserError, match="args.json"):

@@ -28,7 +28,7 @@ def test_no_two_roles_and_seeds_share_a_stream():
     assert np.abs(correlations).max() < 0.2
 
 
-def test_the_derivation_stays():
+def test_derived_seeds_stay_the_same():
     """A run is resumed by later versions too."""
     assert seeds.derive(18, seed_roles.WEIGHTS, 2) == 9140099578219913275
     assert seeds.derive(18, seed_roles.POPULATION, 2) == 1743435427995033961
