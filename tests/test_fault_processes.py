@@ -207,7 +207,7 @@ def test_a_run_resumed_twice_at_once(whole, process, tmp_path):
             running.join(120)
         codes = [running.exitcode for running in both]
         assert sorted(codes) == [0, 2], [output.read_text() for output in outputs]
-        assert "is in use by another process" in one_line(outputs[codes.index(2)])
+        assert "in use by another process" in one_line(outputs[codes.index(2)])
         assert_same_run(run, expected)
         COUNTS["a run resumed twice at once"]["the second refused, the first right"] += 1
 
@@ -289,7 +289,7 @@ def test_processes_that_disagree(process, tmp_path, make_images):
         lines = [line.strip(" \0") for line in output.read_text().splitlines()]
         errors = [line for line in lines if line.startswith("error: ")]
         assert codes == [2, 2] and len(errors) == 2 and errors[0] == errors[1], (what, output.read_text())
-        assert says in errors[0] and " in process 1; " in errors[0] and "Traceback" not in output.read_text(), errors
+        assert says in errors[0] and " in process 1" in errors[0] and "Traceback" not in output.read_text(), errors
         assert not list(folder.glob("*/checkpoint.pt")) and (what == "initial weights" or not folder.exists())
         COUNTS["processes that disagree"]["refused in one line, exit 2"] += 1
 
@@ -412,7 +412,7 @@ def test_small_shared_memory(photographs, process, tmp_path):
     for i, size in enumerate(few([64, 512, 1024, 2048], [1024])):  # KiB; a batch has 2352
         output = tmp_path / f"output{i}"
         line = refused_write(process, "train", [*argv, "--dir", tmp_path / f"{i}"], output, shared_memory=size)
-        assert "/dev/shm" in line and "--workers 0" in line
+        assert "/dev/shm" in line and "--workers" in line
         (run,) = (tmp_path / f"{i}").iterdir()
         running = process("train", ["--resume", run, "--workers", 0], shared_memory=size)
         running.join(120)
