@@ -210,7 +210,7 @@ def test_search_is_the_same_without_baselines_and_with_a_loose_budget(finished, 
 @pytest.mark.slow
 @pytest.mark.parametrize("numbers", [[signal.SIGTERM], AT_ONCE])
 def test_interrupted_last_measurement_loses_nothing(finished, tmp_path, numbers):
-    argv = search_line(epochs=2, pop_size=6, baselines=5, run_name="run", dir=tmp_path)
+    argv = search_line(**SEARCH, baselines=5, run_name="run", dir=tmp_path)
     stop_at("the final weights: batch 1", numbers, train_search.main, argv)
     run = tmp_path / "run"
     assert not any((run / name).exists() for name in FILES)
