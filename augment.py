@@ -91,7 +91,7 @@ def draw(
 
 
 def inside(center: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """Return which of `size` pixels lie in [c - length // 2, c + length // 2), for each center c of (N,): (N, size)."""
+    """Return which of `size` pixels are in [c - length // 2, c + length // 2), for each center c of (N,): (N, size)."""
     distance = torch.arange(size, device=center.device) - center.view(-1, 1)
     return (distance >= -(length // 2)) & (distance < length // 2)
 

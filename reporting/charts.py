@@ -189,7 +189,7 @@ def scatter(title: str, subtitle: str, axis: str, individuals: Sequence[Point], 
     """Return a chart of fitness against a cost as HTML, with a table of the front.
 
     The first individual is the winner. `front` is not dominated when all costs count. The line
-    connects those of its points that are not dominated in this cost alone.
+    connects those of its points that are not dominated if only this cost counts.
     """
     from matplotlib.figure import Figure
 
