@@ -62,16 +62,7 @@ def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
 
 def add_evolution_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the genetic algorithm, of fitness and of the comparison at the end."""
-    text = "number of generations; each trains the shared weights for one epoch"
-    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, metavar="N", help=text)
-    text = "individuals in the population"
-    group.add_argument("--pop_size", type=number(int, 1, MOST.individuals), default=50, metavar="P", help=text)
-    text = "individuals in a tournament, of which the fittest becomes a parent"
-    group.add_argument("--tsize", type=number(int, 1), default=10, metavar="N", help=text)
-    text = "best individuals that enter the next generation unchanged"
-    group.add_argument("--num_elites", type=number(int, 0), default=1, metavar="N", help=text)
-    text = "probability that a child's edge gets fresh random values"
-    group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, metavar="RATE", help=text)
+    shared_flags.add_genetic_algorithm(group)
     text = "variant of the paper's ablation: evnas is the method itself, see docs/method.md"
     group.add_argument("--variant", choices=VARIANTS, default="evnas", help=text)
     for cost in COSTS:
@@ -112,9 +103,7 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
 
 def check_search(args: argparse.Namespace) -> None:
     """Raise UserError for flags that do not go together."""
-    for name in ("tsize", "num_elites"):
-        if getattr(args, name) > args.pop_size:
-            raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
+    shared_flags.check_genetic_algorithm(args)
     if args.plain and (args.compile or args.checkpoint):
         raise UserError("--plain computes with the reference network: leave --compile and --checkpoint out")
     if args.batch_size < distributed.world_size():

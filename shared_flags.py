@@ -5,6 +5,7 @@ from support.cli import Published, number
 import argparse
 
 from support import devices, seeds
+from support.files import UserError
 
 # The largest sizes that flags take: many times what anybody has used, and yet networks that are built in seconds.
 MOST = argparse.Namespace(channels=4096, cells=200, individuals=10_000, epochs=10**6 - 1, workers=1024, pixels=4096)
@@ -41,6 +42,27 @@ def add_init_channels(group: argparse._ArgumentGroup, text: str, *, low: int, de
     """Add --init_channels, at least `low`, and the name that it has in the published commands."""
     group.add_argument("--init_channels", type=number(int, low, MOST.channels), default=default, metavar="C", help=text)
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
+
+
+def add_genetic_algorithm(group: argparse._ArgumentGroup) -> None:
+    """Add the flags of the genetic algorithm, with the paper's defaults."""
+    text = "number of generations; each trains the shared weights for one epoch"
+    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, metavar="N", help=text)
+    text = "individuals in the population"
+    group.add_argument("--pop_size", type=number(int, 1, MOST.individuals), default=50, metavar="P", help=text)
+    text = "individuals in a tournament, of which the fittest becomes a parent"
+    group.add_argument("--tsize", type=number(int, 1), default=10, metavar="N", help=text)
+    text = "best individuals that enter the next generation unchanged"
+    group.add_argument("--num_elites", type=number(int, 0), default=1, metavar="N", help=text)
+    text = "probability that a child's edge gets fresh random values"
+    group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, metavar="RATE", help=text)
+
+
+def check_genetic_algorithm(args: argparse.Namespace) -> None:
+    """Raise UserError for a tournament, or elites, that are larger than the population."""
+    for name in ("tsize", "num_elites"):
+        if getattr(args, name) > args.pop_size:
+            raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
 
 
 def add_run_arguments(

@@ -361,8 +361,8 @@ def print_baselines(source: Benchmark, text: str | None = None) -> None:
         print("ARCH, beaten by: the architecture you named, and how many architectures are better")
 
 
-def make_parser() -> Parser:
-    """Return the parser with its four commands."""
+def make_parser(argv: Sequence[str]) -> Parser:
+    """Return the parser with its commands. `argv` is the command line that it will parse."""
     parser = Parser(prog="python -m nas201.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
@@ -380,12 +380,18 @@ def make_parser() -> Parser:
     add("best", "show the best architecture of each data set")
     compare = add("baselines", "show what random architectures and the largest one reach")
     compare.add_argument("arch", metavar="ARCH", nargs="?", help=f"architecture to show next to them: {arch}")
+    simulation = add("simulate", "simulate searches: how good are winners if fitness ranks architectures this well")
+    if "simulate" in argv:
+        from nas201 import simulate  # needs torch, which the other commands do without
+
+        simulate.add_flags(simulation)
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser(argv).parse_args(argv)
     source = load(args.source)
     if args.command == "export":
         save(source, args.destination)
@@ -394,6 +400,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_architecture(source, args.arch)
     elif args.command == "best":
         print_best(source)
+    elif args.command == "simulate":
+        from nas201 import simulate
+
+        simulate.run(source, args)
     else:
         print_baselines(source, args.arch)
     if source.absent:
