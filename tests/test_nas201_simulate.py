@@ -6,12 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from helpers import write_table
 from scipy import stats
 
 from nas201 import benchmark, encoding, simulate
-from nas201.genotypes import to_arch_string
 from nas201.sources import COLUMNS
+
+from helpers import write_table
 
 FLAGS = argparse.Namespace(epochs=20, pop_size=20, tsize=5, num_elites=1, mutate_rate=0.1, seeds=8, taus=[0.0, 1.0])
 
