@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import individuals
 import seed_roles
 from costs import Costs
 from evolution import VARIANTS, non_dominated
@@ -36,7 +37,8 @@ def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
 def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: Run) -> None:
     """Measure the candidates again with the final weights, and write what they are worth.
 
-    It goes into pareto.json and baselines.json, and into one sentence of the log. The candidates
+    It goes into individuals.csv, pareto.json and baselines.json, and into one sentence of the log.
+    The candidates
     are the last population, the fronts of all generations and --baselines random architectures.
     `measure(alphas)` gets all of them in one call, so that they see the same images, and returns
     their fitness (N,). `state` is a search_state.SearchState.
@@ -55,12 +57,14 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
         "random architectures": Group(alphas[count:], fitness[count:], parameters[count:]),
     }
 
-    pareto = front_of(space, costs, searched, fitness[:count], state.latency)
+    first_row = write_table(setup, run, state, alphas, fitness, last, count)
+    pareto = front_of(space, costs, searched, fitness[:count], state.latency, first_row)
     winner = pareto["individuals"][0] | {"genotype": to_json(space.cell(searched[0]))}
     result, sentence = compare(winner, fitness[count:].tolist(), feasible=state.violation[0].item() == 0)
     remarks = space.remarks_on_result(groups)
     sentence += remarks.text
     command = retrain_command(args, run.path, space.retraining_flags(args, costs.image_shape))
+    result["random_rows"] = list(range(first_row + count, first_row + len(alphas)))
     result |= remarks.fields | {"sentence": sentence, "retrain": command}
     if run.writes:
         write_json(run.path / "pareto.json", pareto)
@@ -80,6 +84,30 @@ def distinct_cells(space: SearchSpace, state: TrainingState) -> tuple[torch.Tens
     distinct = unique(space.encoding.decode(searched))
     last = sum(position < len(state.alphas) for position in distinct.first)
     return searched[distinct.first], last
+
+
+def write_table(
+    setup: SearchSetup,
+    run: Run,
+    state: TrainingState,
+    alphas: torch.Tensor,
+    fitness: torch.Tensor,
+    last: int,
+    count: int,
+) -> int:
+    """Write individuals.csv with the individuals (N, G, E, O) that were measured again.
+
+    `last` of them are the last population's, those up to `count` are of fronts, the others random.
+    Returns the row number of the first of them.
+    """
+    places = [(individuals.LAST_POPULATION, "final", run.completed)] * last
+    places += [(individuals.FRONT, "final", None)] * (count - last)
+    places += [(individuals.RANDOM, "final", None)] * (len(alphas) - count)
+    order = torch.sort(fitness, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(1, len(order) + 1)
+    rows = individuals.rows_of(setup, alphas, fitness, rank.tolist(), state.latency, places)
+    return individuals.write(setup, run, state, rows)
 
 
 def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tuple[dict, str]:
@@ -112,33 +140,44 @@ def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
     return shell_command("train.py", *words, *flags)
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether a run directory has everything that `conclude` writes."""
+    with contextlib.suppress(UserError):
+        there = all(isinstance(read_json(path / name), dict) for name in FILES)
+        return there and (path / individuals.NAME).is_file()
+    return False
+
+
 def are_there(run: Run) -> bool:
     """Return, in every process, whether `conclude` has been done for this run."""
-    there = False
-    if run.writes:
-        with contextlib.suppress(UserError):
-            there = all(isinstance(read_json(run.path / name), dict) for name in FILES)
+    there = run.writes and is_complete(run.path)
     return bool(distributed.sum_over_ranks(torch.tensor(float(there))).item())
 
 
 def front_of(
-    space: SearchSpace, costs: Costs, alphas: torch.Tensor, fitness: torch.Tensor, latency: dict[str, float]
+    space: SearchSpace,
+    costs: Costs,
+    alphas: torch.Tensor,
+    fitness: torch.Tensor,
+    latency: dict[str, float],
+    first_row: int,
 ) -> dict:
     """Return the content of pareto.json for individuals (N, G, E, O).
 
-    It holds all of them, and their front, fittest first.
+    It holds all of them, and their front, fittest first. `first_row` is the row of the first one in
+    individuals.csv; the others follow.
     """
     amounts = costs.amounts(alphas, latency)  # (N, costs)
     names = ["fitness", *costs.names]
     values = torch.cat([fitness.unsqueeze(1), amounts], dim=1).tolist()
-    individuals = [dict(zip(names, row, strict=True)) for row in values]
+    measured = [dict(zip(names, row, strict=True)) | {"row": first_row + i} for i, row in enumerate(values)]
     points = torch.cat([-fitness.unsqueeze(1), amounts], dim=1)
     front = non_dominated(points).nonzero().flatten().tolist()
-    front.sort(key=lambda i: -individuals[i]["fitness"])
+    front.sort(key=lambda i: -measured[i]["fitness"])
     return {
         "about": "the last population and the front of each generation, measured again with the final weights",
-        "individuals": individuals,
-        "front": [individuals[i] | {"genotype": to_json(space.cell(alphas[i]))} for i in front],
+        "individuals": measured,
+        "front": [measured[i] | {"genotype": to_json(space.cell(alphas[i]))} for i in front],
     }
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import baselines
 import datasets
+import individuals
 import loaders
 import seed_roles
 import shared_flags
@@ -184,7 +185,7 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
         args,
         SETTINGS,
         completed=args.epochs,
-        files=[*files, *space.genotype_files, *baselines.FILES],
+        files=[*files, *space.genotype_files, individuals.NAME, *baselines.FILES],
         last_file="report.html",
     )
     if finished:

@@ -66,6 +66,14 @@ class SearchSpace:
         """
         return []
 
+    def accuracy_names(self) -> list[str]:
+        """Return the names of what `true_accuracies` returns."""
+        return []
+
+    def true_accuracies(self, cell: Cell) -> list[float | None]:
+        """Return what a benchmark knows of a cell, in percent, None where it has no figure."""
+        return []
+
     def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
         """Return what is known of a population (P, G, E, O), best first, with fitness (P,)."""
         return Remarks({}, "")

@@ -3,18 +3,18 @@
 import math
 import re
 
-import numpy as np
 import torch
 
 import baselines
 import genotype_files
+import individuals
+import populations
 import seed_roles
 import utils
 from costs import Costs
 from evolution import next_generation, non_dominated, ranks
 from search_space import SearchSetup, SearchSpace
 from support import checkpoints, runs, seeds
-from support.files import atomic_write, make_folder
 from training import TrainingSettings, TrainingState, make_optimizer
 
 ARCHIVED = 100  # individuals kept of the generations' fronts of fitness and costs
@@ -134,6 +134,7 @@ def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: 
     run.record(generation, row)
     run.save_checkpoint(generation, state.state_dict())
     save_results(run, setup.space, state)
+    individuals.append_generation(setup, run, state)
     text = f"{where}: loss {row['train_loss']:.4f}, train top-1 {row['train_top1']:.2f} %"
     if "fitness_best" in row:
         text += f", fitness best {row['fitness_best']:.2f} mean {row['fitness_mean']:.2f}"
@@ -143,9 +144,8 @@ def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: 
 def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
     """Save the population, the best cell and the weights of a generation."""
     if run.writes:
-        make_folder(run.path / "population")
-        with atomic_write(run.path / "population" / f"{run.completed:03d}.npz") as file:
-            np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
+        population = populations.Population(state.alphas.numpy(), state.fitness.numpy())
+        populations.save(run.path, run.completed, population)
         if "best_genotype" in run.rows[-1]:
             for name in space.genotype_files:
                 genotype_files.save(space.cell(state.alphas[0]), run.path / name)
@@ -164,11 +164,12 @@ def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> No
     for path in (run.path / "population").glob("*.npz"):
         if re.fullmatch(r"\d+", path.stem) and int(path.stem) > run.completed:
             path.unlink()
-    if run.completed < setup.args.epochs:
-        for name in baselines.FILES:
-            (run.path / name).unlink(missing_ok=True)
     if run.completed and state.partial is None:
         save_results(run, setup.space, state)
+    if run.completed < setup.args.epochs or not baselines.is_complete(run.path):
+        for name in baselines.FILES:
+            (run.path / name).unlink(missing_ok=True)
+        individuals.write(setup, run, state)
 
 
 def speed_fields(setup: SearchSetup, state: SearchState, measured: int) -> dict[str, float]:

@@ -102,6 +102,20 @@ class S2(SearchSpace):
         """Return the cost of what `network` returns: see `model.cost_table`."""
         return model.cost_table(NAS201.init_channels, NAS201.layers, classes, image_shape)
 
+    def accuracy_names(self) -> list[str]:
+        """Return names such as "cifar10_test" of the accuracies in the table, none without a table."""
+        if not self.table:
+            return []
+        return [name.removesuffix("_200") for name in COLUMNS if name not in self.table.absent]
+
+    def true_accuracies(self, cell: str) -> list[float | None]:
+        """Return the accuracies of an arch string in the order of `accuracy_names`."""
+        if not self.table:
+            return []
+        values = self.table.accuracies(self.table.index(cell))
+        known = [value for name, value in zip(COLUMNS, values, strict=True) if name not in self.table.absent]
+        return [None if math.isnan(value) else float(value) for value in known]
+
     def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
         """Return the best individual's true accuracies and the rank correlation of fitness.
 

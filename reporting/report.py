@@ -37,9 +37,7 @@ from run_settings import SETTINGS
 from support.files import (
     UserError,
     atomic_write,
-    check_unpacked_size,
     escaped,
-    open_regular,
     quoted,
     read_history,
     read_json,
@@ -80,7 +78,6 @@ PAGE = """<!doctype html>
 """
 
 
-MOST_POPULATION_BYTES = 64 << 20  # of a saved population, unpacked; 50 individuals have 45 KB
 FILES = ("args.json", "history.jsonl", "genotype.json")  # a run directory has at least one of them
 
 
@@ -365,7 +362,7 @@ def population_section(run: ReportedRun) -> str:
     for row in run.rows:
         generation = row["generation"]
         try:
-            shares = operation_shares(run.file(os.path.join("population", f"{generation:03d}.npz")), run.view)
+            shares = operation_shares(run, generation)
         except UserError as error:
             shares = {}
             errors[str(generation)] = str(error)
@@ -395,25 +392,25 @@ def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[L
     return lines
 
 
-def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
-    """Return {"normal cell max_pool_3x3": percent of edges, ..} of a saved population.
+def operation_shares(run: ReportedRun, generation: int) -> dict[str, float]:
+    """Return {"normal cell max_pool_3x3": percent of edges, ..} of the population of a generation.
 
-    Raises UserError if the file is not a population of this space.
+    Raises UserError if its file is not a population of this space.
     """
-    import numpy as np
     import torch
 
+    import populations
+
+    view = run.view
+    alphas = torch.from_numpy(populations.load(run.path, generation).alphas)  # (P, G, E, O)
+    if alphas.shape[1::2] != (len(view.cell_names), len(view.operations)):
+        path = populations.path_of(run.path, generation)
+        raise UserError(f"{path}: not a saved population (alphas have the shape {tuple(alphas.shape)})")
     try:
-        with open_regular(path) as packed, np.load(packed, allow_pickle=False) as file:
-            check_unpacked_size(file.zip, MOST_POPULATION_BYTES)
-            alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
         counts = view.decode(alphas).sum((0, 2))  # (G, O)
-        if counts.shape != (len(view.cell_names), len(view.operations)):
-            raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # zipfile and numpy raise nearly any exception for damaged files
-        raise UserError(f"{path}: not a saved population ({type(error).__name__}: {error})") from error
+    except (IndexError, RuntimeError, ValueError) as error:  # another number of edges
+        path = populations.path_of(run.path, generation)
+        raise UserError(f"{path}: not a saved population ({error})") from error
     shares = 100 * counts / counts.sum(1, keepdims=True)
     names = [f"{cell} {operation}" for cell in view.cell_names for operation in view.operations]
     return dict(zip(names, shares.flatten().tolist(), strict=True))
