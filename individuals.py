@@ -107,7 +107,7 @@ def write(setup: SearchSetup, run: Run, state: TrainingState, final: Sequence[li
     rows = [columns(setup)]
     for generation in range(1, run.completed + 1):
         try:
-            population = populations.load(run.path, generation)
+            population = populations.load(populations.path_of(run.path, generation))
             if population.alphas.shape[1:] != state.alphas.shape[1:]:
                 raise UserError("its individuals have another shape")
         except UserError as error:

@@ -31,9 +31,8 @@ def save(run_dir: str | os.PathLike, generation: int, population: Population) ->
         np.savez(file, **population._asdict())
 
 
-def load(run_dir: str | os.PathLike, generation: int) -> Population:
+def load(path: str | os.PathLike) -> Population:
     """Read the file of a generation. Raises UserError, which names the file, if it is damaged."""
-    path = path_of(run_dir, generation)
     try:
         with open_regular(path) as packed, np.load(packed, allow_pickle=False) as file:
             check_unpacked_size(file.zip, MOST_BYTES)

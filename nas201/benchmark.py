@@ -403,7 +403,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif args.command == "simulate":
         from nas201 import simulate
 
-        simulate.run(source, args)
+        simulate.run(source, baselines(source), args)
     else:
         print_baselines(source, args.arch)
     if source.absent:

@@ -10,7 +10,7 @@ from support.cli import Parser, number
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from scipy import stats
 
 import shared_flags
 from evolution import next_generation
-from nas201 import benchmark, encoding
+from nas201 import encoding
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
 from nas201.published import PUBLISHED
 from nas201.sources import COLUMNS, DATASETS, METRICS
@@ -42,10 +42,10 @@ class Space:
         a number of base 5.
     """
 
-    def __init__(self, source: benchmark.Benchmark, truth: np.ndarray):
+    def __init__(self, archs: Sequence[str], truth: np.ndarray):
         quantiles = (stats.rankdata(truth) - 0.5) / len(truth)
         self.scores = torch.from_numpy(stats.norm.ppf(quantiles))
-        operations = torch.tensor([from_arch_string(arch) for arch in source.archs])  # (15625, 6)
+        operations = torch.tensor([from_arch_string(arch) for arch in archs])  # (15625, 6)
         self.places = torch.empty(len(truth), dtype=torch.long)
         self.places[as_number(operations)] = torch.arange(len(truth))
 
@@ -132,9 +132,10 @@ HEADS = {
 }
 
 
-def simulate(source: benchmark.Benchmark, column: str, args: argparse.Namespace) -> list[Row]:
+def simulate(source: Any, column: str, args: argparse.Namespace) -> list[Row]:
     """Return a Row for each of `args.taus`, with the seeds 0 to `args.seeds` - 1.
 
+    `source` is a benchmark.Benchmark.
     `column` of the table is both the truth that fitness follows and the accuracy that is reported.
     Raises UserError if the table lacks figures of it.
     """
@@ -143,7 +144,7 @@ def simulate(source: benchmark.Benchmark, column: str, args: argparse.Namespace)
     truth = source.full_table()[:, COLUMNS.index(column)]
     if np.isnan(truth).any():
         raise UserError(f"{source.path}: figures of {column} are missing; give another --dataset or --split")
-    space = Space(source, truth)
+    space = Space(source.archs, truth)
     rows = []
     with tqdm(total=len(args.taus) * args.seeds, unit="seed", disable=None, leave=False) as bar:
         for tau in args.taus:
@@ -177,7 +178,7 @@ def add_flags(parser: Parser) -> None:
     shared_flags.add_genetic_algorithm(parser.add_argument_group("genetic algorithm"))
 
 
-def truth_of(source: benchmark.Benchmark, args: argparse.Namespace) -> str:
+def truth_of(source: Any, args: argparse.Namespace) -> str:
     """Return the column of the table that is searched for. Raises UserError if there is none."""
     for (dataset, split), column in zip(METRICS, COLUMNS, strict=True):  # validation first
         if dataset == args.dataset and args.split in (None, split) and column not in source.absent:
@@ -185,15 +186,19 @@ def truth_of(source: benchmark.Benchmark, args: argparse.Namespace) -> str:
     raise UserError(f"{source.path}: no accuracies of {args.dataset} {args.split or ''}".rstrip())
 
 
-def run(source: benchmark.Benchmark, args: argparse.Namespace) -> None:
-    """Simulate, print a table, and write the files that were asked for. Raises UserError."""
+def run(source: Any, baselines: dict[str, dict], args: argparse.Namespace) -> None:
+    """Simulate, print a table, and write the files that were asked for.
+
+    `source` is a benchmark.Benchmark, and `baselines` what `benchmark.baselines` returns for it.
+    Raises UserError.
+    """
     shared_flags.check_genetic_algorithm(args)
     for path in filter(None, (args.chart, args.json)):  # before minutes of simulation
         if not Path(path).absolute().parent.is_dir():
             raise UserError(f"{path}: the folder does not exist; make it, or give another file")
     column = truth_of(source, args)
     rows = simulate(source, column, args)
-    figures = benchmark.baselines(source)[column.removesuffix("_200")]
+    figures = baselines[column.removesuffix("_200")]
     dataset, split = dict(zip(COLUMNS, METRICS, strict=True))[column]
     published = PUBLISHED[dataset][split]
     title = f"{dataset} {split} accuracy of the winner, %"

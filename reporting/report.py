@@ -357,12 +357,14 @@ def accuracy_section(rows: list[dict]) -> str:
 
 def population_section(run: ReportedRun) -> str:
     """Return the charts of the populations: their operations and distinct architectures."""
+    import populations
+
     rows = []
     errors = {}  # {generation: why its population cannot be read}
     for row in run.rows:
         generation = row["generation"]
         try:
-            shares = operation_shares(run, generation)
+            shares = operation_shares(populations.path_of(run.path, generation), run.view)
         except UserError as error:
             shares = {}
             errors[str(generation)] = str(error)
@@ -392,25 +394,22 @@ def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[L
     return lines
 
 
-def operation_shares(run: ReportedRun, generation: int) -> dict[str, float]:
-    """Return {"normal cell max_pool_3x3": percent of edges, ..} of the population of a generation.
+def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
+    """Return {"normal cell max_pool_3x3": percent of edges, ..} of a saved population.
 
-    Raises UserError if its file is not a population of this space.
+    Raises UserError if the file is not a population of this space.
     """
     import torch
 
     import populations
 
-    view = run.view
-    alphas = torch.from_numpy(populations.load(run.path, generation).alphas)  # (P, G, E, O)
-    if alphas.shape[1::2] != (len(view.cell_names), len(view.operations)):
-        path = populations.path_of(run.path, generation)
-        raise UserError(f"{path}: not a saved population (alphas have the shape {tuple(alphas.shape)})")
+    alphas = torch.from_numpy(populations.load(path).alphas)  # (P, G, E, O)
     try:
         counts = view.decode(alphas).sum((0, 2))  # (G, O)
-    except (IndexError, RuntimeError, ValueError) as error:  # another number of edges
-        path = populations.path_of(run.path, generation)
-        raise UserError(f"{path}: not a saved population ({error})") from error
+        if counts.shape != (len(view.cell_names), len(view.operations)):
+            raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
+    except (IndexError, RuntimeError, ValueError) as error:  # the alphas are those of another space
+        raise UserError(f"{path}: not a saved population ({type(error).__name__}: {error})") from error
     shares = 100 * counts / counts.sum(1, keepdims=True)
     names = [f"{cell} {operation}" for cell in view.cell_names for operation in view.operations]
     return dict(zip(names, shares.flatten().tolist(), strict=True))

@@ -35,6 +35,7 @@ METHOD = {
     "recipes",
     "utils",
     "run_settings",
+    "populations",
     "seed_roles",
     "shared_flags",
 }
@@ -43,8 +44,9 @@ SEARCHES = {
     "search_space",
     "search_state",
     "baselines",
+    "individuals",
 }  # a space has its view, and a search ends with its report
-S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
+S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.simulate", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
 IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
 for path in PATHS:

@@ -34,7 +34,7 @@ def truth(source):
 
 @pytest.fixture(scope="module")
 def space(source, truth):
-    return simulate.Space(source, truth)
+    return simulate.Space(source.archs, truth)
 
 
 def test_individuals_have_the_index_of_their_arch_string(source, space):
