@@ -4,8 +4,8 @@ It uses the same modules and parameters as the reference. `forward` computes the
 the supernet, and an `Evaluator` measures many individuals on one batch. Tests check that both match
 the reference. Three things make the computation fast:
 
-- Layout and shared work. All tensors are channels-last. ReLU and the average pool run once per node instead of
-  once per edge. The operation `none` is skipped.
+- Layout and shared work. All tensors are channels-last. ReLU and the average pool run once per node
+  instead of once per edge. The operation `none` is skipped.
 - With batch statistics, joined convolutions. All edges out of a node read the same input. So their
   1x1 convolutions become one convolution with concatenated output channels, and so do their 3x3
   convolutions. One BatchNorm follows each joined convolution, and its scale includes the mixing
