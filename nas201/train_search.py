@@ -248,7 +248,7 @@ def make_parser() -> argparse.ArgumentParser:
         f"(default: {PUBLISHED_TABLE} if it exists)"
     )
     group.add_argument("--api_path", metavar="PATH", help=text)
-    text = "data set whose true accuracies are looked up (default: that of --dataset if the benchmark has it, else cifar10)"
+    text = "data set whose true accuracies are looked up (default: --dataset if the benchmark has it, else cifar10)"
     group.add_argument("--api_dataset", choices=DATASETS, help=text)
     text = "threads that read image files"
     group.add_argument("--workers", type=number(int, 1, MOST.workers), default=2, metavar="N", help=text)
