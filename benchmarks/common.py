@@ -184,8 +184,8 @@ def compare(
     """Time all ways to compute a supernet, and print how far their results differ.
 
     Returns the seconds of "train_step" and of "fitness". "train_step" is a training step on the
-    first BATCH images of x. "fitness" is the fitness of one individual on all of x. It includes one
-    POPULATION-th of the time for the computation that all individuals share.
+    first BATCH images of x. "fitness" is the measurement of one individual on all of x. The time of
+    the computation that all individuals share is divided by POPULATION and added to "fitness".
     """
     print(f"{describe_machine(args.device)}\namp {args.amp}, {args.bn} statistics for fitness")
     ways = {name: Way(name, network, fast, args) for name in WAYS if args.compile or name != "compiled"}
@@ -233,7 +233,7 @@ def fastest(seconds: Seconds) -> float:
 def print_table(lines: dict[str, tuple[str, dict[str, float]]]) -> dict[str, float]:
     """Print a table of `lines`, {name: (title, {way: number})}, with two ratios in each line.
 
-    The ratios are plain / fast and plain / compiled. They are returned as {name: plain / fast,
+    The ratios are plain / fast and plain / compiled. The function returns {name: plain / fast,
     name_compiled: plain / compiled}.
     """
     columns = "".join(f"{way:>14}" for way in WAYS)

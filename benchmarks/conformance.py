@@ -13,9 +13,9 @@ A primitive is a convolution, a pool or a BatchNorm. The programs call primitive
 
 The sizes are the paper's and some smaller ones.
 
-For each primitive, form and dtype, the script prints the worst error of an output or a gradient. It
-is the norm of the errors, divided by the norm that rounding explains (see support/kernel_check.py).
-A kernel with a result above 1 is wrong, and the exit code is then 1.
+For each primitive, form and dtype, the script prints the worst error of an output or a gradient.
+The printed number is the norm of the errors, divided by the norm that rounding explains (see
+support/kernel_check.py). A kernel with a number above 1 is wrong, and the exit code is then 1.
 """
 
 import argparse
@@ -263,7 +263,7 @@ def sizes(full: bool, most: int = ELEMENTS) -> Iterator[tuple[int, int, int]]:
     """Yield the sizes (images, channels, height and width) to check.
 
     With `full`, all sizes of at most `most` elements are checked. Otherwise only a few sizes are
-    checked, at which errors of kernels are known.
+    checked, for which wrong kernels are known.
     """
     if not full:
         yield from ((5, 2, 32), (5, 3, 8), (2, 16, 32))

@@ -1,4 +1,4 @@
-"""Count the kernels that forward passes launch on a GPU, and the bytes that these read and write.
+"""Count kernel launches of forward passes on a GPU, and the bytes that the kernels read and write.
 
     python benchmarks/kernels.py
 
@@ -62,7 +62,7 @@ SPACES = {
 class Launches(TorchDispatchMode):
     """Counts kernel launches by name, and the bytes that they read and write.
 
-    It fails if a tensor is not on the GPU, or if a tensor's value is read.
+    Counting fails if a tensor is not on the GPU, or if a tensor's value is read.
     """
 
     def __init__(self):

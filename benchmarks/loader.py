@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--full] [--device cuda]
 
-Both crop, flip and normalise the images, and apply cutout.
+The loader and the transforms both crop, flip and normalise the images, and apply cutout.
 """
 
 import argparse

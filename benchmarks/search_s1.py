@@ -6,8 +6,8 @@
 Images are random, because only times, memory and agreement of the results are measured.
 
 --full times fitness at batch 1,024, and estimates the time of a generation and of a whole search.
-It also compares fitness in bfloat16 with fitness in float32. Both use the same weights, which were
-trained for 200 steps on handwritten digits.
+--full also compares fitness in bfloat16 with fitness in float32. The weights are the same for both
+and are trained for 200 steps on handwritten digits.
 """
 
 import argparse
@@ -30,7 +30,7 @@ PUBLISHED_HOURS = 3.83 * 24  # on one GPU
 
 
 def new_network() -> Network:
-    """Return the paper's supernet. Its random weights are the same in every call."""
+    """Return the paper's supernet, with the same random weights in every call."""
     torch.manual_seed(18)
     return Network(16, 10, 8)
 
@@ -44,7 +44,7 @@ def resident(field: str) -> float:
 def added_memory(args: argparse.Namespace, batch: int) -> float:
     """Return how much memory, in MB, a training step or fitness adds at its peak.
 
-    Call this once in a new process, because VmHWM is the peak over the whole life of a process.
+    Call this function once in a new process: VmHWM is the peak over the whole life of a process.
     """
     task, name = args.memory_of
     way = Way(name, new_network(), fast_search, args)
@@ -57,7 +57,7 @@ def added_memory(args: argparse.Namespace, batch: int) -> float:
         else:
             way.measure(way.evaluator(x), alphas)
 
-    measure(x[:2])  # loads libraries and compiles kernels, which would otherwise count
+    measure(x[:2])  # loads libraries and compiles kernels, whose memory should not count
     if torch.device(args.device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

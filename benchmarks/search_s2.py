@@ -70,8 +70,8 @@ def breed(generation: int, table_path: str | None) -> tuple[Tensor, list[int]]:
 def new_network() -> Network:
     """Return the paper's supernet, with the running statistics of one batch.
 
-    The running statistics of a new network are mean 0 and variance 1. With these, the network would
-    predict the same class for all images.
+    The running statistics of a new network are mean 0 and variance 1. A network with these
+    statistics would predict the same class for all images.
     """
     torch.manual_seed(18)
     network = Network(16, 5, 10)

@@ -48,8 +48,8 @@ class Benchmark:
     archs: the arch strings in the benchmark's order.
     table: accuracies (15625, 6), float64 in percent, with columns in the order of COLUMNS, and NaN
         for an unknown accuracy. The table is None if the source's records are read one by one.
-    read: a function that reads the record of an index and returns the accuracies (6,). It is used
-        if there is no table.
+    read: a function that reads the record of an index and returns the accuracies (6,). `read` is
+        used if there is no table.
     absent: the columns that the source does not have.
     missing: the indices without a record.
     """
@@ -103,7 +103,8 @@ class Benchmark:
         not exist and a damaged record.
         """
         if (dataset, split) not in METRICS:
-            raise UserError(f"no figures for {dataset} {split}; there are {', '.join(DATASETS)}, each valid and test")
+            known = ", ".join(DATASETS)
+            raise UserError(f"no accuracies of {dataset} {split}; choose one of {known}, and valid or test")
         value = float(self.accuracies(index)[list(METRICS).index((dataset, split))])
         return None if math.isnan(value) else value
 
@@ -114,8 +115,8 @@ class Benchmark:
         """
         if self.missing:
             raise UserError(
-                f"{self.path}: incomplete, {len(self.missing)} of {len(self)} architectures have no record; the first "
-                f"is index {self.missing[0]}"
+                f"{self.path}: incomplete, {len(self.missing)} of {len(self)} architectures have no record; "
+                f"the first missing index is {self.missing[0]}"
             )
         if self.table is None:
             from tqdm import tqdm  # 15,625 files take minutes
@@ -175,8 +176,7 @@ def checked(path: str, raw: RawTable) -> Benchmark:
     if None in archs:
         first = archs.index(None)
         raise UserError(
-            f"{path}: {len(index_of_arch)} architectures instead of {NUM_ARCHS}; the first that is missing is index "
-            f"{first}"
+            f"{path}: {len(index_of_arch)} architectures instead of {NUM_ARCHS}; the first missing index is {first}"
         )
     absent = [name for name in COLUMNS if name not in raw.header]
     without_figures = np.isnan(table).all(axis=1)

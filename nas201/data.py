@@ -1,7 +1,7 @@
 """Choose the training images and the validation images of a search on NAS-Bench-201.
 
-CIFAR-100 and ImageNet16-120 have no validation split of their own. The benchmark validates on half
-of their test images, and so does a search here.
+CIFAR-100 and ImageNet16-120 have no validation split of their own. For these data sets, the
+benchmark validates on half of the test images, and so does a search here.
 """
 
 import argparse
@@ -30,8 +30,8 @@ def search_splits(args: argparse.Namespace) -> SearchData:
     for validation. For cifar100 and ImageNet16-120, all training images are for training, and a
     part of the test images is for validation.
 
-    `args.split` is "fixed" (the benchmark's own split) or "seeded". If it is None, the data set's
-    default is stored there. `args.split_file` names an index file to use instead of `args.split`.
+    `args.split` is "fixed" (the benchmark's own split) or "seeded". If `args.split` is None, it is
+    set to the data set's default. `args.split_file` names an index file to use instead.
     """
     if args.split_file and args.split:
         raise UserError("--split_file and --split both say how to divide the images: leave one out")

@@ -1,8 +1,8 @@
 """A several times faster computation of the supernet in `nas201.model_search`.
 
-It uses the same modules and parameters as the reference. `forward` computes the training pass of
-the supernet, and an `Evaluator` measures many individuals on one batch. Tests check that both match
-the reference. Three things make the computation fast:
+This module uses the reference's nn.Modules and parameters. `forward` computes the training pass of
+the supernet, and an `Evaluator` measures many individuals on one batch. Tests check that `forward`
+and `Evaluator` match the reference. Three things make the computation fast:
 
 - Layout and shared work. All tensors are channels-last. ReLU and the average pool run once per node
   instead of once per edge. The operation `none` is skipped.
@@ -10,10 +10,10 @@ the reference. Three things make the computation fast:
   1x1 convolutions become one convolution with concatenated output channels, and so do their 3x3
   convolutions. One BatchNorm follows each joined convolution, and its scale includes the mixing
   weights.
-- With running statistics, folded convolutions. BatchNorm is then an affine map. So a node is one
-  3x3 convolution of the concatenated earlier nodes, plus the `skip_connect` and `avg_pool_3x3` of
-  these nodes. The kernel of this convolution combines both convolutions of every edge, their
-  BatchNorms and the mixing weights.
+- With running statistics, folded convolutions. BatchNorm with running statistics is an affine map.
+  So a node is one 3x3 convolution of the concatenated earlier nodes, plus the `skip_connect` and
+  `avg_pool_3x3` of these nodes. The kernel of this convolution combines both convolutions of every
+  edge, their BatchNorms and the mixing weights.
 
 A cell is computed by a function of tensors, not of modules. So cells of the same shape share one
 compiled graph.

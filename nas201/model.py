@@ -37,7 +37,7 @@ class Cell(nn.Module):
 class Network(Stages):
     """Three stages of N cells each, with C, 2C and 4C channels.
 
-    `forward(x)` takes images (B, 3, H, W), where H and W are multiples of 4. It returns the logits
+    `forward(x)` takes images (B, 3, H, W), where H and W are multiples of 4, and returns the logits
     (B, num_classes) and None. Networks of the DARTS space return the auxiliary head's logits in
     place of None. `compile` and `checkpoint` are passed to `region_function`. Raises UserError if
     `arch` is not an arch string.
@@ -56,7 +56,7 @@ class Network(Stages):
 def cost_table(C: int, N: int, classes: int, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Return the costs of networks `Network(C, N, classes, arch)` on one image (3, H, W).
 
-    Returns two int64 tensors, like `costs.s1_table`. Their last axis is [parameters, mult-adds].
+    Returns two int64 tensors, like `costs.s1_table`. The last axis is [parameters, mult-adds].
     The first, (2,), is the cost of a network without the operations in its cells. The second,
     (1, 6, 5, 2), is the cost of each operation on each edge, summed over all cells. The benchmark's
     own figures are the same, except that the benchmark adds the classifier's bias to the mult-adds.
@@ -65,7 +65,7 @@ def cost_table(C: int, N: int, classes: int, image_shape: Sequence[int]) -> tupl
     with torch.device("meta"):
         network = Network(C, N, classes, to_arch_string([0] * len(EDGES)))
     fixed = count(network.stem, pixels) + count(network.lastact, 1) + count(network.classifier, 1)
-    # Costs of the operations on one edge, summed over all cells. They are the same for all edges.
+    # Costs of the operations on one edge, summed over all cells. All edges have the same costs.
     choices = torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)
     for part in network.cells:
         if isinstance(part, Cell):

@@ -27,7 +27,7 @@ OPS: dict[str, Callable[[int, bool, bool], nn.Module]] = {
 
 
 class ResidualBlock(nn.Module):
-    """The fixed block between two stages. It halves the resolution, and its BatchNorms are affine."""
+    """The fixed block between two stages. The block halves the resolution. BatchNorms are affine."""
 
     def __init__(self, C_in: int, C_out: int):
         super().__init__()
@@ -72,7 +72,7 @@ class Cell(nn.Module):
 class Stages(nn.Module):
     """The structure that all networks of this space share, from stem to classifier.
 
-    Three stages of N cells have C, 2 C and 4 C channels. A residual block is between two stages.
+    Three stages of N cells have C, 2 C and 4 C channels. A residual block connects two stages.
     `make_cell(channels)` makes a cell.
     """
 
@@ -104,7 +104,7 @@ class Stages(nn.Module):
 
 
 class Network(Stages):
-    """The supernet. The BatchNorms of its searched cells are not affine.
+    """The supernet. The BatchNorms of the searched cells are not affine.
 
     With `track_running_stats=False` the BatchNorms of the searched cells keep no running
     statistics, so they use batch statistics in eval mode too. The BatchNorms of the stem, the
@@ -124,8 +124,8 @@ class Network(Stages):
     def forward(self, x: Tensor, alphas: Tensor) -> Tensor:
         """Return the logits (B, num_classes) of images x (B, 3, H, W).
 
-        `alphas` are (1, E, O) or (E, O), raw or decoded. Their softmax over the operations gives
-        the mixing weights.
+        `alphas` are (1, E, O) or (E, O), raw or decoded. The mixing weights are the softmax of
+        `alphas` over the operations.
         """
         weights = torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
         return super().forward(x, Cell.__call__, weights)

@@ -22,9 +22,9 @@ COLOURS = {
 NODES = ("0 (input)", "1", "2", "3 (output)")
 ABOUT = (
     "True accuracy is what the benchmark measured: top-1 accuracy in percent after 200 epochs of training, averaged "
-    "over its seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the mean and "
-    "standard deviation of three searches; RSPS is random search with parameter sharing. Published figures are given "
-    "for the data set that was searched."
+    "over the benchmark's seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the "
+    "mean and standard deviation of three searches; RSPS is random search with parameter sharing. Published figures "
+    "are only given for the data set that was searched."
 )
 HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS", "GDAS")
 
@@ -53,7 +53,7 @@ def drawings(arch: str, name: str) -> dict[str, Drawing]:
 def accuracy_section(rows: list[dict], searched: str | None) -> str:
     """Return the section with the true accuracies of each generation's best cell.
 
-    The optimum and published accuracies are shown next to them. Accuracies of published searches
+    The optimum and published accuracies are shown for comparison. Accuracies of published searches
     are only shown for `searched`, the data set of this search.
     """
     charts = []

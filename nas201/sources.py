@@ -160,7 +160,7 @@ def official_table(path: str, content: object, records: dict | None = None) -> R
 
 
 def official_records(path: str, archs: list, records: dict) -> Iterator[RawRecord]:
-    """Yield a RawRecord for each architecture. It has no figures if there is no record.
+    """Yield a RawRecord for each architecture, without figures if `records` has no record of it.
 
     Only the figures are kept, so that the memory of the records can be freed. Raises UserError.
     """
@@ -208,5 +208,5 @@ def unpacked(path: str) -> bytes:
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read, or is damaged ({error})") from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES >> 20} MB when unpacked, far more than such a file has")
+        raise UserError(f"{path}: more than {MAX_BYTES >> 20} MB when unpacked, far more than a file of the benchmark")
     return data

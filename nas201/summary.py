@@ -1,7 +1,7 @@
 """Summarise three finished searches. This is the last step of searchNAS201.sh.
 
-The summary reads OUTPUT_DIR/search-DATASET-seed18, -seed19 and -seed20. It prints a table and
-writes the same figures to OUTPUT_DIR/summary.json.
+This script reads OUTPUT_DIR/search-DATASET-seed18, -seed19 and -seed20, prints a table, and writes
+the same figures to OUTPUT_DIR/summary.json.
 """
 
 from support.cli import Parser, command
@@ -109,8 +109,8 @@ def accuracy_figures(runs: list[dict], dataset: str, space: dict[str, dict]) -> 
     """Return {column without "_200": figures} for these searches, published searches and the space.
 
     `dataset` is the data set of these searches. Published searches are only included for the same
-    data set. `space` is the result of `baselines`, or {} if it is not known. Without it, the
-    optimum is the published one.
+    data set. `space` is the result of `baselines`, or {} without a benchmark table. If `space` is
+    {}, the optimum is the published one.
     """
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):

@@ -1,4 +1,4 @@
-"""Drawings of cells as SVG or PNG. They are made with matplotlib and need no display."""
+"""Drawings of cells as SVG or PNG, made with matplotlib. No display is needed."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from reporting.views import Drawing, Views, drawings_of
 from support.files import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # importing it takes a second
+    from matplotlib.axes import Axes  # importing matplotlib takes a second
     from matplotlib.figure import Figure
 
 PALETTE = {

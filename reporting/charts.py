@@ -35,8 +35,8 @@ def step_of(rows: Sequence[dict]) -> str:
 def column(rows: Iterable[dict], key: str) -> list[float | None]:
     """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test".
 
-    A value is None if it is not a finite number. It is also None from 1e15 on, because no chart
-    could show such a value.
+    A value that is not a finite number becomes None. So does a number from 1e15 on, because no
+    chart could show such a number.
     """
     values = []
     for value in rows:
@@ -55,8 +55,8 @@ def finite_values(rows: Iterable[dict], key: str) -> list[float]:
 def format_number(value: float | None, digits: int = 2) -> str:
     """Return a number as text, or a dash for None.
 
-    Numbers from 0.1 to 1000 have `digits` decimals. Whole numbers and numbers above 1000 have none.
-    Smaller numbers have three significant digits.
+    Numbers from 0.1 to 1000 have `digits` decimals. Whole numbers and numbers from 1000 on have no
+    decimals. Numbers below 0.1 have three significant digits.
     """
     if value is None:
         return "–"

@@ -118,8 +118,8 @@ class ReportedRun:
 def write_report(run_dir: str | os.PathLike, views: Views) -> str:
     """Write RUN_DIR/report.html from what the run has saved so far; return the report's path.
 
-    `views` holds the views of all search spaces that the run may belong to. The report itself lists
-    what it lacks. Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl
+    `views` holds the views of all search spaces that the run may belong to. The report lists
+    information that is missing. Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl
     is not valid, or if the report cannot be written.
     """
     run = read_run(run_dir, views)
@@ -288,7 +288,7 @@ def cell_of(run: ReportedRun) -> Cell:
 
 
 def result_section(run: ReportedRun) -> str:
-    """Return the section that compares the winner with random architectures, and with its costs."""
+    """Return the section on the winner and random architectures, with fitness against costs."""
     from costs import COSTS  # imports torch
 
     charts = []

@@ -11,7 +11,7 @@ from genotypes import Cell
 from support.files import UserError
 
 if TYPE_CHECKING:
-    import torch  # importing it takes seconds
+    import torch  # importing torch takes seconds
 
 
 class Edge(NamedTuple):

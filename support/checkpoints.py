@@ -53,7 +53,9 @@ def load(path: Path, settings: RunSettings) -> dict:
     continue from the previous checkpoint.
     """
     previous = path.with_name(PREVIOUS_NAME)
-    remedy = f". To continue from the previous one: mv {quoted(previous)} {quoted(path)}" if previous.exists() else ""
+    remedy = ""
+    if previous.exists():
+        remedy = f". To continue from the previous checkpoint: mv {quoted(previous)} {quoted(path)}"
     try:
         data = read_bytes(path)
     except UserError as error:
@@ -67,7 +69,7 @@ def load(path: Path, settings: RunSettings) -> dict:
     try:
         state = weights.unpickle_tensors(io.BytesIO(content))
     except Exception as error:  # a file with a valid checksum can still be hostile
-        raise UserError(f"{path}: refused: it holds more than tensors and numbers{remedy}") from error
+        raise UserError(f"{path}: refused: the file holds more than tensors and numbers{remedy}") from error
     try:
         return state | checked_fields(state, settings)
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:

@@ -192,7 +192,7 @@ def number(
 
     def parse(text: str) -> int | float:
         try:
-            value = number_type(re.sub(r"^(\d+)\.0*$", r"\1", text))  # so that int takes 50.0
+            value = number_type(re.sub(r"^(\d+)\.0*$", r"\1", text))  # so that int accepts 50.0
         except ValueError:
             whole = "whole " if number_type is int else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None

@@ -69,7 +69,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         torch.zeros(1, device=device).item()  # item() fails on the device "meta", whose tensors have no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name} cannot be used ({reason}). Choose another one with --device") from error
+        raise UserError(f"device {name} cannot be used ({reason}). Choose another device with --device") from error
     set_up(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -78,7 +78,7 @@ def choose_device(args: argparse.Namespace) -> torch.device:
             raise UserError(f"--amp: {gpu} does not support bfloat16. Leave --amp out")
     if args.compile and device.type == "cpu" and not has_compiler():
         raise UserError(
-            "--compile: no C++ compiler found (g++, or what CXX names). Install one, or leave --compile out"
+            "--compile: no C++ compiler found (g++, or what CXX names). Install a compiler, or leave --compile out"
         )
     distributed.join_process_group(device)
     return device
@@ -181,8 +181,8 @@ class Recorded:
     def on_side_stream(self) -> torch.Tensor:
         """Run the function without a graph, on a side stream.
 
-        A gradient is tied to the stream of its first backward pass. That must not be the default
-        stream, because a CUDA graph cannot be recorded on the default stream.
+        A gradient is tied to the stream of its first backward pass. The first backward pass must
+        not use the default stream, because a CUDA graph cannot be recorded on that stream.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -251,13 +251,13 @@ def total_memory(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[1]
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not Linux, the other version of cgroups, or "max"
+        with contextlib.suppress(OSError, ValueError):  # each version of cgroups has one of the files; "max": no limit
             sizes.append(int(Path(path).read_text()))
     return min(sizes)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory in MiB: PyTorch's on a GPU, or the whole process's on the CPU."""
+    """Return the peak memory of PyTorch on a GPU, or of the whole process on the CPU, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -18,7 +18,7 @@ from support.files import UserError, emit
 def from_torchrun(name: str, default: int) -> int:
     """Return the number in an environment variable that torchrun sets.
 
-    Raises UserError if it is not a number.
+    Raises UserError if the variable is not a number.
     """
     try:
         return int(os.environ.get(name, default))

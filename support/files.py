@@ -49,12 +49,12 @@ def open_regular(path: AnyPath, mode: str = "rb") -> IO:
     def opener(path: str, flags: int) -> int:
         writes = flags & (os.O_WRONLY | os.O_RDWR)
         if writes and os.path.islink(path):
-            raise OSError(errno.ELOOP, "it is a symbolic link, and nothing is written through one", path)
+            raise OSError(errno.ELOOP, "this is a symbolic link, and files are not written through links", path)
         file = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
         mode = os.fstat(file).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Python's open refuses directories
             os.close(file)
-            raise OSError(errno.EINVAL, "it is not a regular file", path)
+            raise OSError(errno.EINVAL, "this is not a regular file", path)
         return file
 
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -66,8 +66,8 @@ def atomic_write(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file next to `path`, which replaces `path` only if the block succeeds.
 
     After the block, the new content of `path` survives a power failure, because the file and its
-    folder are synced. Raises UserError if the folder is not writable or the disk is full. An
-    existing file `path` is then unchanged.
+    folder are synced. Raises UserError if the folder is not writable or the disk is full. After an
+    error, an existing file `path` is unchanged.
     """
     temporary = f"{path}.tmp{os.getpid()}"  # see remove_temporary_files
     try:
@@ -156,7 +156,7 @@ def no_empty_folders(path: AnyPath) -> Iterator[None]:
         yield
     except BaseException:
         for folder in missing:
-            with contextlib.suppress(OSError):  # it is not empty, or does not exist
+            with contextlib.suppress(OSError):  # the folder is not empty, or does not exist
                 folder.rmdir()
         raise
 
@@ -172,8 +172,8 @@ def append_line(path: AnyPath, line: str, sync: bool = False) -> None:
     """Append a line to a text file, with control characters escaped.
 
     With `sync` the line survives a power failure, provided that the folder was synced after the
-    file was made (see `sync_folder`). Raises UserError if writing fails. In that case the file may
-    end with a part of the line.
+    file was made (see `sync_folder`). Raises UserError if writing fails. After an error, the file
+    may end with a part of the line.
     """
     try:
         with open_regular(path, "a") as file:
@@ -202,7 +202,7 @@ CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-
 def escaped(text: str) -> str:
     r"""Return `text` with control characters escaped, such as \n, \x1b and \u202e.
 
-    This is needed because file names and class names can contain any character.
+    File names and class names can contain any character.
     """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 

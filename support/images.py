@@ -33,7 +33,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         # convert("RGB") would clip the values to 255.
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
+        raise ValueError("the pixels have 32 bits or are floating-point numbers; save the image with 8 or 16 bits")
     image = image.convert("RGB")
     if not is_tiff:  # Pillow turns TIFF images upright when it loads them
         image.info = dict(about)
@@ -73,7 +73,10 @@ def open_image(path: str | os.PathLike, use: Callable[[Image.Image], Any] = to_r
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return use(image)
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read image {path}: it is not {', '.join(FORMATS)}. Convert or remove it.") from error
+        formats = ", ".join(FORMATS)
+        raise UserError(
+            f"cannot read image {path}: the format is not one of {formats}. Convert or remove it."
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"image {path} is too large: {error}; make it smaller or remove it") from error
     except (OSError, ValueError, SyntaxError) as error:

@@ -18,8 +18,8 @@ The bound on an error has two parts.
   algorithms such as Winograd's add transformed terms.
 - Storage: a kernel may store partial sums in the format of the result. A gradient of weights may
   store one partial sum for each image, and a convolution one for each tap of its kernel. A random
-  partial sum is about as large as the square root of the sum of its squared terms. That root is at
-  least the sum of the terms' magnitudes divided by sqrt(n).
+  partial sum is about as large as the square root of the sum of its squared terms. This square root
+  is at least the sum of the terms' magnitudes, divided by sqrt(n).
 
 We did not fit the bound to any measured error.
 """
@@ -95,7 +95,8 @@ class KernelCheck(TorchDispatchMode):
         if setting in self.seen:
             return kernel(*args)
         self.seen.add(setting)
-        precise = [to_reference(value) for value in args]  # first, because the kernel may change running statistics
+        # Copy the inputs before the kernel runs, because the kernel may change running statistics.
+        precise = [to_reference(value) for value in args]
         found = kernel(*args)
         outputs = found if isinstance(found, tuple | list) else [found]
         for output, expected in zip(outputs, expect(*precise), strict=False):
@@ -165,8 +166,10 @@ def convolution_backward(
 ) -> list[Expected | None]:
     values = aten.convolution_backward(gradient, x, weight, *settings)
     magnitudes = aten.convolution_backward(gradient.abs(), x.abs(), weight.abs(), *settings)
-    pixels = gradient.numel() // gradient.shape[1]  # over all images; each adds a term to a weight's gradient
-    of_input = weight.numel() // x.shape[1]  # weights that an input pixel of one channel is multiplied with
+    # Each output pixel of each image adds one term to a weight's gradient. A pixel of one input
+    # channel is multiplied with `of_input` weights.
+    pixels = gradient.numel() // gradient.shape[1]
+    of_input = weight.numel() // x.shape[1]
     names = ("gradient of the input", "gradient of the weights", "gradient of the bias")
     terms = (of_input, pixels, pixels)
     stores = (area(weight.shape[2:]), len(x), len(x))
@@ -247,7 +250,7 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> list[Expected]:
-    """Return what to expect of y and, in training, of the batch's mean and inverse std."""
+    """Return the expected y and, in training, the expected mean and inverse std of the batch."""
     count = x.numel() // x.shape[1]
     mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if training else (running_mean, running_var)
     inverse_std = (var + eps).rsqrt()
@@ -282,7 +285,7 @@ def batch_norm_backward(
     eps: float,
     mask: Sequence[bool],
 ) -> list[Expected | None]:
-    """Return what to expect of the gradients of x, weight and bias."""
+    """Return the expected gradients of x, weight and bias."""
     count = x.numel() // x.shape[1]
     if not training:
         mean, inverse_std = running_mean, (running_var + eps).rsqrt()

@@ -1,7 +1,7 @@
 """Safe replacements for numpy's classes, for `support.files.restricted_unpickle`.
 
-Pickles from third parties refer to numpy's own classes. Those accept pickled states that crash
-numpy or ask for gigabytes. The replacements only accept what an array or a number needs.
+numpy's own classes accept pickled states that crash numpy or ask for gigabytes. The replacements
+are for pickles from third parties, and only accept what an array or a number needs.
 """
 
 import numpy as np
@@ -34,7 +34,7 @@ class Array:
 
     def __setstate__(self, state: tuple) -> None:
         _version, shape, dtype, fortran, raw = state
-        raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # Python 2 wrote its bytes as text
+        raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text
         self.array = np.frombuffer(raw, dtype.code).reshape(shape, order="F" if fortran else "C")
 
 

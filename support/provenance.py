@@ -14,7 +14,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python, of packages that affect results, and of torch's CUDA."""
+    """Return the versions of Python, of packages that affect results, and of CUDA in PyTorch."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
@@ -22,7 +22,7 @@ def versions() -> dict[str, str | None]:
 def git_revision() -> str | None:
     """Return the project's commit, or None outside a git checkout.
 
-    A + follows the commit if files differ from it.
+    A + follows the commit if files differ from the commit.
     """
     # Without --git-dir, git would also find the repository of a folder above the project.
     command = "git --git-dir=.git describe --always --exclude=* --abbrev=12 --dirty=+".split()

@@ -64,7 +64,8 @@ def load_saved(parser: argparse.ArgumentParser, path: Path, settings: RunSetting
     unknown = ", ".join(f"--{name:.40}" for name in values if name not in known)
     if unknown:
         raise UserError(
-            f"{path}: written by another version of the program, which had {unknown:.200}. Resume the run with it"
+            f"{path}: written by another version of the program, which had {unknown:.200}. "
+            "Resume the run with that version"
         )
     missing = {
         name: value for name, value in settings.values_if_missing.items() if name in known and name not in values

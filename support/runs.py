@@ -3,8 +3,8 @@
 A run directory holds args.json, log.txt, history.jsonl, checkpoint.pt, checkpoint.prev.pt, the
 folders weights/ and runs/ (TensorBoard's curves), and the files that a program adds.
 
-Only rank 0 writes files. If files contradict the checkpoint, the checkpoint counts: the other
-results can be rebuilt from the checkpoint.
+Only rank 0 writes files. If a file contradicts the checkpoint, the checkpoint is right: the other
+files can be rebuilt from it.
 """
 
 import argparse
@@ -47,7 +47,7 @@ from support.settings import RunSettings
 
 # The files of a run that ended before its first checkpoint.
 BEGUN = {"args.json", "log.txt"}
-# What messages call a run that is being created. Its directory's name can differ among processes.
+# What messages call a new run. The name of a new run's directory can differ among processes.
 NEW = "new run"
 
 
@@ -213,8 +213,8 @@ class Run:
         """Write checkpoint.pt, and keep the previous one as checkpoint.prev.pt.
 
         Save the checkpoint before writing any file that can be rebuilt from the checkpoint. After a
-        crash, such a file is then never newer than the checkpoint. A resumed run rebuilds the files
-        that are older.
+        crash, such a file is then never newer than the checkpoint. A resumed run rebuilds files
+        that are older than the checkpoint.
         """
         self.completed = completed
         if self.writes:
@@ -260,7 +260,10 @@ class Run:
             self._follow_checkpoint()
 
     def _follow_checkpoint(self) -> None:
-        """Set history.jsonl and TensorBoard's curves back to the checkpoint, and log its step."""
+        """Set history.jsonl and TensorBoard's curves back to the checkpoint, and log its step.
+
+        The new curves are complete before the old curves are removed.
+        """
         with atomic_write(self.path / "history.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         unit = step_field(self.rows, self.settings)
@@ -320,8 +323,8 @@ def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> No
     """Check that all processes of a run have the same arguments, except paths.
 
     Call this right after `devices.choose_device`, which joins the process group. The arguments
-    decide at which steps processes wait for each other, so they must agree first. If an argument
-    differs, all processes raise UserError.
+    decide at which steps processes wait for each other, so different arguments must be found before
+    that. If an argument differs, all processes raise UserError.
     """
     fixed = fixed_arguments(args, settings)
     synchronised = {name: getattr(args, name) for name in settings.synchronised_arguments}
@@ -338,7 +341,9 @@ def refuse_links(path: Path, folders: tuple[str, ...]) -> None:
     """
     for name in folders:
         if (path / name).is_symlink():
-            raise UserError(f"{path / name}: this is a symbolic link, and nothing is written through one. Remove it")
+            raise UserError(
+                f"{path / name}: this is a symbolic link, and files are not written through links. Remove it"
+            )
 
 
 def lock(path: Path) -> TextIO:
@@ -349,11 +354,11 @@ def lock(path: Path) -> TextIO:
     try:
         file = open_regular(path / ".lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A forked process, such as one that reads images, inherits the lock. It would keep the run
-        # locked if it outlived this process.
+        # A forked process, such as one that reads images, inherits the lock. If the forked process
+        # outlived this one, the run would stay locked.
         os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
-        raise UserError(f"{path}: in use by another process. Wait for it, or stop it") from None
+        raise UserError(f"{path}: in use by another process. Wait for that process, or stop it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot open the run directory ({error.strerror})") from error
     return file
@@ -377,7 +382,7 @@ def make_directory(path: Path, new_name: bool = True) -> Path:
                 return path.with_name(name)
     except OSError as error:
         raise UserError(f"{path}: cannot make the run directory ({error.strerror})") from error
-    raise UserError(f"{path}: cannot make the run directory: too many have this name. Choose another name")
+    raise UserError(f"{path}: cannot make the run directory: too many runs have this name. Choose another name")
 
 
 def set_aside(run: Run) -> None:
@@ -391,10 +396,12 @@ def set_aside(run: Run) -> None:
     last = run.path / checkpoints.NAME
     previous = run.path / checkpoints.PREVIOUS_NAME
     if last.name in here:
-        raise UserError(f"{run.path}: holds a run. Continue it with --resume, or choose another name")
+        raise UserError(f"{run.path}: holds a run. Continue the run with --resume, or choose another name")
     if previous.name in here:
         command = f"mv {quoted(previous)} {quoted(last)}"
-        raise UserError(f"{run.path}: holds a run. Continue it with --resume, after {command}, or choose another name")
+        raise UserError(
+            f"{run.path}: holds a run. After {command}, continue the run with --resume, or choose another name"
+        )
     if here and "args.json" not in here:
         raise UserError(f"{run.path}: holds other files. Empty the directory, or choose another name")
     left = {name for name in here if not name.startswith(run.settings.inner_run_prefix)}

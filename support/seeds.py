@@ -33,7 +33,10 @@ def add_seed_scheme(group: argparse._ArgumentGroup) -> None:
 
 
 def derive(seed: int, role: Role, scheme: int) -> int:
-    """Return the seed of a stream, a number that torch accepts. In scheme 2 it is in [0, 2**63)."""
+    """Return the seed of a stream, a number that torch accepts.
+
+    In scheme 2 the seed is in [0, 2**63).
+    """
     if scheme == 1:
         return role.factor * seed + role.offset
     # The role is the spawn key, not part of the entropy. SeedSequence([seed, role]) could be the

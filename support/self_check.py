@@ -1,9 +1,10 @@
 """Compare one training step with float64 arithmetic before a run starts.
 
 A library's kernel can be wrong on one device, in one dtype or layout, or only from some size on.
-The only symptom is then a loss that falls a little more slowly. So a run first checks one training
-step, unless it computes in float32 on the CPU without --compile. The step uses random images and a
-copy of the network. The check takes seconds and does not change the run's random numbers.
+The only symptom of a wrong kernel is a loss that falls a little more slowly. So a run first checks
+one training step, unless the run computes in float32 on the CPU without --compile. The step uses
+random images and a copy of the network. The check takes seconds and does not change the run's
+random numbers.
 """
 
 import argparse
@@ -150,6 +151,7 @@ def check_compiled_step(
         if not error <= allowed:
             raise UserError(
                 f"self-check: --compile with PyTorch {torch.__version__} computes the gradient of {name} wrongly here: "
-                f"it differs by {error:.3g} of its norm where rounding explains {allowed:.3g}; leave --compile out, or "
+                f"the error is {error:.3g} of the gradient's norm, and rounding explains only {allowed:.3g}; "
+                "leave --compile out, or "
                 "install another version of PyTorch (--no-self_check trains anyway)"
             )

@@ -25,11 +25,11 @@ class RunSettings:
     unsaved_arguments: frozenset[str]
     # Arguments that say where a run was created. The run may have been moved since.
     place_arguments: frozenset[str]
-    # Values for arguments that are missing from an old args.json. They are needed where today's
-    # default value would change the result.
+    # Values for arguments that are missing from an old args.json. An argument needs such a value if
+    # today's default would change the result.
     values_if_missing: Mapping[str, object]
 
-    # The first bytes of a checkpoint. Change them when the content of checkpoints changes.
+    # The first bytes of a checkpoint. Change these bytes when the content of checkpoints changes.
     checkpoint_magic: bytes
     # Folders in a run directory that the program writes to, besides weights/ and runs/.
     folders: tuple[str, ...]

@@ -19,7 +19,10 @@ class Interrupted(Exception):
 
 
 def catch() -> dict:
-    """Install the signal handlers if this is the main thread. Return the old ones for `release`."""
+    """Install the signal handlers, if this is the main thread.
+
+    Returns the old handlers, for `release`.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     # A signal that is ignored, as in a background job of a script or under nohup, stays ignored.
@@ -52,8 +55,8 @@ def stop_requested(device: torch.device, at_meeting_point: bool = True) -> bool:
     """Return whether to stop now because a process of the run has received a signal.
 
     Several processes have to stop at the same step, so each process tells the others whether it has
-    received a signal. They only do this `at_meeting_point`: at a step where all processes wait for
-    each other anyway. At other steps the answer is False.
+    received a signal. Processes only do this if `at_meeting_point`, which must be True at a step
+    where all processes wait for each other anyway. At other steps this function returns False.
     """
     if distributed.world_size() == 1:
         return received is not None

@@ -45,7 +45,7 @@ def load_torch(path: AnyPath, what: str = "weights file") -> object:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL (\S+\w)", str(error))  # the name that the pickle refers to
-        reason = f"it refers to {found[1]}, and a {what} never does" if found else "not a pickle of tensors"
+        reason = f"the file refers to {found[1]}, and a {what} never does" if found else "not a pickle of tensors"
         raise UserError(f"{path} is refused: {reason}. Nothing in it was executed") from error
     except Exception as error:  # a damaged archive raises nearly any exception
         raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
@@ -133,8 +133,8 @@ def problems(value: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
 def locate(path: AnyPath) -> AnyPath:
     """Return `path`, or the file of the same name in a folder weights/ next to `path`.
 
-    The file in weights/ is returned only if `path` does not exist. The published scripts had no
-    folder weights/, so paths in their form still work.
+    The file in weights/ is returned only if `path` does not exist. The published scripts have no
+    folder weights/, so a path in the published form still works.
     """
     inside = Path(path).parent / "weights" / Path(path).name
     return inside if inside.is_file() and not Path(path).is_file() else path
