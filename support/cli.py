@@ -197,7 +197,7 @@ def number(
             whole = "whole " if number_type is int else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
         if not abs(value) <= LARGEST:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite float32 number")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number in float32")
         if not all(holds(value, limit) for _, holds, limit in bounds):
             allowed = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
             raise argparse.ArgumentTypeError(f"{text} must be {allowed}")

@@ -135,9 +135,9 @@ def compiled(function: Callable) -> Callable:
 
     Later calls with the same function return the same object, so its graphs are shared.
     """
-    # A network calls the function with inputs of many shapes: cells of several sizes, with and
-    # without gradients, and a smaller last batch. So we raise the limit on the number of graphs.
-    # Newer versions of PyTorch call this limit recompile_limit.
+    # A network calls the function with many kinds of inputs: several sizes, with and without
+    # gradients, and a smaller last batch. So we raise the limit on the number of graphs. Newer
+    # versions of PyTorch call this limit recompile_limit.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return torch.compile(function, dynamic=False)
 
