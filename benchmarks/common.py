@@ -214,7 +214,7 @@ def compare(
     for name in steps:
         if name not in ways:
             ratio = train_seconds[name] / train_seconds["fast"]
-            print(f"training step with {name}: {train_seconds[name]:.4f} s, {ratio:.2f} times that of fast")
+            print(f"training step with {name}: {train_seconds[name]:.4f} s, {ratio:.2f} times the time of fast")
 
     passes = {name: partial(way.measure, evaluators[name], individual) for name, way in ways.items()}
     one_individual = alternate(passes, args.rounds, 1, args.device)

@@ -97,7 +97,7 @@ class Benchmark:
         return self._read(index) if self.table is None else self.table[index]
 
     def accuracy(self, index: int, dataset: str, split: str) -> float | None:
-        """Return an accuracy in percent, or None if the source does not have it.
+        """Return an accuracy in percent, or None if the source does not have this accuracy.
 
         Raises UserError for a data set not in DATASETS, a split not in SPLITS, an index that does
         not exist and a damaged record.
@@ -203,7 +203,7 @@ def checked_index(value: object, where: str) -> int:
 
 
 def load_directory(folder: str) -> Benchmark:
-    """Open a NATS-Bench directory. It has one file per architecture, which is read when needed."""
+    """Open a NATS-Bench directory, whose one file per architecture is only read when needed."""
 
     def unpickle(name: str) -> object:
         path = os.path.join(folder, name)
@@ -253,8 +253,8 @@ def save(source: Benchmark, path: str | os.PathLike) -> None:
 def best_of(values: np.ndarray, n: int) -> float:
     """Return the exact expectation of the largest of `n` draws from `values` (N,), all different.
 
-    Let p(i) be the probability that all n draws are among the i smallest values. It is the product
-    i/N * (i-1)/(N-1) * .. of n factors. The largest draw is the i-th smallest value with
+    Let p(i) be the probability that all n draws are among the i smallest values. p(i) is the
+    product i/N * (i-1)/(N-1) * .. of n factors. The largest draw is the i-th smallest value with
     probability p(i) - p(i-1).
     """
     places = np.arange(1, len(values) + 1)[:, None]  # i, (N, 1)

@@ -204,7 +204,7 @@ def config_value(path: str, content: dict, key: str, convert: Callable) -> objec
             return convert(value)
     except (TypeError, ValueError):
         pass
-    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}; it must look like ["float", "0.025"]')
+    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}; write an entry like ["float", "0.025"]')
 
 
 # ---- command
@@ -227,9 +227,9 @@ def make_parser() -> argparse.ArgumentParser:
     defaults = {"bn": "running", "valid_transform": "test", "baselines": 100}
     parser = search_cli.search_parser("python -m nas201.train_search", __doc__, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
-    text = "cells in each of the three stages of the supernet"
+    text = "number of cells in each of the three stages of the supernet"
     group.add_argument("--num_cells", type=number(int, 1, MOST.cells), default=5, metavar="N", help=text)
-    text = "nodes of a cell; the benchmark has only cells of 4"
+    text = "number of nodes of a cell; the benchmark only has cells of 4 nodes"
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help=text)
     text = (
         "keep running statistics in the BatchNorms of the searched cells, as searchNAS201.sh does; without this flag "
@@ -241,7 +241,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--seed (default: fixed for the benchmark's three data sets, seeded for others)"
     )
     group.add_argument("--split", choices=["fixed", "seeded"], help=text)
-    text = "take the split from an index file in the benchmark's format; only for its three data sets"
+    text = "take the split from an index file in the benchmark's format; only for the benchmark's three data sets"
     group.add_argument("--split_file", metavar="FILE", help=text)
     text = (
         "benchmark with the true accuracies: .csv, .csv.xz, .pth or a NATS-Bench directory "
@@ -250,7 +250,7 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--api_path", metavar="PATH", help=text)
     text = "data set whose true accuracies are looked up (default: --dataset if the benchmark has it, else cifar10)"
     group.add_argument("--api_dataset", choices=DATASETS, help=text)
-    text = "threads that read image files"
+    text = "number of threads that read image files"
     group.add_argument("--workers", type=number(int, 1, MOST.workers), default=2, metavar="N", help=text)
     group.add_argument("--trainval", action=Published)
     text = "configuration file of the published search; stop if that file asks for another optimiser or loss"

@@ -40,9 +40,9 @@ LARGEST = 3.4028235e38  # the largest float32
 def command(main: Callable) -> Callable:
     """Decorate `main(argv=None)` so that it ends with one line, not a traceback, after some errors.
 
-    Errors that the user can fix print one line on stderr and exit with code 2. These are UserError,
-    OSError, MemoryError, and errors whose message REMEDIES lists. Ctrl-C prints one line and exits
-    with code 130.
+    The user can fix UserError, OSError, MemoryError, and errors whose message REMEDIES lists. Such
+    an error prints one line on stderr and exits with code 2. Ctrl-C prints one line and exits with
+    code 130.
     """
 
     @functools.wraps(main)

@@ -79,7 +79,7 @@ def training_step(
     compile: bool,
     generator: torch.Generator,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Compute a training step with a copy of `network`. The arguments are those of `self_check`.
+    """Compute a training step with a copy of `network`; see `self_check` for the arguments.
 
     Returns the loss and the gradients {name of the operation: flat tensor, float64}.
     """
