@@ -7,7 +7,7 @@ A primitive is a convolution, a pool or a BatchNorm. The programs call primitive
 
     plain       as in the reference networks
     fast        as in the fast paths of the searches
-    gpu         as on a GPU; it is checked on the chosen device
+    gpu         as on a GPU, but computed on the chosen device
     compiled    as with --compile
     recorded    as with --cuda_graph
 

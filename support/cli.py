@@ -132,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 class Published(argparse.Action):
     """A flag that only the published scripts have.
 
-    The flag is accepted, but hidden from --help, and a note on stderr says what becomes of it.
+    The flag is accepted, but hidden from --help, and a note on stderr says what replaces it.
     `instead` is the command line that replaces the flag, with {} in place of the flag's value.
     Without `instead` the flag is ignored, and the note says `why`.
     """

@@ -322,7 +322,7 @@ def check_alike(where: str | os.PathLike, value: dict[str, object]) -> None:
 def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> None:
     """Check that all processes of a run have the same arguments, except paths.
 
-    Call this right after `devices.choose_device`, which joins the process group. The arguments
+    Call this after `devices.choose_device`, which joins the process group. The arguments
     decide at which steps processes wait for each other, so different arguments must be found before
     that. If an argument differs, all processes raise UserError.
     """
