@@ -1,4 +1,4 @@
-"""What drawings and reports show of NAS-Bench-201. No torch here."""
+"""How drawings and reports show NAS-Bench-201. Importing this module does not import torch."""
 
 from html import escape
 from typing import TYPE_CHECKING
@@ -22,9 +22,9 @@ COLOURS = {
 NODES = ("0 (input)", "1", "2", "3 (output)")
 ABOUT = (
     "True accuracy is what the benchmark measured: top-1 accuracy in percent after 200 epochs of training, averaged "
-    "over its seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the mean and "
-    "standard deviation of three searches; RSPS is random search with parameter sharing. Published figures are given "
-    "for the data set that was searched."
+    "over the benchmark's seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the "
+    "mean and standard deviation of three searches; RSPS is random search with parameter sharing. Published figures "
+    "are only given for the data set that was searched."
 )
 HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS", "GDAS")
 
@@ -32,7 +32,7 @@ HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS"
 def decode(alphas: "torch.Tensor") -> "torch.Tensor":
     """Return `nas201.encoding.decode(alphas)`.
 
-    That module imports torch, so it is imported when it is needed.
+    nas201.encoding imports torch, so it is only imported when this function is called.
     """
     from nas201 import encoding
 
@@ -40,7 +40,7 @@ def decode(alphas: "torch.Tensor") -> "torch.Tensor":
 
 
 def drawings(arch: str, name: str) -> dict[str, Drawing]:
-    """Return the drawing of an arch string, by file name.
+    """Return the drawing of an arch string as {file name: drawing}.
 
     Raises UserError if the arch string is not valid.
     """
@@ -51,9 +51,10 @@ def drawings(arch: str, name: str) -> dict[str, Drawing]:
 
 
 def accuracy_section(rows: list[dict], searched: str | None) -> str:
-    """Return each generation's best true accuracy, next to the optimum and published figures.
+    """Return the section with the true accuracies of each generation's best cell.
 
-    Published searches are only shown for the data set that this search used, `searched`.
+    The optimum and published accuracies are shown for comparison. Accuracies of published searches
+    are only shown for `searched`, the data set of this search.
     """
     charts = []
     body = []
@@ -84,7 +85,7 @@ def accuracy_section(rows: list[dict], searched: str | None) -> str:
 
 
 def result_tables(result: dict) -> str:
-    """Return two tables: the winner next to other architectures, and how fitness ranks them.
+    """Return two tables: accuracies of the winner and others, and rank correlations of fitness.
 
     `result` is the content of baselines.json.
     """
@@ -109,7 +110,10 @@ def result_tables(result: dict) -> str:
 
 
 def body_of(figures: dict[str, dict], columns: dict[str, str]) -> list[list[str]]:
-    """Return the lines of a table: of {name: {key: number}}, those with the keys of `columns`."""
+    """Return the lines of a table from `figures`, {name: {key: number}}.
+
+    Each name gets a line with the numbers of the keys in `columns`.
+    """
     body = []
     for name, numbers in figures.items():
         body.append([escape(name), *(format_number(column([numbers], key)[0]) for key in columns)])

@@ -1,6 +1,6 @@
 """Charts of a history as SVG, drawn by matplotlib, and the HTML tables below them.
 
-A row is a line of a run's history, as a dictionary.
+In this module, a row is one line of a run's history, as a dictionary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,8 @@ from typing import NamedTuple
 from reporting import cells
 from reporting.cells import PALETTE
 
-# matplotlib's settings for a chart. At 4.2 inches its text is legible at 330 pixels.
+# matplotlib's settings for a chart. The text of a chart that is 4.2 inches wide is still legible
+# when a page shows the chart 330 pixels wide.
 WIDTH = 4.2
 STYLE = {
     "font.size": 9.5, "text.color": PALETTE["ink"], "axes.labelcolor": PALETTE["soft"], "axes.xmargin": 0,
@@ -27,21 +28,21 @@ STYLE = {
 
 
 def step_of(rows: Sequence[dict]) -> str:
-    """Return what the rows of a history count: "generation" or "epoch"."""
+    """Return the name of the step that the rows of a history count: "generation" or "epoch"."""
     return "generation" if "generation" in rows[0] else "epoch"
 
 
 def column(rows: Iterable[dict], key: str) -> list[float | None]:
     """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test".
 
-    None stands for what is no finite number, and for values from 1e15 on, which no chart could
-    show.
+    A value that is not a finite number becomes None. So does a number from 1e15 on, because no
+    chart could show such a number.
     """
     values = []
     for value in rows:
         for name in key.split("/"):
             value = value.get(name) if isinstance(value, dict) else None
-        usable = type(value) in (int, float) and abs(value) < 1e15  # not of bool
+        usable = type(value) in (int, float) and abs(value) < 1e15  # False for bool, inf and NaN
         values.append(float(value) if usable else None)
     return values
 
@@ -52,7 +53,11 @@ def finite_values(rows: Iterable[dict], key: str) -> list[float]:
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
-    """Return a number as text: `digits` decimals from 0.1 to 1000, and a dash for None."""
+    """Return a number as text, or a dash for None.
+
+    Numbers from 0.1 to 1000 have `digits` decimals. Whole numbers and numbers from 1000 on have no
+    decimals. Numbers below 0.1 have three significant digits.
+    """
     if value is None:
         return "–"
     if abs(value) >= 1000 or value == int(value):
@@ -64,7 +69,7 @@ def format_number(value: float | None, digits: int = 2) -> str:
 
 
 def scrolling(content: str, label: str) -> str:
-    """Return HTML that scrolls sideways by itself on a page that is narrower than `content`."""
+    """Return HTML in which `content` scrolls sideways if the page is narrower than `content`."""
     return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
 
 
@@ -80,7 +85,7 @@ def definition_list(values: Mapping[str, object]) -> str:
 def table(caption: str, head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     """Return an HTML table.
 
-    The first cell of each line of `body` is the line's heading. Cells are HTML.
+    The first cell of each line of `body` is the heading of that line. Cells are HTML.
     """
     caption = escape(caption)
     heads = "".join(f"<th scope=col>{name}</th>" for name in head)
@@ -107,7 +112,7 @@ class Line(NamedTuple):
 
     label: str
     colour: str  # name in PALETTE
-    key: str  # of the rows
+    key: str  # key of the line's values in the rows, see `column`
 
 
 class Level(NamedTuple):
@@ -119,7 +124,7 @@ class Level(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The keys of a mean and its standard deviation, between which a chart is shaded."""
+    """The keys of a mean and a standard deviation. The chart shades mean ± standard deviation."""
 
     mean: str
     deviation: str
@@ -134,7 +139,7 @@ def chart(
     levels: Sequence[Level] = (),
     from_zero: bool = False,
 ) -> str:
-    """Return a chart of the history and its numbers as HTML; "" if no line has a value.
+    """Return a chart of a history as HTML, with a table of its numbers; "" if no line has a value.
 
     With `from_zero` the vertical axis begins at 0.
     """
@@ -188,8 +193,8 @@ class Point(NamedTuple):
 def scatter(title: str, subtitle: str, axis: str, individuals: Sequence[Point], front: Sequence[Point]) -> str:
     """Return a chart of fitness against a cost as HTML, with a table of the front.
 
-    The first individual is the winner. `front` is not dominated when all costs count. The line
-    connects those of its points that are not dominated if only this cost counts.
+    The first of `individuals` is the winner. `front` are the non-dominated individuals if all costs
+    count. The line connects the non-dominated points for this cost and fitness.
     """
     from matplotlib.figure import Figure
 

@@ -1,11 +1,11 @@
-"""The report of a run: one self-contained HTML page, made of the files in the run directory.
+"""The report of a run: one self-contained HTML page, made from the files in the run directory.
 
-The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each has a table
-of its numbers.
+The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each chart has a
+table of its numbers.
 
-`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts them on a page
-(`render`). Each section is HTML, or "" if there is nothing to show. What a report lacks is noted in
-`ReportedRun.missing`.
+`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts the sections on
+a page (`render`). Each section is HTML, or "" if there is nothing to show. `ReportedRun.missing`
+collects what the report lacks, and the report shows that list.
 """
 
 import json
@@ -67,7 +67,8 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}capt
 th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--rule)}th:first-child{text-align:left}
 """
 
-# The policy makes the browser refuse scripts and the network, whatever the page contains.
+# The Content-Security-Policy makes the browser refuse scripts and network access, whatever the page
+# contains.
 PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -86,7 +87,7 @@ FILES = ("args.json", "history.jsonl", "genotype.json")  # a run directory has a
 
 @dataclass
 class ReportedRun:
-    """What a run directory says of its run."""
+    """The content of a run directory, as a report needs it."""
 
     path: str
     about: dict  # the content of args.json, {} if it cannot be read
@@ -98,7 +99,7 @@ class ReportedRun:
 
     @property
     def arguments(self) -> dict:
-        """The command-line arguments by name, {} if they are not known."""
+        """The run's command-line arguments by name, or {} if args.json cannot be read."""
         return self.about.get("args", {})
 
     @property
@@ -112,11 +113,11 @@ class ReportedRun:
 
 
 def write_report(run_dir: str | os.PathLike, views: Views) -> str:
-    """Write RUN_DIR/report.html from what the run has saved so far; return its path.
+    """Write RUN_DIR/report.html from what the run has saved so far; return the report's path.
 
-    `views` holds the search spaces that the run can be of. The report itself says what it lacks.
-    Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl is not valid,
-    and if the report cannot be written.
+    `views` holds the views of all search spaces that the run may belong to. The report lists
+    information that is missing. Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl
+    is not valid, or if the report cannot be written.
     """
     run = read_run(run_dir, views)
     page = render(run, sections(run))
@@ -127,7 +128,7 @@ def write_report(run_dir: str | os.PathLike, views: Views) -> str:
 
 
 def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
-    """Read arguments and history of a run. Raises UserError: see `write_report`."""
+    """Read the arguments and the history of a run. Raises UserError, see `write_report`."""
     if not any(os.path.isfile(os.path.join(run_dir, name)) for name in FILES):
         raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}")
     missing = []
@@ -141,7 +142,7 @@ def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
         step = step_of(rows)
     else:
         step = "epoch" if about.get("kind") == "eval" else "generation"
-    row_of_step = {row[step]: row for row in rows}  # a step that was repeated after a crash counts once
+    row_of_step = {row[step]: row for row in rows}  # the last row counts if a step was repeated after a crash
     rows = [row_of_step[number] for number in sorted(row_of_step)]
     view = views.get(str(about.get("space"))) or guessed_view(rows, views)
     return ReportedRun(os.fspath(run_dir), about, rows, step, view, views, missing)
@@ -150,7 +151,7 @@ def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
 def read_about(path: str) -> dict:
     """Return the content of args.json.
 
-    Raises UserError if it lacks the arguments or the versions.
+    Raises UserError if the file lacks the arguments or the versions.
     """
     about = read_json(path)
     if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("args", "versions")):
@@ -159,7 +160,7 @@ def read_about(path: str) -> dict:
 
 
 def guessed_view(rows: list[dict], views: Views) -> SpaceView:
-    """Return the view that fits the last cell of a history, or the first view."""
+    """Return the view that fits the best cell in a history's last row, or the first view."""
     best = rows[-1].get("best_genotype") if rows else None
     for view in views.values():
         if isinstance(best, view.cell_type):
@@ -201,7 +202,7 @@ def retraining_sections(run: ReportedRun) -> list[str]:
 
 
 def render(run: ReportedRun, parts: list[str]) -> str:
-    """Return the page with these sections."""
+    """Return the HTML page of a run with the sections `parts`."""
     title = run.view.title if run.is_search else "EvNAS retraining"
     words = [run.arguments.get("dataset"), run.about.get("started"), os.path.basename(os.path.abspath(run.path))]
     about = escape(" · ".join(str(word) for word in words if word))
@@ -213,14 +214,14 @@ def render(run: ReportedRun, parts: list[str]) -> str:
 
 
 def section(title: str, *charts: str, card: str = "") -> str:
-    """Return a heading, a card and charts side by side; "" if they are empty."""
+    """Return a section: a heading, a card, and charts side by side; "" without card and charts."""
     card = f"<div class=card>{card}</div>" if card else ""
     figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
     return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
 
 
 def summary_section(run: ReportedRun) -> str:
-    """Return the most important figures."""
+    """Return the section with the most important figures of a run."""
     if not run.rows:
         return ""
     last = run.rows[-1:]
@@ -249,7 +250,7 @@ def summary_section(run: ReportedRun) -> str:
 
 
 def missing_card(missing: Sequence[str]) -> str:
-    """Return what the report lacks."""
+    """Return a card that lists what the report lacks; "" if it lacks nothing."""
     if not missing:
         return ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
@@ -257,7 +258,7 @@ def missing_card(missing: Sequence[str]) -> str:
 
 
 def cell_section(run: ReportedRun, title: str) -> str:
-    """Return the drawings of the cell in genotype.json, else of that in the history's last row."""
+    """Return the drawings of the cell in genotype.json, or else in the history's last row."""
     try:
         cell = cell_of(run)
         drawings = drawings_of(cell, run.views)
@@ -284,7 +285,7 @@ def cell_of(run: ReportedRun) -> Cell:
 
 
 def result_section(run: ReportedRun) -> str:
-    """Return the winner next to random architectures, and fitness against costs."""
+    """Return the section on the winner and random architectures, with fitness against costs."""
     from costs import COSTS  # imports torch
 
     charts = []
@@ -356,7 +357,7 @@ def accuracy_section(rows: list[dict]) -> str:
 
 
 def population_section(run: ReportedRun) -> str:
-    """Return the charts of the populations: their operations and distinct architectures."""
+    """Return the charts of each generation's population: operations and distinct architectures."""
     import populations
 
     rows = []
@@ -382,9 +383,9 @@ def population_section(run: ReportedRun) -> str:
 
 
 def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[Line]:
-    """Return a line for each operation that occurs in cells of this name.
+    """Return a chart's line for each operation that occurs in cells of this name.
 
-    Operations without a colour are grey.
+    Operations without a colour of their own are grey.
     """
     lines = []
     for operation in dict.fromkeys([*view.colours, *view.operations]):  # in the order of the colours
@@ -395,7 +396,7 @@ def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[L
 
 
 def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
-    """Return {"normal cell max_pool_3x3": percent of edges, ..} of a saved population.
+    """Return {"normal cell max_pool_3x3": percent of edges, ..} for a saved population.
 
     Raises UserError if the file is not a population of this space.
     """
@@ -429,7 +430,7 @@ def time_section(rows: list[dict]) -> str:
 
 
 def settings_section(run: ReportedRun) -> str:
-    """Return the command, the arguments and the versions."""
+    """Return the section with the command, the arguments and the versions of a run."""
     if not run.about:
         return ""
     circumstances = {key: run.about[key] for key in ("git", "threads", "started") if key in run.about}
@@ -445,8 +446,8 @@ def settings_section(run: ReportedRun) -> str:
 def finish_run(run: "Run", cell: Cell, view: SpaceView) -> None:
     """Draw the cell and write the report of a run that has finished.
 
-    If a drawing fails, the log says why and how to try again. The results of the run are saved all
-    the same.
+    If drawing or writing fails, the log says why and how to try again. The run's results are
+    already saved at this point.
     """
     if not run.writes:
         return
