@@ -7,6 +7,7 @@ The winner is compared with random architectures, and the front of fitness and c
 import argparse
 import contextlib
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +45,10 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
     their fitness (N,). `state` is a search_state.SearchState.
     Raises Interrupted.
     """
-    args, space, costs = setup.args, setup.space, setup.costs
+    start = time.perf_counter()
+    args = setup.args
+    space = setup.space
+    costs = setup.costs
     searched, last = distinct_cells(space, state)
     drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, seed_roles.RANDOM_ARCHITECTURES))
     alphas = torch.cat([searched, drawn])  # (N, G, E, O)
@@ -65,7 +69,7 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
     sentence += remarks.text
     command = retrain_command(args, run.path, space.retraining_flags(args, costs.image_shape))
     result["random_rows"] = list(range(first_row + count, first_row + len(alphas)))
-    result |= remarks.fields | {"sentence": sentence, "retrain": command}
+    result |= remarks.fields | {"sentence": sentence, "retrain": command, "seconds": time.perf_counter() - start}
     if run.writes:
         write_json(run.path / "pareto.json", pareto)
         write_json(run.path / "baselines.json", result)
@@ -101,7 +105,7 @@ def write_table(
     Returns the row number of the first of them.
     """
     places = [(individuals.LAST_POPULATION, "final", run.completed)] * last
-    places += [(individuals.FRONT, "final", None)] * (count - last)
+    places += [(individuals.FRONTS, "final", None)] * (count - last)
     places += [(individuals.RANDOM, "final", None)] * (len(alphas) - count)
     order = torch.sort(fitness, descending=True, stable=True).indices
     rank = torch.empty_like(order)

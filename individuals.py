@@ -24,8 +24,8 @@ NAME = "individuals.csv"
 
 # The groups of individuals that are measured with the final weights.
 LAST_POPULATION = "last population"
-FRONT = "front of a generation"
-RANDOM = "random architecture"
+FRONTS = "fronts of generations"
+RANDOM = "random architectures"
 
 
 def columns(setup: SearchSetup) -> list[str]:

@@ -127,12 +127,15 @@ class S2(SearchSpace):
             return Remarks({}, "")
         indices = [self.table.index(self.cell(individual)) for individual in alphas]
         best = {name: {split: self.table.accuracy(indices[0], name, split) for split in SPLITS} for name in DATASETS}
-        values = [None] * len(indices)
+        fitness_of = {}  # of each distinct cell, the fittest first: twins would count twice in a rank correlation
+        for index, value in zip(indices, fitness.tolist(), strict=True):
+            fitness_of.setdefault(index, value)
+        values = [None] * len(fitness_of)
         name = None
         if self.truth:
-            values = [self.table.accuracy(index, *self.truth) for index in indices]
+            values = [self.table.accuracy(index, *self.truth) for index in fitness_of]
             name = " ".join(self.truth)
-        tau, rho = correlations(fitness.tolist(), values)
+        tau, rho = correlations(list(fitness_of.values()), values)
         fields = {"true_accuracy": best, "truth": name, "kendall_tau": tau, "spearman_rho": rho}
         accuracy = f"{name or 'true'} accuracy of the best {shown(values[0], 2)}"
         return Remarks(fields, f"; {accuracy}, tau {shown(tau, 3)}, rho {shown(rho, 3)}")

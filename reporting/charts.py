@@ -104,6 +104,13 @@ def figure_with_table(title: str, subtitle: str, svg: str, numbers: str) -> str:
     )
 
 
+def section(title: str, *charts: str, card: str = "") -> str:
+    """Return a section: a heading, a card, and charts side by side; "" without card and charts."""
+    card = f"<div class=card>{card}</div>" if card else ""
+    figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
+    return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
+
+
 # ---- charts
 
 
@@ -138,10 +145,12 @@ def chart(
     band: Band | None = None,
     levels: Sequence[Level] = (),
     from_zero: bool = False,
+    highest: float | None = None,
 ) -> str:
     """Return a chart of a history as HTML, with a table of its numbers; "" if no line has a value.
 
-    With `from_zero` the vertical axis begins at 0.
+    With `from_zero` the vertical axis begins at 0. It ends at `highest` at the latest, if that is
+    given: 100 for a percentage.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -176,6 +185,8 @@ def chart(
             axes.axhline(level.value, ls="--", color=PALETTE[level.colour], label=label)
         if from_zero:
             axes.set_ylim(bottom=0)
+        if highest is not None and axes.get_ylim()[1] > highest:
+            axes.set_ylim(top=highest)
         figure.legend(loc="outside lower left", ncols=2)
         svg = cells.svg_of(figure, title, description)
     texts = [[format_number(value, 3) for value in values] for values in columns]
@@ -184,36 +195,61 @@ def chart(
 
 
 class Point(NamedTuple):
-    """An individual in a chart of fitness against a cost."""
+    """An individual in a scatter chart of fitness."""
 
-    cost: float
+    x: float  # a cost, or the true accuracy
     fitness: float  # percent
 
 
-def scatter(title: str, subtitle: str, axis: str, individuals: Sequence[Point], front: Sequence[Point]) -> str:
-    """Return a chart of fitness against a cost as HTML, with a table of the front.
+class Marks(NamedTuple):
+    """The points of a scatter chart that look alike."""
 
-    The first of `individuals` is the winner. `front` are the non-dominated individuals if all costs
-    count. The line connects the non-dominated points for this cost and fitness.
+    label: str
+    colour: str  # name in PALETTE
+    style: str  # as matplotlib's plot takes it: "o", "x", "*" or "o-"
+    points: Sequence[Point]
+
+
+def points(individuals: Sequence[dict], key: str) -> list[Point]:
+    """Return `key` and fitness of those individuals that have both."""
+    pairs = zip(column(individuals, key), column(individuals, "fitness"), strict=True)
+    return [Point(*pair) for pair in pairs if None not in pair]
+
+
+def of_group(final: Sequence[dict], group: str) -> list[dict]:
+    """Return the rows of a group, such as "random architectures"."""
+    return [row for row in final if row["group"] == group]
+
+
+def scatter(title: str, subtitle: str, axis: str, groups: Sequence[Marks], numbers: str) -> str:
+    """Return a chart of fitness against something as HTML.
+
+    `axis` labels the horizontal axis. Later groups are drawn over earlier ones. `numbers` is the
+    HTML of a table that the reader can unfold.
     """
     from matplotlib.figure import Figure
 
-    line = []
-    for point in sorted(front, key=lambda point: (point.cost, -point.fitness)):
-        if not line or point.fitness > line[-1].fitness:
-            line.append(point)
-    winner = individuals[0]
+    groups = [group for group in groups if group.points]
     with cells.default_settings(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
         axes = figure.subplots()
         axes.set_xmargin(0.05)
         axes.set_xlabel(axis)
-        axes.plot(*zip(*individuals, strict=True), "o", color=PALETTE["grey"], label=f"{len(individuals)} individuals")
-        axes.plot(*zip(*line, strict=True), "o-", color=PALETTE["blue"], label="front")
-        axes.plot(winner.cost, winner.fitness, "*", color=PALETTE["red"], markersize=11, label="winner")
-        figure.legend(loc="outside lower left", ncols=3)
-        description = f"{len(individuals)} individuals; the winner has {format_number(winner.cost)} {axis}"
-        description += f" and a fitness of {format_number(winner.fitness)} %."
-        svg = cells.svg_of(figure, title, description)
-    body = [[format_number(value, 3) for value in point] for point in front]
-    return figure_with_table(title, subtitle, svg, table(f"{title}: the front", [axis, "fitness, %"], body))
+        axes.set_ylabel("fitness, %")
+        for group in groups:
+            size = 11 if group.style == "*" else 4
+            look = {"color": PALETTE[group.colour], "markersize": size, "label": group.label}
+            axes.plot(*zip(*group.points, strict=True), group.style, **look)
+        figure.legend(loc="outside lower left", ncols=2)
+        counts = ", ".join(f"{group.label}: {len(group.points)}" for group in groups)
+        svg = cells.svg_of(figure, title, f"{counts}. {axis} and fitness of each are in the table of numbers.")
+    return figure_with_table(title, subtitle, svg, numbers)
+
+
+def rising(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other point with a smaller or equal x reaches in fitness."""
+    line = []
+    for point in sorted(points, key=lambda point: (point.x, -point.fitness)):
+        if not line or point.fitness > line[-1].fitness:
+            line.append(point)
+    return line

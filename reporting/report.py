@@ -8,11 +8,11 @@ a page (`render`). Each section is HTML, or "" if there is nothing to show. `Rep
 collects what the report lacks, and the report shows that list.
 """
 
+import contextlib
 import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -22,26 +22,19 @@ from reporting.cells import OTHER, cell_svg, load_cell, write_cell
 from reporting.charts import (
     Band,
     Line,
-    Point,
     chart,
     column,
     definition_list,
     finite_values,
     format_number,
-    scatter,
     scrolling,
+    section,
     step_of,
 )
+from reporting.reported_run import ReportedRun, read_run
+from reporting.results import result_section
 from reporting.views import SpaceView, Views, drawings_of
-from run_settings import SETTINGS
-from support.files import (
-    UserError,
-    atomic_write,
-    escaped,
-    quoted,
-    read_history,
-    read_json,
-)
+from support.files import UserError, atomic_write, escaped, quoted, read_json
 
 if TYPE_CHECKING:
     from support.runs import Run  # importing torch takes seconds
@@ -79,37 +72,7 @@ PAGE = """<!doctype html>
 """
 
 
-FILES = ("args.json", "history.jsonl", "genotype.json")  # a run directory has at least one of them
-
-
 # ---- from run directory to page
-
-
-@dataclass
-class ReportedRun:
-    """The content of a run directory, as a report needs it."""
-
-    path: str
-    about: dict  # the content of args.json, {} if it cannot be read
-    rows: list[dict]  # the history, in order
-    step: str  # what the rows count: "generation" in a search, "epoch" in a retraining
-    view: SpaceView
-    views: Views
-    missing: list[str] = field(default_factory=list)  # what the report lacks, and why, as sentences
-
-    @property
-    def arguments(self) -> dict:
-        """The run's command-line arguments by name, or {} if args.json cannot be read."""
-        return self.about.get("args", {})
-
-    @property
-    def is_search(self) -> bool:
-        """Whether the run is a search, not a retraining."""
-        return self.step == "generation"
-
-    def file(self, name: str) -> str:
-        """Return the path of a file of the run."""
-        return os.path.join(self.path, name)
 
 
 def write_report(run_dir: str | os.PathLike, views: Views) -> str:
@@ -125,47 +88,6 @@ def write_report(run_dir: str | os.PathLike, views: Views) -> str:
     with atomic_write(path) as file:
         file.write(page.encode())
     return path
-
-
-def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
-    """Read the arguments and the history of a run. Raises UserError, see `write_report`."""
-    if not any(os.path.isfile(os.path.join(run_dir, name)) for name in FILES):
-        raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}")
-    missing = []
-    try:
-        about = read_about(os.path.join(run_dir, "args.json"))
-    except UserError as error:
-        missing.append(f"The settings: {error}.")
-        about = {}
-    rows = read_history(run_dir, SETTINGS)
-    if rows:
-        step = step_of(rows)
-    else:
-        step = "epoch" if about.get("kind") == "eval" else "generation"
-    row_of_step = {row[step]: row for row in rows}  # the last row counts if a step was repeated after a crash
-    rows = [row_of_step[number] for number in sorted(row_of_step)]
-    view = views.get(str(about.get("space"))) or guessed_view(rows, views)
-    return ReportedRun(os.fspath(run_dir), about, rows, step, view, views, missing)
-
-
-def read_about(path: str) -> dict:
-    """Return the content of args.json.
-
-    Raises UserError if the file lacks the arguments or the versions.
-    """
-    about = read_json(path)
-    if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("args", "versions")):
-        raise UserError("args.json does not hold the arguments of a run")
-    return about
-
-
-def guessed_view(rows: list[dict], views: Views) -> SpaceView:
-    """Return the view that fits the best cell in a history's last row, or the first view."""
-    best = rows[-1].get("best_genotype") if rows else None
-    for view in views.values():
-        if isinstance(best, view.cell_type):
-            return view
-    return next(iter(views.values()))
 
 
 def sections(run: ReportedRun) -> list[str]:
@@ -213,19 +135,13 @@ def render(run: ReportedRun, parts: list[str]) -> str:
 # ---- sections
 
 
-def section(title: str, *charts: str, card: str = "") -> str:
-    """Return a section: a heading, a card, and charts side by side; "" without card and charts."""
-    card = f"<div class=card>{card}</div>" if card else ""
-    figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
-    return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
-
-
 def summary_section(run: ReportedRun) -> str:
     """Return the section with the most important figures of a run."""
     if not run.rows:
         return ""
     last = run.rows[-1:]
-    minutes, seconds = divmod(int(sum(finite_values(run.rows, "seconds"))), 60)
+    total = sum(finite_values([*run.rows, *last_measurement(run)], "seconds"))
+    minutes, seconds = divmod(int(total), 60)
     figures = {
         f"{run.step.capitalize()}s": f"{last[0][run.step]} of {run.arguments.get('epochs', '?')}",
         "Time": f"{minutes} min {seconds} s",
@@ -247,6 +163,17 @@ def summary_section(run: ReportedRun) -> str:
     if memory := finite_values(run.rows, "peak_memory_mb"):
         figures["Peak memory"] = f"{format_number(max(memory), 0)} MB"
     return section("Summary", card=definition_list(figures))
+
+
+def last_measurement(run: ReportedRun) -> list[dict]:
+    """Return the content of baselines.json, whose "seconds" are part of a search's time, in a list.
+
+    The list is empty if there is no such file. Another section notes a damaged file.
+    """
+    with contextlib.suppress(UserError):
+        result = read_json(run.file("baselines.json"))
+        return [result] if isinstance(result, dict) else []
+    return []
 
 
 def missing_card(missing: Sequence[str]) -> str:
@@ -284,47 +211,6 @@ def cell_of(run: ReportedRun) -> Cell:
     return cell
 
 
-def result_section(run: ReportedRun) -> str:
-    """Return the section on the winner and random architectures, with fitness against costs."""
-    from costs import COSTS  # imports torch
-
-    charts = []
-    card = ""
-    try:
-        if os.path.exists(run.file("baselines.json")):
-            result = read_json(run.file("baselines.json"))
-            winner = [result["winner"]]
-            values = {"Winner's fitness, %": finite_values(winner, "fitness")}
-            values |= {f"Winner's {cost.axis}": finite_values(winner, cost.name) for cost in COSTS}
-            values["Mean of random ones, %"] = finite_values([result], "random_mean")
-            values["Best of random ones, %"] = finite_values([result], "random_best")
-            figures = {name: format_number(found[0]) for name, found in values.items() if found}
-            sentence = result["sentence"]
-            card = f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"
-            card += f"<p>Retrain it with:</p><pre>{escape(result['retrain'])}</pre>"
-            card += definition_list(figures) + run.view.tables(result)
-        if os.path.exists(run.file("pareto.json")):
-            pareto = read_json(run.file("pareto.json"))
-            for cost in COSTS:
-                individuals = points(pareto["individuals"], cost.name)
-                front = points(pareto["front"], cost.name)
-                if individuals and front:
-                    title = f"Fitness against {cost.axis}"
-                    charts.append(scatter(title, "on the final weights, %", cost.axis, individuals, front))
-            card += f"<p>The charts show {escape(pareto['about'])}.</p>" if charts else ""
-    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
-        run.missing.append(
-            f"Part of the winner's comparison: baselines.json or pareto.json is damaged ({error!s:.200})."
-        )
-    return section("The winner and random architectures", *charts, card=card)
-
-
-def points(individuals: list[dict], cost: str) -> list[Point]:
-    """Return the cost and fitness of those individuals that have both."""
-    pairs = zip(column(individuals, cost), column(individuals, "fitness"), strict=True)
-    return [Point(*pair) for pair in pairs if None not in pair]
-
-
 def fitness_section(rows: list[dict]) -> str:
     """Return the charts of fitness and of the training of the shared weights."""
     fitness = [Line("best", "red", "fitness_best"), Line("mean", "blue", "fitness_mean")]
@@ -333,8 +219,8 @@ def fitness_section(rows: list[dict]) -> str:
     loss = [Line("loss", "purple", "train_loss")]
     return section(
         "Fitness and training",
-        chart(rows, "Fitness", "top-1 accuracy on validation images, %", fitness, band),
-        chart(rows, "Training accuracy", "of the shared weights, %", top1),
+        chart(rows, "Fitness", "top-1 accuracy on validation images, %", fitness, band, highest=100),
+        chart(rows, "Training accuracy", "of the shared weights, %", top1, highest=100),
         chart(rows, "Training loss", "of the shared weights", loss),
     )
 
@@ -351,8 +237,8 @@ def accuracy_section(rows: list[dict]) -> str:
     return section(
         "Loss and accuracy",
         chart(rows, "Loss", "cross-entropy", loss),
-        chart(rows, "Top-1 accuracy", "%", top1),
-        chart(rows, "Top-5 accuracy", "%", top5),
+        chart(rows, "Top-1 accuracy", "%", top1, highest=100),
+        chart(rows, "Top-5 accuracy", "%", top5, highest=100),
     )
 
 

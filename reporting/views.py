@@ -42,6 +42,11 @@ def no_tables(result: dict) -> str:
     return ""
 
 
+def no_charts(result: dict, final: Sequence[dict]) -> list[str]:
+    """Return no charts: the space knows nothing of its individuals besides fitness and costs."""
+    return []
+
+
 @dataclass(frozen=True)
 class SpaceView:
     """How drawings and reports show one search space."""
@@ -56,6 +61,8 @@ class SpaceView:
     drawings: Callable[[Cell, str], dict[str, Drawing]]  # (cell, name for titles) -> {file name: drawing}
     section: Callable[[list[dict], str | None], str] = no_section  # (history, searched data set) -> HTML
     tables: Callable[[dict], str] = no_tables  # content of baselines.json -> HTML
+    # The content of baselines.json, and the rows of individuals.csv on the final weights, to charts.
+    result_charts: Callable[[dict, Sequence[dict]], list[str]] = no_charts
 
 
 Views = Mapping[str, SpaceView]  # {name of the space: its view}

@@ -100,11 +100,12 @@ def make_images(tmp_path, write_images):
 def draw_no_charts(patch=setattr):
     """Have reports with the titles of their charts alone: drawing takes longer than a tiny run."""
     import nas201.report
-    from reporting import report
+    from reporting import report, results
 
     for module in (report, nas201.report):
         patch(module, "chart", lambda rows, title, *_, **__: title)
-    patch(report, "scatter", lambda title, *_: title)
+    for module in (results, nas201.report):
+        patch(module, "scatter", lambda title, *_: title)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_front_and_baselines_name_their_rows(s1_run):
     for individual in [*pareto["individuals"], baselines["winner"]]:
         row = rows[individual["row"]]
         assert row["weights"] == "final"
-        assert row["group"] in (individuals.LAST_POPULATION, individuals.FRONT)
+        assert row["group"] in (individuals.LAST_POPULATION, individuals.FRONTS)
         assert float(row["fitness"]) == individual["fitness"]
         assert float(row["mult_adds_M"]) == individual["mult_adds_M"]
     for individual in pareto["front"]:
