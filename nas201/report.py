@@ -75,10 +75,10 @@ def accuracy_section(rows: list[dict], searched: str | None) -> str:
     """
     charts = []
     body = []
-    relevant = {searched, str(rows[-1].get("truth")).split(" ")[0]}  # what the run has to do with
-    for dataset, published in PUBLISHED.items():
-        if dataset not in relevant:
-            continue
+    compared = str(rows[-1].get("truth")).split(" ")[0]
+    relevant = [name for name in PUBLISHED if name in (searched, compared)] or list(PUBLISHED)
+    for dataset in relevant:
+        published = PUBLISHED[dataset]
         name = dataset.replace("cifar", "CIFAR-")
         for split, figures in published.items():
             found = format_number(column(rows, f"true_accuracy/{dataset}/{split}")[-1])

@@ -52,7 +52,8 @@ dl{grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr));gap:0 24p
 .card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0;margin:0;padding:14px}
 .missing{margin-top:16px;border-color:#c96a00}
 dl div{display:flex;justify-content:space-between;gap:12px;border-bottom:1px solid var(--rule);padding:3px 0}
-dd{margin:0;text-align:right;overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 12px}
+dd{margin:0;text-align:right;overflow-wrap:break-word;max-width:75%}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 12px}
 figcaption{font-weight:600;margin-bottom:6px}small{font-weight:400}figure>svg{display:block;width:100%;height:auto}
 small,pre,details{font-size:13px}
 .wide{overflow-x:auto;margin-top:8px}.wide>svg{display:block}details .wide{max-height:320px}

@@ -1,10 +1,11 @@
 """The part of a search's report on its result: the winner, random architectures and the front."""
 
+import contextlib
 import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from html import escape
 
 import genotype_files
@@ -36,28 +37,36 @@ WHY_NOT_FIRST = (
 def result_section(run: ReportedRun) -> str:
     """Return the section on the winner, random architectures and the front.
 
-    What is missing or damaged is noted in `run.missing`.
+    What is damaged is noted in `run.missing`.
     """
-    charts = []
     card = ""
-    try:
+    charts = []
+    final = []
+    with noting_damage(run, "individuals.csv"):
         final = final_rows(run)
-        result = {}
-        if os.path.exists(run.file("baselines.json")):
+    if os.path.exists(run.file("baselines.json")):
+        with noting_damage(run, "baselines.json"):
             result = read_json(run.file("baselines.json"))
-            card = result_card(run, result)
+            card += result_card(run, result)
             charts += run.view.result_charts(result, final)
-        if os.path.exists(run.file("pareto.json")):
+    if os.path.exists(run.file("pareto.json")):
+        with noting_damage(run, "pareto.json"):
             pareto = read_json(run.file("pareto.json"))
             cost_charts = charts_of_costs(pareto, final)
             if cost_charts:
                 card += f"<p>{WHY_NOT_FIRST} The charts of costs show {escape(pareto['about'])}.</p>"
                 card += front_list(run, pareto["front"])
             charts += cost_charts
-    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
-        names = "baselines.json, pareto.json or individuals.csv"
-        run.missing.append(f"Part of the winner's comparison: {names} is damaged ({error!s:.200}).")
     return section("The winner and random architectures", *charts, card=card)
+
+
+@contextlib.contextmanager
+def noting_damage(run: ReportedRun, name: str) -> Iterator[None]:
+    """Note in `run.missing` that a file is damaged, if the block cannot use its content."""
+    try:
+        yield
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        run.missing.append(f"Part of the winner's comparison: {name} is damaged ({error!s:.200}).")
 
 
 def result_card(run: ReportedRun, result: dict) -> str:
