@@ -1,4 +1,4 @@
-"""Flags that several commands share: which images, how large a network, seeds, reports."""
+"""Flags that several commands share: images, size of the network, resuming, seeds, device and reports."""
 
 from support.cli import Published, number
 
@@ -6,12 +6,13 @@ import argparse
 
 from support import devices, seeds
 
-# The largest sizes that flags take: many times what anybody has used, and yet networks that are built in seconds.
+# The largest values that flags accept. They are far above usual values, but such networks are still built
+# in seconds.
 MOST = argparse.Namespace(channels=4096, cells=200, individuals=10_000, epochs=10**6 - 1, workers=1024, pixels=4096)
 
 IMAGE_SIZE = (
     "resize and crop the images of a folder to this many pixels a side, a multiple of 4; "
-    "for images of different sizes, or to make large images small"
+    "use it for images of different sizes, or to make large images small"
 )
 
 
@@ -33,12 +34,12 @@ def add_training_image_arguments(group: argparse._ArgumentGroup) -> None:
 
 def add_workers(group: argparse._ArgumentGroup) -> None:
     """Add --workers, for the image files of the ImageNet recipe."""
-    text = "processes that read large image files; raise it if the GPU waits for images, 0 reads in the main process"
+    text = "processes that read large image files; use more if the GPU waits for images, or 0 for the main process"
     group.add_argument("--workers", type=number(int, 0, MOST.workers), default=4, metavar="N", help=text)
 
 
 def add_init_channels(group: argparse._ArgumentGroup, text: str, *, low: int, default: int | None = None) -> None:
-    """Add --init_channels, at least `low`, and the name that it has in the published commands."""
+    """Add --init_channels, with at least `low` channels, and --init_channel, its name in the published commands."""
     group.add_argument("--init_channels", type=number(int, low, MOST.channels), default=default, metavar="C", help=text)
     group.add_argument("--init_channel", action=Published, instead="--init_channels {}")
 
@@ -53,7 +54,8 @@ def add_run_arguments(
 ) -> None:
     """Add the flags of a run: resume, seeds, device, speed, reports.
 
-    A note names the defaults where they depend on the recipe, and so are None here.
+    If the default of a flag depends on the recipe, the default is None here, and the flag's note names
+    the default of each recipe.
     """
     text = "continue the run in this directory; its saved arguments are the defaults"
     group.add_argument("--resume", metavar="RUN_DIR", help=text)
