@@ -49,7 +49,7 @@ def check_same_classes(name: str, classes: list[str], other_name: str, other_cla
         if one is not None:
             raise UserError(
                 f"class {ascii(one)} of {name} and class {ascii(other)} of {other_name} differ only in the Unicode "
-                "form of their names: rename the folder of one of them"
+                "form of their names: rename the folder of one of the two classes"
             )
     alike = {appearance(one) for one in only} & {appearance(other) for other in only_other}
     found = []

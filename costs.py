@@ -31,7 +31,7 @@ class Cost(NamedTuple):
 
     name: str  # its field in the history, in pareto.json and in baselines.json
     flag: str
-    unit: str  # after a number, in messages
+    unit: str  # written after the number in messages
     axis: str  # label of a chart's axis
     help: str  # help text of the flag
 

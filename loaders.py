@@ -1,4 +1,4 @@
-"""Loaders, which return the batches of augmented images of an epoch.
+"""Loaders, which iterate over the batches of augmented images of an epoch.
 
 Small images are kept as uint8 tensors on the training device and are augmented a batch at a time.
 Every random number comes from one CPU generator, so the batches are the same on every device. Large
@@ -277,7 +277,7 @@ def collate(image_shape: tuple[int, int, int], samples: list) -> Batch | UserErr
 
 
 def check_descriptors(workers: int) -> None:
-    """Raise the limit on open files to the number that `workers` processes need. Below it, loading would hang.
+    """Raise the limit on open files to the number that `workers` processes need. With fewer, loading would hang.
 
     When we measured it, a training and a test loader together needed 12 files, and 10 more for each
     worker. Raises UserError if the system does not allow that many.

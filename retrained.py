@@ -47,7 +47,7 @@ GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
 
 
 class CellChoice(NamedTuple):
-    """A cell, and the flag or file that names it."""
+    """A cell, and the flag or file that the cell comes from."""
 
     cell: Cell
     source: str | Path
@@ -356,11 +356,11 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
 
 
 class TestJob(NamedTuple):
-    """A test that a test script has been asked for: its weights, cell and recipe."""
+    """Everything that a test script needs to know about the test that it runs."""
 
     args: argparse.Namespace  # all defaults filled in
     cell: Cell
-    source: str | Path  # the flag or file that names the cell
+    source: str | Path  # the flag or file that the cell comes from
     recipe: str  # a name in RECIPES
     about: dict  # content of the JSON file next to the weights, {} if there is no such file
 

@@ -30,7 +30,8 @@ from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 
-# One parameter, one mult-add or a nanosecond. With denormal numbers, the violation could be infinite.
+# The smallest budget that the flags accept: one parameter, one mult-add or one nanosecond. A much smaller
+# (denormal) budget could make the violation infinite.
 SMALLEST_BUDGET = 1e-6
 
 

@@ -130,7 +130,8 @@ def check_sides(image_size: list[int], step: int) -> None:
 def stratified_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a random permutation (N,) in which every prefix has the same share of each class.
 
-    A prefix has a share t of every class, to within half an image. `labels` are int64 (N,).
+    For each prefix there is a share t: the prefix has a share t of the images of every class, to within
+    half an image. `labels` are int64 (N,).
     """
     permutation = torch.randperm(len(labels), generator=generator)
     shuffled = labels[permutation]

@@ -299,7 +299,7 @@ def retrain(
     state = RetrainingState(network, optimizer, train_loader, TrainingSettings.of(args))
     run.restore(state)
     if run.completed and state.partial is None:
-        save_weights(run, network, about)  # in case a crash came after the checkpoint, but before its weights files
+        save_weights(run, network, about)  # a crash may have come between the checkpoint and its weights files
     if distributed.world_size() > 1:
         state.trained = parallel(network, about["family"])
     for epoch in range(run.completed, args.epochs):
@@ -368,7 +368,7 @@ def training_loss(
 def train_epoch(
     args: argparse.Namespace, epoch: int, state: RetrainingState, *, where: str, log: Callable[[str], None]
 ) -> dict:
-    """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
+    """Train `state.trained` for one epoch, or for the rest of it; see `train_one_epoch`."""
     loader = state.train_loader
     full_batch = loader.full_batch
     first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)

@@ -285,7 +285,7 @@ def train_step(
         loss, logits = loss_of(x, y, *inputs)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(network, DistributedDataParallel):  # it averages gradients during the backward pass
+    if not isinstance(network, DistributedDataParallel):  # DDP averages gradients in the backward pass
         distributed.average_over_ranks([p.grad for p in parameters])
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(parameters, grad_clip)
@@ -377,7 +377,7 @@ def running_statistics(network: nn.Module) -> list[torch.Tensor]:
 
 
 def is_finite(network: nn.Module) -> bool:
-    """Return whether all parameters and buffers are finite. The device is waited for only once."""
+    """Return whether all parameters and buffers are finite. This call waits for the device once."""
     tensors = [*network.parameters(), *network.buffers()]
     values = [tensor.detach().flatten() for tensor in tensors if tensor.is_floating_point()]
     return torch.cat(values).isfinite().all().item()
