@@ -1,7 +1,7 @@
 """The data sets that --dataset offers. Everything the program knows about a data set is in its entry in DATASETS.
 
-To add a data set, add an entry. The entry names a function that loads the images, unless the data set
-is folders of images. Every command takes its choices for --dataset from the entries.
+To add a data set, add an entry. The entry names a function that loads the images, unless the images are
+in class folders. Every command takes its choices for --dataset from the entries.
 """
 
 import argparse

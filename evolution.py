@@ -10,7 +10,7 @@ import torch
 
 
 class Variant(NamedTuple):
-    """What one variant of the paper's ablation does. `--variant` names it."""
+    """The settings of one variant in the paper's ablation study. The flag `--variant` selects a variant."""
 
     decoded_in_training: bool  # the shared weights train with decoded alphas, not with raw ones
     decoded_in_fitness: bool  # fitness is measured with decoded alphas, not with raw ones

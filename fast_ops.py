@@ -162,8 +162,8 @@ def move_statistics(updates: Iterable[NormUpdate]) -> None:
 def split_update(norms: list[nn.BatchNorm2d], mean: Tensor, inverse_std: Tensor, count: int) -> Iterator[NormUpdate]:
     """Yield the update of each of k BatchNorms that were computed as one, from their joint statistics.
 
-    If all k BatchNorms normalised the same C channels, `mean` is (C,) and applies to each of them. If
-    they normalised k * C concatenated channels, `mean` is (k * C,) and each BatchNorm gets C values.
+    If all k BatchNorms normalised the same C channels, `mean` is (C,) and applies to each BatchNorm. If
+    the input was k * C concatenated channels, `mean` is (k * C,) and each BatchNorm gets C values.
     """
     same_channels = len(mean) == norms[0].num_features
     means = [mean] * len(norms) if same_channels else mean.chunk(len(norms))

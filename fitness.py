@@ -18,7 +18,8 @@ from training import TRAIN_AGAIN
 class Distinct(NamedTuple):
     """The distinct individuals of a population (P, ...).
 
-    `population[first]` holds each of them once, and `population[first][number]` is the population.
+    `population[first]` holds each distinct individual once. `population[first][number]` equals the
+    population.
     """
 
     first: list[int]  # (D,) position at which each distinct individual appears first, ascending

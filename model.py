@@ -157,7 +157,7 @@ class NetworkCIFAR(_Network):
 class NetworkImageNet(_Network):
     """The network for large images (B, 3, H, W), H and W multiples of 32: ImageNet has 224 x 224.
 
-    Its arguments and results are those of NetworkCIFAR. The auxiliary head needs images of 224 x 224.
+    The arguments and results are the same as those of NetworkCIFAR. The auxiliary head needs images of 224 x 224.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):

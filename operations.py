@@ -158,7 +158,10 @@ class AveragePool(nn.AvgPool2d):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A convolution of each channel with its own kernel. `depthwise_conv` computes it where PyTorch has a bug."""
+    """A convolution of each channel with its own kernel.
+
+    Where PyTorch's gradient is wrong, `depthwise_conv` computes the convolution in another way.
+    """
 
     def __init__(self, C: int, kernel_size: int, stride: int, padding: int, dilation: int):
         super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
@@ -264,8 +267,8 @@ def depthwise_conv(x: Tensor, kernel: Tensor, stride: int, padding: int, dilatio
     """Convolve each channel of x (B, C, H, W) with its own kernel; `kernel` holds all of them, (C, 1, k, k).
 
     PyTorch's gradient of a dilated convolution can be wrong, see `has_broken_gradient`. In that case we
-    compute an undilated convolution with the same result. With stride 2 it runs on every second pixel.
-    With stride 1 it runs on each of the four phases of the image, see `split_phases`.
+    compute an undilated convolution with the same result. With stride 2, the undilated convolution runs on
+    every second pixel. With stride 1, it runs on each of the four phases of the image (`split_phases`).
     """
     C = len(kernel)
     if not has_broken_gradient(x, dilation):

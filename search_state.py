@@ -158,8 +158,8 @@ def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> No
     """Make the files of a resumed run agree with its checkpoint.
 
     Populations of later generations are removed. If the checkpoint was saved after a generation, the
-    files of this generation are written again. If it was saved within a generation, nothing is
-    written: the files of the last whole generation exist already, and the state is ahead of them.
+    files of this generation are written again. If the checkpoint was saved within a generation, nothing
+    is written. The files of the last whole generation exist already, and the state is ahead of them.
     """
     if not run.writes:
         return
