@@ -36,7 +36,8 @@ class Augmentation:
 
 def measure_normalisation(images: torch.Tensor) -> Normalisation:
     """Return the mean and standard deviation of images, uint8 (N, 3, H, W), over all pixels of each channel."""
-    # A histogram of the 256 pixel values gives exact sums, without a floating-point copy of the images.
+    # A histogram of the 256 pixel values gives exact sums, without a floating-point copy of the
+    # images.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = counts @ values / counts.sum(1)

@@ -25,8 +25,8 @@ from support.runs import Run
 from training import TrainingState
 
 FILES = ("pareto.json", "baselines.json")  # in the order in which `conclude` writes them
-# Seed of the random architectures, and of the order and augmentation of the validation images. It is
-# the same in every run, so that the results of runs can be compared.
+# Seed of the random architectures, and of the order and augmentation of the validation images. It
+# is the same in every run, so that the results of runs can be compared.
 SEED = 2021
 
 
@@ -39,7 +39,8 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
     """Measure the candidates again with the final weights, and write the results.
 
     The candidates are the last population, the archived fronts of the generations, and --baselines
-    random architectures. The results go into pareto.json, baselines.json and one sentence of the log.
+    random architectures. The results go into pareto.json, baselines.json and one sentence of the
+    log.
 
     `measure(alphas)` returns the fitness (N,) of individuals. All candidates are measured in one
     call, so that all of them see the same images. `state` is a search_state.SearchState.
@@ -75,8 +76,8 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
 def distinct_cells(space: SearchSpace, state: TrainingState) -> tuple[torch.Tensor, int]:
     """Return the distinct cells of the last population and of the archived fronts.
 
-    Returns raw individuals (N, G, E, O), and how many of them are from the last population. The last
-    population comes first, beginning with the winner. The fronts follow, newest first.
+    Returns raw individuals (N, G, E, O), and how many of them are from the last population. The
+    last population comes first, beginning with the winner. The fronts follow, newest first.
     """
     archived = [alphas.unsqueeze(0) for alphas in reversed(state.archive.values())]
     searched = torch.cat([state.alphas, *archived])

@@ -107,8 +107,9 @@ class Costs:
 
     The networks take images of `image_shape` (3, H, W). `space` is a search_space.SearchSpace.
 
-    `measured` lists the kinds of cost that this search measures. It includes latency only if latency
-    has a budget. `limits` maps the name of each cost to its budget, or to None if it has no budget.
+    `measured` lists the kinds of cost that this search measures. It includes latency only if
+    latency has a budget. `limits` maps the name of each cost to its budget, or to None if it has no
+    budget.
     """
 
     def __init__(

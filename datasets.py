@@ -1,7 +1,7 @@
 """The data sets that --dataset offers. Everything the program knows about a data set is in its entry in DATASETS.
 
-To add a data set, add an entry. The entry names a function that loads the images, unless the images are
-in class folders. Every command takes its choices for --dataset from the entries.
+To add a data set, add an entry. The entry names a function that loads the images, unless the images
+are in class folders. Every command takes its choices for --dataset from the entries.
 """
 
 import argparse
@@ -96,10 +96,12 @@ def load_digits(root: str | os.PathLike | None, split: str, workers: int | None 
 class BenchmarkSplit(NamedTuple):
     """How NAS-Bench-201 (Dong & Yang, 2020) divides a data set for a search."""
 
-    # The keys of the two lists in the benchmark's split file. If training images are divided, the first
-    # list trains and the second validates. If test images are divided, the first list validates.
+    # The keys of the two lists in the benchmark's split file. If training images are divided, the
+    # first list trains and the second validates. If test images are divided, the first list
+    # validates.
     keys: tuple[str, str]
-    # Number of test images that validate if the split is seeded. None: the training images are halved.
+    # Number of test images that validate if the split is seeded. None: the training images are
+    # halved.
     validation_images: int | None = None
 
 
@@ -108,9 +110,11 @@ class DataSet:
     """One choice of --dataset."""
 
     commands: tuple[str, ...]  # the commands that offer the data set
-    # load(root, "train" or "test", workers) returns Images. None: the images are in ROOT/FOLDER/CLASS/.
+    # load(root, "train" or "test", workers) returns Images. None: the images are in
+    # ROOT/FOLDER/CLASS/.
     load: Callable[[str, str, int | None], Images] | None = None
-    # Without `load`: possible names of the folder of test images. The first one that exists is used.
+    # Without `load`: possible names of the folder of test images. The first one that exists is
+    # used.
     test_folders: tuple[str, ...] = ("test", "val")
     folder: str = "../data"  # default of --data, as in the published commands
     recipe: str | None = "cifar"  # the recipe of train.py; None: "cifar" for small images, else "imagenet"
@@ -119,7 +123,8 @@ class DataSet:
     pad: int = 4  # pixels added to each side before the random crop
     flip: bool = True  # flip a random half of the training images from left to right
     max_cutout: int = 1000  # largest side of the square that cutout erases, in pixels
-    # Whether the DARTS search divides the training images in file order. Otherwise the order is random and stratified.
+    # Whether the DARTS search divides the training images in file order. Otherwise the order is
+    # random and stratified.
     halves_in_file_order: bool = False
     nas201_split: BenchmarkSplit | None = None  # None: a search of NAS-Bench-201 halves the training images
 
@@ -237,9 +242,9 @@ def load_images(
     """Read the split "train" or "test" of a data set into memory.
 
     With `image_size`, the images of a folder are resized and cropped to this many pixels a side.
-    Without `image_size`, images that are large or of different sizes are not read: Files are returned.
-    For `workers` and `cache` see `image_folder.read_images`. Raises UserError, which names the file
-    that is missing or unreadable.
+    Without `image_size`, images that are large or of different sizes are not read: Files are
+    returned. For `workers` and `cache` see `image_folder.read_images`. Raises UserError, which
+    names the file that is missing or unreadable.
     """
     dataset = find(name)
     if dataset.load is None:
@@ -253,8 +258,8 @@ def load_images(
 def list_files(name: str, root: str | os.PathLike, split: str, *, image_size: int | None = None) -> Files:
     """List the image files of the split "train" or "test" of a folder, which are then read batch by batch.
 
-    The network sees images of `image_size` pixels a side (default: 224). Raises UserError for a data
-    set that is not a folder of images.
+    The network sees images of `image_size` pixels a side (default: 224). Raises UserError for a
+    data set that is not a folder of images.
     """
     dataset = find(name)
     if dataset.load is not None:
@@ -274,8 +279,8 @@ def not_a_folder(name: str) -> UserError:
 def stays_on_disk(name: str, image_size: int | None, recipe: str | None) -> bool:
     """Return whether images are read batch by batch (`list_files`) rather than into memory (`load_images`).
 
-    `recipe` decides. If it is None, the recipe of the data set decides. Your own images have no such
-    recipe: they stay on disk if `image_size` is large.
+    `recipe` decides. If it is None, the recipe of the data set decides. Your own images have no
+    such recipe: they stay on disk if `image_size` is large.
     """
     recipe = recipe or find(name).recipe
     if recipe:

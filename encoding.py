@@ -3,9 +3,9 @@
 Alphas have the shape (..., G, E, O) = (..., 2, 14, 8): two kinds of cell, 14 edges, 8 operations.
 Leading dimensions are free, so a function takes one individual or a whole population.
 
-alphas[..., 0, :, :] is for the normal cell and alphas[..., 1, :, :] for the reduction cell. Edges are
-numbered node by node, and by input within a node: edges 0 and 1 lead to the first node, edges 2 to 4
-to the second node, and so on. Operations are numbered as in `genotypes.PRIMITIVES`.
+alphas[..., 0, :, :] is for the normal cell and alphas[..., 1, :, :] for the reduction cell. Edges
+are numbered node by node, and by input within a node: edges 0 and 1 lead to the first node, edges 2
+to 4 to the second node, and so on. Operations are numbered as in `genotypes.PRIMITIVES`.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Export a retrained network to a file that needs none of this code: a torch.export or an ONNX file.
 
-The exported file takes a batch of any size and returns logits. Before the file is kept, it is loaded
-again, and its logits are compared with the network's on test images.
+The exported file takes a batch of any size and returns logits. Before the file is kept, it is
+loaded again, and its logits are compared with the network's on test images.
 
 Example: python export.py runs/eval-EXP-20260101-120000 --format onnx --normalize
 """
@@ -38,15 +38,16 @@ class Logits(nn.Module):
     """A network for inference, without the parts that only training needs.
 
     It computes logits (B, num_classes) from images (B, 3, H, W). With the `mean` and `std` of the
-    three channels, it takes pixels in [0, 1] and normalises them. Without `mean` and `std`, it takes
-    normalised images.
+    three channels, it takes pixels in [0, 1] and normalises them. Without `mean` and `std`, it
+    takes normalised images.
     """
 
     def __init__(self, network: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         super().__init__()
         self.network = copy.deepcopy(network)
-        # Our Classifier switches autocast off. Exporting would write the switch into the file, and some
-        # versions of torch and ONNX cannot read it. A plain Linear computes the same logits in float32.
+        # Our Classifier switches autocast off. Exporting would write the switch into the file, and
+        # some versions of torch and ONNX cannot read it. A plain Linear computes the same logits in
+        # float32.
         classifier = network.classifier
         self.network.classifier = nn.Linear(classifier.in_features, classifier.out_features)
         self.network.classifier.load_state_dict(classifier.state_dict())
@@ -138,8 +139,8 @@ def relative_error(logits: Tensor, expected: Tensor) -> float:
 def sample_images(root: str | None, saved: SavedWeights) -> Tensor:
     """Return up to 16 normalised test images (B, 3, H, W) of the data set that the network was retrained on.
 
-    `root` is the folder of the data set. If it is None, the folder is taken from the run's args.json.
-    Raises UserError if args.json does not name the folder.
+    `root` is the folder of the data set. If it is None, the folder is taken from the run's
+    args.json. Raises UserError if args.json does not name the folder.
     """
     path, about = saved
     if root is None and about.get("dataset") != "digits":

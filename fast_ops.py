@@ -12,8 +12,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from operations import average_pool, depthwise_conv, in_low_precision_on_cpu, neighbour_mean, on_cpu, split_phases
 from support.devices import memory_format
 
-# Without gradients, batch statistics on a CPU are computed from parts of the batch of about this many
-# pixels: see `batch_norm_stats`.
+# Without gradients, batch statistics on a CPU are computed from parts of the batch of about this
+# many pixels: see `batch_norm_stats`.
 PIXELS_PER_PART = 2**14
 
 
@@ -27,7 +27,8 @@ def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Concatenate.apply(*tensors)
-    # If `Concatenate.apply` of two tensors is compiled without gradients, it returns one of its inputs.
+    # If `Concatenate.apply` of two tensors is compiled without gradients, it returns one of its
+    # inputs.
     return torch.cat(tensors, dim=1)
 
 
@@ -104,7 +105,8 @@ def batch_norm_stats(
     variances = torch.stack(part_variances)  # (parts, C)
     shares = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)  # (parts, 1)
     mean = (shares * means).sum(0)
-    # The variance of the batch is the mean variance within the parts plus the variance of their means.
+    # The variance of the batch is the mean variance within the parts plus the variance of their
+    # means.
     variance = (shares * (variances + (means - mean).square())).sum(0)
     y = F.batch_norm(x, mean, variance, scale, shift, False, eps=eps)
     return y, mean, torch.rsqrt(variance + eps)
@@ -113,8 +115,8 @@ def batch_norm_stats(
 class ExactBatchNormCPU(torch.autograd.Function):
     """`batch_norm_stats` with gradients; the variance is computed as the mean squared deviation.
 
-    Training needs this precision: a tiny error can turn a ReLU on or off, which changes the gradients
-    visibly.
+    Training needs this precision: a tiny error can turn a ReLU on or off, which changes the
+    gradients visibly.
     """
 
     @staticmethod
@@ -162,8 +164,9 @@ def move_statistics(updates: Iterable[NormUpdate]) -> None:
 def split_update(norms: list[nn.BatchNorm2d], mean: Tensor, inverse_std: Tensor, count: int) -> Iterator[NormUpdate]:
     """Yield the update of each of k BatchNorms that were computed as one, from their joint statistics.
 
-    If all k BatchNorms normalised the same C channels, `mean` is (C,) and applies to each BatchNorm. If
-    the input was k * C concatenated channels, `mean` is (k * C,) and each BatchNorm gets C values.
+    If all k BatchNorms normalised the same C channels, `mean` is (C,) and applies to each
+    BatchNorm. If the input was k * C concatenated channels, `mean` is (k * C,) and each BatchNorm
+    gets C values.
     """
     same_channels = len(mean) == norms[0].num_features
     means = [mean] * len(norms) if same_channels else mean.chunk(len(norms))
@@ -183,14 +186,14 @@ def fast_average_pool(x: Tensor, stride: int = 1) -> Tensor:
 def depthwise(x: Tensor, kernel: Tensor, dilation: int = 1, even: Tensor | None = None) -> Tensor:
     """Convolve each channel of x (B, C, H, W) with its own kernel; `kernel` holds all of them, (C, 1, k, k).
 
-    Without `even` the stride is 1. With `even`, which is every_second(x, 0), the stride is 2 and the
-    result is (B, C, H / 2, W / 2).
+    Without `even` the stride is 1. With `even`, which is every_second(x, 0), the stride is 2 and
+    the result is (B, C, H / 2, W / 2).
     """
     padding = dilation * (kernel.shape[-1] // 2)
     stride = 1 if even is None else 2
     if stride == 2 and dilation == 2:
-        # Stride, dilation and padding are all even, so only pixels with even coordinates enter the sums.
-        # On these pixels alone, the convolution has stride 1 and dilation 1.
+        # Stride, dilation and padding are all even, so only pixels with even coordinates enter the
+        # sums. On these pixels alone, the convolution has stride 1 and dilation 1.
         x = even
         stride = 1
         padding = padding // 2
@@ -204,8 +207,9 @@ class Depthwise(torch.autograd.Function):
     """Depthwise convolution for CPUs, whose backward pass avoids the cases in which oneDNN is slow.
 
     oneDNN is slow for dilated convolutions and for the gradients of kernels wider than 3. A dilated
-    convolution becomes an undilated one on the phases of the image (see `split_phases`). The gradient
-    of a 5x5 kernel is computed in two halves of three columns each, which share the middle column.
+    convolution becomes an undilated one on the phases of the image (see `split_phases`). The
+    gradient of a 5x5 kernel is computed in two halves of three columns each, which share the middle
+    column.
     """
 
     @staticmethod

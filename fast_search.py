@@ -1,24 +1,26 @@
 """Compute the supernet of `model_search` faster, with the same modules and parameters.
 
-`forward` computes the supernet in training, and an `Evaluator` measures many individuals on one batch.
-Tests check that both agree with the reference. This is what makes them fast:
+`forward` computes the supernet in training, and an `Evaluator` measures many individuals on one
+batch. Tests check that both agree with the reference. This is what makes them fast:
 
-- The memory layout is channels-last everywhere, on CPU and CUDA. The operation `none` is not computed.
+- The memory layout is channels-last everywhere, on CPU and CUDA. The operation `none` is not
+  computed.
 - A cell is computed state by state instead of node by node. Each state adds the results of its
   outgoing edges to all later nodes. So ReLU, pools and the pools' BatchNorms run once per state
   instead of once per edge. The results of a state are freed before the next state is computed.
 - The mixing weight of a candidate is the scale of its last BatchNorm. Weighted candidates are added
   up in place.
 - Where a cell reduces, dilated convolutions and skip_connects need only every second pixel. These
-  pixels are copied once per state. The skip_connects on all edges out of a state are computed as one.
-- While fitness is measured, the first cell has the same inputs for all individuals. The candidates on
-  the edges out of these inputs are computed once per batch. One matrix product then gives the sums
-  of an individual (`SharedCandidates`).
+  pixels are copied once per state. The skip_connects on all edges out of a state are computed as
+  one convolution each for even and for odd pixels.
+- While fitness is measured, the first cell has the same inputs for all individuals. The candidates
+  on the edges out of these inputs are computed once per batch. One matrix product then gives the
+  sums of an individual (`SharedCandidates`).
 - On a CPU, the backward pass of depthwise convolutions consists of kernels that are fast there
   (`fast_ops.Depthwise`). Average pools are computed as depthwise convolutions.
 
 Shapes: B images, C channels of a cell, E = 14 edges of a cell, O = 8 operations of an edge. States
-are numbered as in the reference: 0 and 1 are the inputs of a cell, and 2, 3, ... are its nodes 0, 1, ...
+are numbered as in the reference: 0 and 1 are a cell's inputs, and 2, 3, ... are its nodes 0, 1, ...
 """
 
 import math
@@ -50,8 +52,8 @@ AVG_POOL = PRIMITIVES.index("avg_pool_3x3")
 SKIP = PRIMITIVES.index("skip_connect")
 POOLS = (MAX_POOL, AVG_POOL)
 FIRST_CONV = SKIP + 1  # this operation and all later ones are separable convolutions
-# Limit for the shared candidates of the first cell. At the paper's sizes and a batch of 1,024 images,
-# the candidates take 2,432 MB in float32.
+# Limit for the shared candidates of the first cell. At the paper's sizes and a batch of 1,024
+# images, the candidates take 2,432 MB in float32.
 SHARED_MB = 3072
 
 
@@ -135,8 +137,8 @@ class Evaluator:
 class SharedCandidates:
     """The candidates on the edges out of a cell's two inputs, for individuals that share these inputs.
 
-    `matrix` has one candidate in each row, flattened to B * C * H * W values. `matrix` is None if it
-    would take more than SHARED_MB.
+    `matrix` has one candidate in each row, flattened to B * C * H * W values. `matrix` is None if
+    it would take more than SHARED_MB.
 
     Some operations give the same result on all edges out of an input, because they have no weights.
     These operations have one row per input. All other operations have one row per edge.
@@ -148,7 +150,8 @@ class SharedCandidates:
         batch         reducing        SKIP              max_pool, avg_pool
         running       any             MAX_POOL          no operation
 
-    With running statistics the pools differ from edge to edge, because a BatchNorm follows each pool.
+    With running statistics the pools differ from edge to edge, because a BatchNorm follows each
+    pool.
 
     The next drawing shows the rows of the matrix from left to right, for batch statistics and two
     nodes instead of four. "in 0" and "in 1" are the inputs. c3, c5, d3 and d5 are the convolutions:
@@ -158,8 +161,8 @@ class SharedCandidates:
         in 0           | in 1            | in 0         | in 1         | in 0         | in 1
         max  avg  skip | max  avg  skip  | c3 c5 d3 d5  | c3 c5 d3 d5  | c3 c5 d3 d5  | c3 c5 d3 d5
 
-    The sums of an individual are `mixing @ matrix`. `mixing` has a row for each node. The row holds the
-    mixing weights w of the node's own edges, and 0 for the edges of other nodes:
+    The sums of an individual are `mixing @ matrix`. `mixing` has a row for each node. The row holds
+    the mixing weights w of the node's own edges, and 0 for the edges of other nodes:
 
         node 0:  w w w   w w w           | w w w w   w w w w           | 0 0 0 0   0 0 0 0
         node 1:  w w w   w w w           | 0 0 0 0   0 0 0 0           | w w w w   w w w w
@@ -200,12 +203,12 @@ class SharedCandidates:
         ones = next(self.cell.parameters()).new_ones(edges, len(PRIMITIVES), C)
         for state, h in enumerate((h0, h1)):
             for candidate in candidates(h, self.outgoing[state], ones, self.eps, moments={}):
-                # A candidate with one row per input is yielded once per edge, each time with the same
-                # values. So writing its row again does no harm.
+                # A candidate with one row per input is yielded once per edge, each time with the
+                # same values. So writing its row again does no harm.
                 maps[self.row_of(candidate.edge.node, state, candidate.op)].copy_(candidate.y)
-        # A row holds the values of a feature map in memory order. In channels-last, this is not the order
-        # of the map's dimensions, so `view` would refuse. `as_strided` makes the rows from the maps here,
-        # and the maps from the rows in `sums`.
+        # A row holds the values of a feature map in memory order. In channels-last, this is not the
+        # order of the map's dimensions, so `view` would refuse. `as_strided` makes the rows from
+        # the maps here, and the maps from the rows in `sums`.
         self.one_map = maps[0]
         values = maps[0].numel()
         self.matrix = maps[0].as_strided((self.rows, values), (values, 1))
@@ -230,8 +233,8 @@ class SharedCandidates:
 
 # ---- the tensors of a cell that `mixed_cell` reads
 #
-# `mixed_cell` is a function of tensors, not of modules, so that equal cells share one compiled graph.
-# Therefore it identifies a BatchNorm by a number. Each state has a list of BatchNorms, and
+# `mixed_cell` is a function of tensors, not of modules, so that equal cells share one compiled
+# graph. Therefore it identifies a BatchNorm by a number. Each state has a list of BatchNorms, and
 # `outgoing_of` assigns the numbers. `candidates` uses the number to find running statistics, and to
 # store batch statistics.
 
@@ -254,7 +257,7 @@ class Edge(NamedTuple):
 
 
 class Skips(NamedTuple):
-    """The skip_connects on all edges out of one input of a reduction cell. They are computed as one."""
+    """The skip_connects on all edges out of one input of a reduction cell, which are computed together."""
 
     kernels_1: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_1
     kernels_2: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_2
@@ -303,8 +306,8 @@ def outgoing_of(cell: Cell, state: int, bn: str) -> tuple[Outgoing, list[list[nn
         norms.append(list(modules))
         return len(norms) - 1
 
-    # The BatchNorms after a pool differ between edges only in their running statistics. So with batch
-    # statistics they are computed as one.
+    # The BatchNorms after a pool differ between edges only in their running statistics. So with
+    # batch statistics they are computed as one.
     pool_norms = None
     if bn == "batch":
         pool_norms = [number_of(*(ops[pool][1] for ops in ops_of_edges)) for pool in POOLS]
@@ -363,8 +366,8 @@ def mixed_cell(
     """Compute a cell. Returns its output (B, multiplier * C, H, W) and the batch statistics by state.
 
     `weights` are the mixing weights (E, O). There are two ways to call `mixed_cell`:
-    - From the inputs: `states` holds the two preprocessed inputs (B, C, H, W), and then None for each
-      node. `outgoing` has all states.
+    - From the inputs: `states` holds the two preprocessed inputs (B, C, H, W), and then None for
+      each node. `outgoing` has all states.
     - From sums: `states` holds None for both inputs, and then, for each node, the sum of its edges
       from the inputs. `outgoing` has only the nodes.
     """
@@ -393,8 +396,8 @@ def mixed_cell(
 def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moments: Moments) -> Iterator[Candidate]:
     """Yield all candidates, except `none`, on the edges out of a state h (B, C, H, W).
 
-    `scales` (E, O, C) are the mixing weights. The first candidate on each edge is a convolution, which
-    is already scaled. The batch statistics are added to `moments`.
+    `scales` (E, O, C) are the mixing weights. The first candidate on each edge is a convolution,
+    which is already scaled. The batch statistics are added to `moments`.
     """
 
     def normalise(x: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
@@ -500,7 +503,8 @@ def cells_logits(
     for i, cell in enumerate(cells):
         s = searched_cell(cell, h0, h1, weights[int(cell.reduction)])  # (B, multiplier * C, H, W)
         if i + 1 < len(cells):
-            # The next two cells read s. Preprocess s for both cells now, so that this wide tensor can be freed.
+            # The next two cells read s. Preprocess s for both cells now, so that this wide tensor
+            # can be freed.
             s = s.relu_()
             h0 = h0_next
             h1 = preprocess(cells[i + 1].preprocess1, s, updates)

@@ -47,7 +47,8 @@ def unique(alphas: torch.Tensor) -> Distinct:
 def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
     """Within this context, every BatchNorm uses "batch" or "running" statistics. No buffer changes.
 
-    In train mode without `track_running_stats`, a BatchNorm uses batch statistics and updates nothing.
+    In train mode without `track_running_stats`, a BatchNorm uses batch statistics and updates
+    nothing.
     """
     training = network.training
     tracking = [module for module in network.modules() if getattr(module, "track_running_stats", False)]
@@ -65,9 +66,10 @@ def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
 class PlainEvaluator:
     """Computes the logits of individuals with the reference network.
 
-    `fast_search.Evaluator` has the same interface and is faster. An evaluator first takes a batch of
-    images, and then returns the logits of one individual after the other. The argument `statistics`
-    is not used here, because `batch_norm_mode` has already selected the BatchNorm statistics.
+    `fast_search.Evaluator` has the same interface and is faster. An evaluator first takes a batch
+    of images, and then returns the logits of one individual after the other. The argument
+    `statistics` is not used here, because `batch_norm_mode` has already selected the BatchNorm
+    statistics.
     """
 
     def __init__(self, network: nn.Module, statistics: str):

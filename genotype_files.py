@@ -28,8 +28,8 @@ def load(path: str | Path) -> Cell:
         is_arch = isinstance(value, dict) and set(value) == {"arch"}
         return from_json(value["arch"] if is_arch else value, path)
     allowed = {("genotypes", "Genotype"): Genotype, ("builtins", "range"): range}
-    # The opcode BUILD could set attributes of the class Genotype. Dictionaries and sets hash their keys,
-    # and hashing nested tuples can take forever.
+    # The opcode BUILD could set attributes of the class Genotype. Dictionaries and sets hash their
+    # keys, and hashing nested tuples can take forever.
     refused = ("BUILD", "DICT", "EMPTY_DICT", "EMPTY_SET", "FROZENSET")
     return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
 

@@ -22,7 +22,8 @@ class Genotype(NamedTuple):
 
 Cell = Genotype | str  # a Genotype of the DARTS space, or an arch string of NAS-Bench-201
 
-# The order of the operations is part of the method: it is their order on the last axis of the alphas.
+# The order of the operations is part of the method: it is their order on the last axis of the
+# alphas.
 PRIMITIVES = "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
 OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur only in NASNet and AmoebaNet
 

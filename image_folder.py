@@ -29,7 +29,8 @@ COUNTED = 1000  # most folders that are searched for images to count; a link may
 CACHED = 5_000  # splits of at least this many images are cached after they have been decoded
 CACHE = ".evnas-images.npz"  # the cache file, next to the class folders
 SAMPLED = 100  # image headers read to tell small images from large ones
-# If at least this share of a folder's images has one small size, an image of another size is an error.
+# If at least this share of a folder's images has one small size, an image of another size is an
+# error.
 SAME_SIZE = 0.9
 
 
@@ -56,8 +57,8 @@ class Nested(NamedTuple):
 def list_folder(folder: Path) -> Listing:
     """Return the content of a folder. This function decides which files are images.
 
-    A file is an image if its name has the suffix of an image. No file is opened. Raises UserError if
-    the folder cannot be read.
+    A file is an image if its name has the suffix of an image. No file is opened. Raises UserError
+    if the folder cannot be read.
     """
     listing = Listing([], [], [], {})
     try:
@@ -131,9 +132,9 @@ def identity(folder: Path) -> FolderId:
 def read_classes(folder: Path) -> dict[str, list[Path]]:
     """Return {name: images} of the class folders in `folder`, both in the order of names.
 
-    The images of a class are directly in its folder. Images next to the class folders, and images in
-    folders inside class folders, are not read. A note is printed for each kind. Raises UserError for
-    a class without images, and for two classes that are the same folder or have the same name.
+    The images of a class are directly in its folder. Images next to the class folders, and images
+    in folders inside class folders, are not read. A note is printed for each kind. Raises UserError
+    for a class without images, and for two classes that are the same folder or have the same name.
     """
     top = list_folder(folder)
     if top.unreadable:  # an unreadable link may be a class folder
@@ -275,7 +276,8 @@ def read_images(files: Files, *, resize: bool, workers: int | None = None, cache
     With `resize`, the images are scaled and cropped to `files.image_size`. Without `resize`, they
     keep their size; if they are large or of different sizes, `files` is returned unchanged.
     `workers` threads decode the images (default: one per core). With `cache`, splits of CACHED
-    images or more are decoded only once: see `read_cached`. Raises UserError for an unreadable image.
+    images or more are decoded only once: see `read_cached`. Raises UserError for an unreadable
+    image.
     """
     read = read_resized if resize else read_small
     if cache and len(files) >= CACHED:
@@ -286,7 +288,8 @@ def read_images(files: Files, *, resize: bool, workers: int | None = None, cache
 def read_small(files: Files, workers: int | None = None) -> Split:
     """Read the images into memory if all are small and of one size, else return `files` unchanged.
 
-    If nearly all images have one small size, an image of another size is an error: raises UserError.
+    If nearly all images have one small size, an image of another size is an error: raises
+    UserError.
     """
     sizes = sample_sizes(files)
     if mostly_large(sizes):
@@ -393,9 +396,9 @@ def size_on_disk(path: Path) -> str:
 def read_cached(files: Files, read: Callable[[Files, int | None], Split], workers: int | None) -> Split:
     """Return read(files, workers), or take the images from the cache file next to the class folders.
 
-    `read` is `read_small` or `read_resized`. If `read` returns Images, they are cached. A cache file
-    that is damaged or made from other files is ignored. If the folder cannot be written, nothing is
-    cached.
+    `read` is `read_small` or `read_resized`. If `read` returns Images, they are cached. A cache
+    file that is damaged or made from other files is ignored. If the folder cannot be written,
+    nothing is cached.
     """
     path = files.paths[0].parents[1] / CACHE
     key = fingerprint(files, read)

@@ -40,9 +40,9 @@ ALLOWED = {
 def load_imagenet16(root: str | os.PathLike, split: str, workers: int | None = None) -> Images:
     """Read a split: "train", 151,700 images, or "test", the 6,000 validation images.
 
-    `root` has the eleven files of the 16x16 download. The first call checks the MD5 sum of each file,
-    picks the 120 classes, and writes a cache next to the files if possible. Later calls read the
-    cache until the size or the time of a file changes. `workers` threads read the files. Raises
+    `root` has the eleven files of the 16x16 download. The first call checks the MD5 sum of each
+    file, picks the 120 classes, and writes a cache next to the files if possible. Later calls read
+    the cache until the size or the time of a file changes. `workers` threads read the files. Raises
     UserError, which names the file.
     """
     root = Path(root)

@@ -2,7 +2,8 @@
 
 Small images are kept as uint8 tensors on the training device and are augmented a batch at a time.
 Every random number comes from one CPU generator, so the batches are the same on every device. Large
-images (ImageNet) are read and augmented by worker processes. Each image is augmented with its own seed.
+images (ImageNet) are read and augmented by worker processes. Each image is augmented with its own
+seed.
 """
 
 import os
@@ -54,8 +55,8 @@ class Batches:
     """Base class of both loaders: the size of the split and of its batches, and this process's share of each batch.
 
     Under torchrun each process gets its share of every batch. With `shared=False` each process gets
-    the whole batch. The next epoch leaves out its first `skip` batches, but draws the random numbers
-    of all batches.
+    the whole batch. The next epoch leaves out its first `skip` batches, but draws the random
+    numbers of all batches.
     """
 
     skip = 0
@@ -100,9 +101,9 @@ class Batches:
 class Loader(Batches):
     """Batches of images in memory: x float32 (B, 3, H, W), normalised, in the layout of the device; y int64 (B,).
 
-    With `augment`, each image gets its own crop and flip. If `cutout` is not 0, each image also gets a
-    cutout of this many pixels a side. The random numbers of an epoch are drawn from `generator` (CPU)
-    when its iteration starts. Without a generator the images come in order.
+    With `augment`, each image gets its own crop and flip. If `cutout` is not 0, each image also
+    gets a cutout of this many pixels a side. The random numbers of an epoch are drawn from
+    `generator` (CPU) when its iteration starts. Without a generator the images come in order.
     """
 
     def __init__(
@@ -173,9 +174,9 @@ class Loader(Batches):
 class FileLoader(Batches):
     """Batches (x, y) of image files with the ImageNet transforms, read by `workers` processes.
 
-    When the iteration of an epoch starts, `generator` draws the order of the images, and a seed for the
-    augmentation of each image. So the batches do not depend on the number of workers. Batches that
-    are left out (`skip`) are not read.
+    When the iteration of an epoch starts, `generator` draws the order of the images, and a seed for
+    the augmentation of each image. So the batches do not depend on the number of workers. Batches
+    that are left out (`skip`) are not read.
     """
 
     memory = 0  # bytes of the images that are kept on the device
@@ -219,9 +220,9 @@ class FileLoader(Batches):
         try:
             batches = iter(self.loader)
             if threading.current_thread() is threading.main_thread():
-                # torch reports a lost worker with a signal handler, which raises an exception wherever this
-                # process is at that moment. We switch the handler off, so that the exception comes from the
-                # next batch and is caught below.
+                # torch reports a lost worker with a signal handler, which raises an exception
+                # wherever this process is at that moment. We switch the handler off, so that the
+                # exception comes from the next batch and is caught below.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 if isinstance(batch, UserError):
@@ -305,9 +306,9 @@ def check_batch(batch_size: int, train: Split, auxiliary: bool = False) -> None:
 def check_statistics(flag: str, batch_size: int, split: Split, processes: int = 1, auxiliary: bool = False) -> None:
     """Raise UserError if BatchNorm would take statistics from one value per channel: one pixel of one image.
 
-    `flag` is the name of the batch size on the command line. After its last reduction, a network has
-    only one pixel left of the smallest images that it can take. The auxiliary head has only one pixel
-    left of every image.
+    `flag` is the name of the batch size on the command line. After its last reduction, a network
+    has only one pixel left of the smallest images that it can take. The auxiliary head has only one
+    pixel left of every image.
     """
     last = len(split) % batch_size or batch_size
     smallest = [4, 4] if isinstance(split, Images) else [32, 32]

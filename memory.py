@@ -1,9 +1,9 @@
 """Estimate how much memory a run needs, from the sizes of its network, batches and images.
 
-A run that cannot fit into memory is refused. A run that may not fit gets a warning. For its backward
-pass, a training step keeps a fixed number of feature maps for each operation. These feature maps, the
-weights, their gradients and the momentum are nearly all the memory that a run needs.
-`tests/test_memory.py` compares the estimate with the memory that training really takes.
+A run that cannot fit into memory is refused. A run that may not fit gets a warning. For its
+backward pass, a training step keeps a fixed number of feature maps for each operation. These
+feature maps, the weights, their gradients and the momentum are nearly all the memory that a run
+needs. `tests/test_memory.py` compares the estimate with the memory that training really takes.
 """
 
 import argparse
@@ -44,8 +44,8 @@ PREPROCESSING = {"s1": Need(10, 6, 0), "s2": Need(0, 0, 0)}  # for the inputs of
 POOL_NORM = {"s1": 2, "s2": 0}
 REDUCTION = 1.4  # factor for a reduction cell, because its inputs are four times as large
 FAST = {"s1": 0.7, "s2": 0.9}  # share of the reference path's maps that the fast path keeps
-# The estimate of the activations may be too high. So a run is refused only if even this share of the
-# estimated activations does not fit into memory.
+# The estimate of the activations may be too high. So a run is refused only if even this share of
+# the estimated activations does not fit into memory.
 SURE = 0.5
 MUCH = 0.8  # a run that may need more than this share of the memory gets a warning
 
@@ -93,8 +93,8 @@ def estimate(
 ) -> Estimate:
     """Estimate the memory that a network of these cells needs. `space` is "s1" or "s2".
 
-    `maps_share` is the share of the feature maps that is kept. `extra_maps` is added to the number of
-    feature maps of each cell.
+    `maps_share` is the share of the feature maps that is kept. `extra_maps` is added to the number
+    of feature maps of each cell.
     """
     weights = 0
     kept = []  # for each cell: bytes of the feature maps of one image
@@ -105,8 +105,8 @@ def estimate(
         weights += sum(need.squared * cell.C**2 + need.linear * cell.C for need in needs)
         kept.append(4 * maps * maps_share * cell.C * cell.pixels)
         inputs += 4 * (4 if space == "s1" else 1) * cell.C * cell.pixels
-    # With --checkpoint only the inputs of all cells are kept. One cell at a time is computed again. Its
-    # feature maps and their gradients are then in memory, hence the factor 2.
+    # With --checkpoint only the inputs of all cells are kept. One cell at a time is computed again.
+    # Its feature maps and their gradients are then in memory, hence the factor 2.
     copies = 3 if args.momentum else 2  # weights, gradients and, with momentum, the momentum buffers
     return Estimate(4 * copies * weights, sum(kept), inputs + 2 * max(kept))
 
@@ -123,8 +123,8 @@ def check_search(
 ) -> None:
     """Check that a search fits into memory: its population, and then its training.
 
-    An individual has `genes` float32 numbers. Raises UserError if the search cannot fit, and prints a
-    note if it may not fit.
+    An individual has `genes` float32 numbers. Raises UserError if the search cannot fit, and prints
+    a note if it may not fit.
     """
     compared = 24 * args.pop_size**2  # tournaments and the front compare every individual with every other one
     numbers = 4 * genes * (6 * args.pop_size + 3 * args.baselines)

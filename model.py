@@ -80,7 +80,8 @@ def draw_drop_path(cells: nn.ModuleList | list[Cell], B: int, prob: float) -> tu
 def auxiliary_head(C: int, num_classes: int, imagenet: bool) -> nn.Sequential:
     """Make the auxiliary classifier, whose loss helps to train the lower cells.
 
-    It takes the features after the second reduction cell, which must be 8x8 (CIFAR) or 7x7 (ImageNet).
+    It takes the features after the second reduction cell, which must be 8x8 (CIFAR) or 7x7
+    (ImageNet).
     """
     stride = 2 if imagenet else 3
     features = nn.Sequential(
@@ -104,7 +105,8 @@ class _Network(nn.Module):
     def _add_cells(
         self, C_stem: int, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype, imagenet: bool
     ) -> None:
-        # ImageNet's stem ends with a stride of 2, so the first cell is made like a cell after a reduction.
+        # ImageNet's stem ends with a stride of 2, so the first cell is made like a cell after a
+        # reduction.
         self.cells = make_cells(partial(Cell, genotype), C_stem, C, layers, reduction_prev=imagenet)
         self._auxiliary_cell = 2 * layers // 3  # the second reduction cell
         self.auxiliary_head = None
@@ -118,8 +120,8 @@ class _Network(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         cell_of = region_function(Cell.forward, compile, checkpoint)
         drop_path = [None] * len(self.cells)
-        # In the first epoch the probability is 0. A compiled network draws factors even then, so that the
-        # first epoch uses the same graphs as the later epochs.
+        # In the first epoch the probability is 0. A compiled network draws factors even then, so
+        # that the first epoch uses the same graphs as the later epochs.
         if self.training and (self.drop_path_prob > 0 or compile):
             drop_path = draw_drop_path(self.cells, len(s0), self.drop_path_prob)
 
@@ -140,8 +142,8 @@ class NetworkCIFAR(_Network):
 
     `forward(x)` returns (logits, logits_aux), each (B, num_classes); logits_aux is None unless the
     network is training and has the auxiliary head. For `compile` and `checkpoint` see
-    `support.devices.region_function`. Equal cells share a compiled graph: the 20 cells of EvNAS-A need
-    nine graphs.
+    `support.devices.region_function`. Equal cells share a compiled graph: the 20 cells of EvNAS-A
+    need nine graphs.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):
@@ -157,7 +159,8 @@ class NetworkCIFAR(_Network):
 class NetworkImageNet(_Network):
     """The network for large images (B, 3, H, W), H and W multiples of 32: ImageNet has 224 x 224.
 
-    The arguments and results are the same as those of NetworkCIFAR. The auxiliary head needs images of 224 x 224.
+    The arguments and results are the same as those of NetworkCIFAR. The auxiliary head needs images
+    of 224 x 224.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):

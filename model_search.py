@@ -84,7 +84,8 @@ class Network(nn.Module):
 
     `x` holds images (B, 3, H, W), where H and W are multiples of 4. `alphas` (2, E, O) are raw or
     decoded: alphas[0] is for the normal cells and alphas[1] for the reduction cells. The network
-    computes the softmax over operations. Cells layers // 3 and 2 * layers // 3 are the reduction cells.
+    computes the softmax over operations. Cells layers // 3 and 2 * layers // 3 are the reduction
+    cells.
     """
 
     def __init__(

@@ -127,7 +127,8 @@ class FactorizedReduce(nn.Module):
         C_in = self.conv_1.in_channels
         # fmt: off
         x = torch.relu(x)                                          # (B, C_in, H, W)
-        # Negative padding crops, so this is x[:, :, 1:, 1:]. The gradient of a slice would not be channels-last.
+        # Negative padding crops, so this is x[:, :, 1:, 1:]. The gradient of a slice would not be
+        # channels-last.
         shifted = F.pad(x, (-1, 0, -1, 0))                         # (B, C_in, H - 1, W - 1)
         even = halving_conv(x, self.conv_1.weight, C_in)           # (B, C_out / 2, H / 2, W / 2)
         odd = halving_conv(shifted, self.conv_2.weight, C_in)      # (B, C_out / 2, H / 2, W / 2)
@@ -138,9 +139,9 @@ class FactorizedReduce(nn.Module):
 def halving_conv(x: Tensor, kernel: Tensor, C_in: int) -> Tensor:
     """Apply a 1x1 convolution with stride 2: (B, C_in, H, W) -> (B, C_out, H / 2, W / 2).
 
-    With few channels we first copy every second pixel, to avoid a bug. For channels-last images with
-    fewer than 8 or 16 channels, the kernel's gradient on a CPU writes beyond its memory (oneDNN issue
-    6035).
+    With few channels we first copy every second pixel, to avoid a bug. For channels-last images
+    with fewer than 8 or 16 channels, the kernel's gradient on a CPU writes beyond its memory
+    (oneDNN issue 6035).
     """
     if C_in < 16:
         return F.conv2d(x[:, :, ::2, ::2], kernel)
@@ -266,9 +267,10 @@ def neighbour_mean(x: Tensor, stride: int = 1) -> Tensor:
 def depthwise_conv(x: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
     """Convolve each channel of x (B, C, H, W) with its own kernel; `kernel` holds all of them, (C, 1, k, k).
 
-    PyTorch's gradient of a dilated convolution can be wrong, see `has_broken_gradient`. In that case we
-    compute an undilated convolution with the same result. With stride 2, the undilated convolution runs on
-    every second pixel. With stride 1, it runs on each of the four phases of the image (`split_phases`).
+    PyTorch's gradient of a dilated convolution can be wrong, see `has_broken_gradient`. In that
+    case we compute an undilated convolution with the same result. With stride 2, the undilated
+    convolution runs on every second pixel. With stride 1, it runs on each of the four phases of the
+    image (`split_phases`).
     """
     C = len(kernel)
     if not has_broken_gradient(x, dilation):
@@ -303,8 +305,8 @@ def split_phases(x: Tensor) -> Tensor:
     """Cut images (B, C, H, W) into their four phases (4 B, C, H / 2, W / 2).
 
     A phase has every second row and every second column of the image. Pixels at distance 2 in the
-    image are neighbours in a phase. So a convolution with dilation 2 on the image is one with dilation
-    1 on each phase.
+    image are neighbours in a phase. So a convolution with dilation 2 on the image is one with
+    dilation 1 on each phase.
     """
     B, C, H, W = x.shape
     # fmt: off

@@ -51,9 +51,9 @@ def predict(
 ) -> Iterator[tuple[str | Path, list[tuple[str, float]]]]:
     """Yield the path of each image and its best classes, as (class, probability), the most probable first.
 
-    `network` and `transform` are what `retrained.load` returns. The network must be on `device`. If an
-    image cannot be read, `skip` is called with the error message, and the next image follows. Without
-    `skip`, UserError is raised. Raises UserError if the logits of an image are not finite.
+    `network` and `transform` are what `retrained.load` returns. The network must be on `device`. If
+    an image cannot be read, `skip` is called with the error message, and the next image follows.
+    Without `skip`, UserError is raised. Raises UserError if the logits of an image are not finite.
     """
     for path in paths:
         try:

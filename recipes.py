@@ -1,7 +1,8 @@
 """The recipes for retraining a cell: the paper's two (EvNAS, section 4) and NAS-Bench-201's.
 
 A recipe holds the defaults of `train.py`. It also decides which network is built and how the images
-are read: `cifar` for small images in memory, `imagenet` for large image files, `nas201` for arch strings.
+are read: `cifar` for small images in memory, `imagenet` for large image files, `nas201` for arch
+strings.
 """
 
 from dataclasses import dataclass

@@ -84,8 +84,8 @@ def parse_arch(text: str) -> Cell:
 def folder_of_cell(run_dir: str | Path) -> Path:
     """Return the folder that holds the cell of a retraining: `run_dir`, or for published runs, the search's folder.
 
-    The published scripts do not save the cell with a retraining. They make the retraining's directory
-    inside the search's folder, or inside the folder cifar100 of the search's folder.
+    The published scripts do not save the cell with a retraining. They make the retraining's
+    directory inside the search's folder, or inside the folder cifar100 of the search's folder.
     """
     run_dir = Path(run_dir)
     full_path = run_dir.resolve()
@@ -108,8 +108,8 @@ def choose_augmentation(
 ) -> augment.Augmentation:
     """Return how the images of a data set are normalised and augmented.
 
-    Arch strings use NAS-Bench-201's normalisation. ImageNet16-120 has no other normalisation. For your
-    own images, mean and std come from `about` (see `find_weights`), or from `images`.
+    Arch strings use NAS-Bench-201's normalisation. ImageNet16-120 has no other normalisation. For
+    your own images, mean and std come from `about` (see `find_weights`), or from `images`.
     """
     return datasets.augmentation(dataset, images, about, nas201=isinstance(cell, str))
 
@@ -184,7 +184,8 @@ def are_channels(values: object) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
 
 
-# Checks of the fields in the JSON file next to the weights. A file with an impossible value is refused.
+# Checks of the fields in the JSON file next to the weights. A file with an impossible value is
+# refused.
 POSSIBLE = {
     "init_channels": lambda value: is_whole(value, MOST.channels),
     "layers": lambda value: is_whole(value, MOST.cells),
@@ -245,10 +246,11 @@ def saved_recipe(about: dict, cell: object, path: str | Path) -> str | None:
 def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
     """Make a network on the CPU and load the weights at `path` into it.
 
-    The settings can be wrong, because they come from the command line or from the JSON file next to the
-    weights. So the network is first made without memory, and compared with the names and shapes in the
-    weights file. Otherwise a wrong number of channels could fill the memory, and a wrong number of
-    layers could build cells forever. Raises UserError if the weights belong to another network.
+    The settings can be wrong, because they come from the command line or from the JSON file next to
+    the weights. So the network is first made without memory, and compared with the names and shapes
+    in the weights file. Otherwise a wrong number of channels could fill the memory, and a wrong
+    number of layers could build cells forever. Raises UserError if the weights belong to another
+    network.
     """
     state = weights.read_state(path)
     found = len({name.split(".")[1] for name in state if name.startswith("cells.")})
@@ -268,9 +270,9 @@ def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
 def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
     """Return the network of a retraining, in evaluation mode on the CPU, and the transform that makes its inputs.
 
-    `run_dir` is the directory of a retraining, or a weights file. The transform takes a PIL image or
-    the path of an image file, and returns a tensor (3, H, W). `network(x)` takes a batch (B, 3, H, W) of
-    such tensors and returns (logits, None). Raises UserError.
+    `run_dir` is the directory of a retraining, or a weights file. The transform takes a PIL image
+    or the path of an image file, and returns a tensor (3, H, W). `network(x)` takes a batch (B, 3,
+    H, W) of such tensors and returns (logits, None). Raises UserError.
     """
     path, about = find_weights(run_dir)
     cell = genotype_files.from_json(about["genotype"], weights.info_path(path))
@@ -403,8 +405,8 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
 def run_test(job: TestJob) -> dict:
     """Test a network, print the results and return them. Raises UserError.
 
-    The results are a dictionary: "loss" is the mean cross-entropy, "top1" and "top5" are in percent,
-    and "parameters_M" and "mult_adds_M" are in millions.
+    The results are a dictionary: "loss" is the mean cross-entropy, "top1" and "top5" are in
+    percent, and "parameters_M" and "mult_adds_M" are in millions.
     """
     args = job.args
     device = devices.choose_device(args)
@@ -449,8 +451,8 @@ def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
     found = splits.describe(test=images)
     splits.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
 
-    # Your own images are normalised with the mean and std that were saved with the weights. If none were
-    # saved, the mean and std of the training images are used.
+    # Your own images are normalised with the mean and std that were saved with the weights. If none
+    # were saved, the mean and std of the training images are used.
     measured = datasets.DATASETS[args.dataset].normalisation is None and isinstance(images, splits.Images)
     statistics_of = images
     if measured and "mean" not in about:

@@ -30,8 +30,8 @@ from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 
-# The smallest budget that the flags accept: one parameter, one mult-add or one nanosecond. A much smaller
-# (denormal) budget could make the violation infinite.
+# The smallest budget that the flags accept: one parameter, one mult-add or one nanosecond. A much
+# smaller (denormal) budget could make the violation infinite.
 SMALLEST_BUDGET = 1e-6
 
 
@@ -208,8 +208,8 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
 def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
     """Open the run directory, call search(setup, run), and write the files of a finished search.
 
-    `prog` is the script or module of the command line. `inputs` holds everything that must be the same
-    when the run is resumed, such as its data. Raises UserError.
+    `prog` is the script or module of the command line. `inputs` holds everything that must be the
+    same when the run is resumed, such as its data. Raises UserError.
     """
     setup.costs.check()
     checked = None
@@ -226,7 +226,8 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
         if not baselines.are_there(run):
-            # All runs measure the final weights on the same images, so that their results can be compared.
+            # All runs measure the final weights on the same images, so that their results can be
+            # compared.
             setup.valid_loader.generator = baselines.generator(setup.args, seed_roles.FINAL_VALIDATION_IMAGES)
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):

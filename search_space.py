@@ -1,7 +1,7 @@
 """The description of a search space, and `SearchSetup`, which holds everything that a search works with.
 
-`train_search.S1` describes the DARTS space and `nas201.train_search.S2` describes NAS-Bench-201. To add
-a search space, write another subclass of `SearchSpace`.
+`train_search.S1` describes the DARTS space and `nas201.train_search.S2` describes NAS-Bench-201. To
+add a search space, write another subclass of `SearchSpace`.
 """
 
 import argparse

@@ -23,7 +23,7 @@ ARCHIVED = 100  # most individuals that the archive keeps from the generations' 
 class SearchState(TrainingState):
     """The state of a search: the shared weights, the population, and what has been measured.
 
-    - `alphas` (P, G, E, O) is the raw population. After a measurement, the best individual is first.
+    - `alphas` (P, G, E, O) is the raw population. Once it is measured, the best individual is first.
     - `fitness` (P,) is in percent, and NaN until it is measured.
     - `violation` (P,) says by how much individuals exceed the budgets; 0 means that they are met.
     - `latency` {cell: ms} holds the cells that have been timed.
@@ -157,9 +157,10 @@ def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
 def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> None:
     """Make the files of a resumed run agree with its checkpoint.
 
-    Populations of later generations are removed. If the checkpoint was saved after a generation, the
-    files of this generation are written again. If the checkpoint was saved within a generation, nothing
-    is written. The files of the last whole generation exist already, and the state is ahead of them.
+    Populations of later generations are removed. If the checkpoint was saved after a generation,
+    the files of this generation are written again. If the checkpoint was saved within a generation,
+    nothing is written. The files of the last whole generation exist already, and the state is ahead
+    of them.
     """
     if not run.writes:
         return

@@ -6,8 +6,8 @@ import argparse
 
 from support import devices, seeds
 
-# The largest values that flags accept. They are far above usual values, but such networks are still built
-# in seconds.
+# The largest values that flags accept. They are far above usual values, but such networks are still
+# built in seconds.
 MOST = argparse.Namespace(channels=4096, cells=200, individuals=10_000, epochs=10**6 - 1, workers=1024, pixels=4096)
 
 IMAGE_SIZE = (
@@ -54,8 +54,8 @@ def add_run_arguments(
 ) -> None:
     """Add the flags of a run: resume, seeds, device, speed, reports.
 
-    If the default of a flag depends on the recipe, the default is None here, and the flag's note names
-    the default of each recipe.
+    If the default of a flag depends on the recipe, the default is None here, and the flag's note
+    names the default of each recipe.
     """
     text = "continue the run in this directory; its saved arguments are the defaults"
     group.add_argument("--resume", metavar="RUN_DIR", help=text)

@@ -41,8 +41,8 @@ class Files:
     paths: list[Path]  # (N)
     labels: torch.Tensor  # int64 (N,), indices into `classes`
     classes: list[str]
-    # The name of a standard data set, or the SHA-256 of a folder's file names and file sizes. A subset of a
-    # split has the source of the split.
+    # The name of a standard data set, or the SHA-256 of a folder's file names and file sizes. A
+    # subset of a split has the source of the split.
     source: str = ""
     image_size: list[int] = field(default_factory=lambda: [224, 224])  # [height, width] that the network sees
 
@@ -130,8 +130,8 @@ def check_sides(image_size: list[int], step: int) -> None:
 def stratified_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a random permutation (N,) in which every prefix has the same share of each class.
 
-    For each prefix there is a share t: the prefix has a share t of the images of every class, to within
-    half an image. `labels` are int64 (N,).
+    For each prefix there is a share t: the prefix has a share t of the images of every class, to
+    within half an image. `labels` are int64 (N,).
     """
     permutation = torch.randperm(len(labels), generator=generator)
     shuffled = labels[permutation]

@@ -1,6 +1,7 @@
 """Retrain a cell from scratch, with the paper's recipe or NAS-Bench-201's, and test it after each epoch.
 
-The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, your own image folder or scikit-learn's digits.
+The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, your own image folder or
+scikit-learn's digits.
 
   python train.py --arch EvNASA --auxiliary --cutout --dir runs             the paper's first cell on CIFAR-10
   python train.py --dir runs/search-20260101-120000 --auxiliary --cutout    the cell of a search
@@ -49,7 +50,8 @@ from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
 from views import VIEWS
 
-# Both in epochs. The linear schedule falls slowly in its last 5 epochs, and warm-up takes the first 5.
+# Both in epochs. The linear schedule falls slowly in its last 5 epochs, and warm-up takes the first
+# 5.
 TAIL = WARMUP = 5
 LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch is larger
 
@@ -138,7 +140,8 @@ def add_cell_arguments(group: argparse._ArgumentGroup) -> None:
 def cell_to_retrain(args: argparse.Namespace) -> CellChoice:
     """Return the cell that the command line asks for. Raises UserError."""
     if args.resume:
-        # We read the run's own copy of the cell, because the search may have continued and found another one.
+        # We read the run's own copy of the cell, because the search may have continued and found
+        # another one.
         with resume_args.required_file():
             source = Path(args.resume) / "genotype.json"
             return CellChoice(genotype_files.load(source), source)
@@ -292,7 +295,8 @@ def retrain(
 ) -> None:
     """Train `network` for args.epochs epochs, and test it after each one.
 
-    `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and the weights.
+    `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and
+    the weights.
     """
     device = next(network.parameters()).device
     optimizer = make_optimizer(network.parameters(), args, nesterov=args.nesterov)
@@ -331,11 +335,13 @@ def parallel(network: nn.Module, recipe: str) -> DistributedDataParallel:
     trained = DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
-        # In an arch string, all edges out of a node can be `none`. The edges into that node get no gradient.
+        # In an arch string, all edges out of a node can be `none`. The edges into that node get no
+        # gradient.
         find_unused_parameters=recipe == "nas201",
     )
-    # Each process keeps its own running statistics, and their mean is taken at the end of an epoch. We set
-    # broadcast_buffers here, because torch 2.14 deprecates it as an argument of the constructor.
+    # Each process keeps its own running statistics, and their mean is taken at the end of an epoch.
+    # We set broadcast_buffers here, because torch 2.14 deprecates it as an argument of the
+    # constructor.
     trained.broadcast_buffers = False
     return trained
 
@@ -374,14 +380,15 @@ def train_epoch(
     first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
     def inputs_of(step: int) -> tuple[()]:
-        # Drop path draws from the device's global generator. We seed this generator anew for each step and
-        # process, so that a resumed run draws the same numbers.
+        # Drop path draws from the device's global generator. We seed this generator anew for each
+        # step and process, so that a resumed run draws the same numbers.
         number = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((first_seed + number) % 2**63)
         return ()
 
     def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # The last batch can be smaller than the others. It is not worth the time to compile graphs for it.
+        # The last batch can be smaller than the others. It is not worth the time to compile graphs
+        # for it.
         return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
     state.trained.train()

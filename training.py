@@ -1,7 +1,8 @@
 """Train a network for a step or an epoch, hold the state that checkpoints save, and evaluate a network.
 
-Searches and retrainings use the same functions for a step and for an epoch. `make_optimizer` is the only
-function that names an optimiser. You can replace the optimiser there, and checkpoints adapt to it.
+Searches and retrainings use the same functions for a step and for an epoch. `make_optimizer` is the
+only function that names an optimiser. You can replace the optimiser there, and checkpoints adapt to
+it.
 """
 
 import argparse
@@ -31,9 +32,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimiser of searches and retrainings.
 
-    The optimiser is SGD with one parameter group, so weight decay acts on every parameter. `args` has
-    learning_rate, momentum and weight_decay. If the momentum is 0, `nesterov` is ignored, because
-    PyTorch refuses Nesterov momentum of 0.
+    The optimiser is SGD with one parameter group, so weight decay acts on every parameter. `args`
+    has learning_rate, momentum and weight_decay. If the momentum is 0, `nesterov` is ignored,
+    because PyTorch refuses Nesterov momentum of 0.
     """
     parameters = list(parameters)
     return torch.optim.SGD(
@@ -74,8 +75,9 @@ class TrainingSettings:
 class Progress:
     """Progress within an epoch. Each process has its own row in `sums` and `buffers`.
 
-    While an epoch runs, `add` adds to `own_sums`, the row of this process. `gather` collects the rows of
-    all processes in `sums` and `buffers`, and a checkpoint within an epoch holds these rows.
+    While an epoch runs, `add` adds to `own_sums`, the row of this process. `gather` collects the
+    rows of all processes in `sums` and `buffers`, and a checkpoint within an epoch holds these
+    rows.
     """
 
     steps: int = 0  # batches that have been trained on
@@ -96,8 +98,8 @@ class Progress:
     def check(self, steps: int, network: nn.Module) -> None:
         """Raise ValueError unless this progress is possible in an epoch of `steps` steps with `network`.
 
-        A field of the wrong type can also raise an error of Python or torch: AttributeError, TypeError
-        or RuntimeError.
+        A field of the wrong type can also raise an error of Python or torch: AttributeError,
+        TypeError or RuntimeError.
         """
         processes = len(self.sums)
         elements = sum(buffer.numel() for buffer in running_statistics(network))
@@ -202,16 +204,16 @@ class TrainingState:
         """Return the content of a checkpoint within an epoch.
 
         A resumed run continues training after the last step of `progress`. A measurement that was
-        interrupted starts again. The generators have their states from the start of the epoch, because
-        a resumed epoch draws its random numbers again.
+        interrupted starts again. The generators have their states from the start of the epoch,
+        because a resumed epoch draws its random numbers again.
         """
         return self.state_dict() | {"generators": self.generators_before, "partial": self.progress.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Load what `state_dict` returned.
 
-        The optimiser keeps its current settings, which come from the command line. If `state` is not a
-        state of this network and optimiser, raises ValueError, or an error of dict or torch.
+        The optimiser keeps its current settings, which come from the command line. If `state` is
+        not a state of this network and optimiser, raises ValueError, or an error of dict or torch.
         """
         self.network.load_state_dict(state["network"])
         check_optimizer_state(self.optimizer, state["optimizer"]["state"])
@@ -229,9 +231,9 @@ class TrainingState:
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict]) -> None:
     """Check that a saved state fits the optimiser, by comparing it with the state of a fresh optimiser.
 
-    `state` is {number of a parameter: {name: value}}. A parameter without a state is allowed: it has
-    not had a gradient yet. Raises ValueError for a state that this optimiser cannot have, and KeyError
-    for a parameter that does not exist.
+    `state` is {number of a parameter: {name: value}}. A parameter without a state is allowed: it
+    has not had a gradient yet. Raises ValueError for a state that this optimiser cannot have, and
+    KeyError for a parameter that does not exist.
     """
     expected = fresh_optimizer_state(optimizer)
     for i, values in state.items():
@@ -276,9 +278,9 @@ def train_step(
 ) -> torch.Tensor:
     """Train on one batch of images x (B, 3, H, W) and classes y (B,).
 
-    Returns a tensor (3,) with the mean loss, the number of correct answers, and B. The tensor stays on
-    the device, so that the step does not wait for the device. loss_of(x, y, *inputs) returns (loss,
-    logits), with `amp` in bfloat16 autocast. `grad_clip` is the largest gradient norm.
+    Returns a tensor (3,) with the mean loss, the number of correct answers, and B. The tensor stays
+    on the device, so that the step does not wait for the device. loss_of(x, y, *inputs) returns
+    (loss, logits), with `amp` in bfloat16 autocast. `grad_clip` is the largest gradient norm.
     """
     optimizer.zero_grad(set_to_none=True)
     with devices.autocast(x.device, amp):
@@ -309,9 +311,10 @@ def train_one_epoch(
     Returns "train_loss", the mean loss of the epoch, and "train_top1", its accuracy in percent.
     `state.progress` is up to date at the end, and when Interrupted is raised after a signal.
 
-    If a loss is not finite, raises UserError in every process. The error names `where` and the step.
-    Losses are read from the device only when a report is due, so the error can come up to report_freq
-    steps late. Also raises UserError if weights or running statistics are not finite at the end.
+    If a loss is not finite, raises UserError in every process. The error names `where` and the
+    step. Losses are read from the device only when a report is due, so the error can come up to
+    report_freq steps late. Also raises UserError if weights or running statistics are not finite at
+    the end.
     """
     settings = state.settings
     progress = state.progress
@@ -346,15 +349,15 @@ def train_one_epoch(
         if stop:
             break
     progress.gather(buffers)
-    # The loss of the last step was computed before that step changed the weights. So a finite loss does
-    # not show that the final weights are finite.
+    # The loss of the last step was computed before that step changed the weights. So a finite loss
+    # does not show that the final weights are finite.
     broken = torch.tensor(float(not is_finite(state.network)), device=device)
     if distributed.sum_over_ranks(broken).item():
         raise UserError(f"{where}, step {progress.steps}: the weights are no longer finite; {CHECKPOINT_IS_KEPT}")
     if stop:
         raise signals.Interrupted(f"{where}, step {progress.steps}/{len(loader)}")
-    # The running statistics of each process come from its own share of the batches. From here on, all
-    # processes use the mean of these statistics.
+    # The running statistics of each process come from its own share of the batches. From here on,
+    # all processes use the mean of these statistics.
     distributed.fill(buffers, progress.buffers.mean(0))
     return progress.means()
 
@@ -362,8 +365,8 @@ def train_one_epoch(
 def check_losses(results: Sequence[Sequence[float]], steps_before: int, where: str) -> None:
     """Raise UserError if a loss among the `results` of the latest steps is not finite.
 
-    If a loss is not finite in one process, the sum over all processes is not finite. So all processes
-    stop at the same step.
+    If a loss is not finite in one process, the sum over all processes is not finite. So all
+    processes stop at the same step.
     """
     losses = torch.tensor([loss for loss, _, _ in results], dtype=torch.float64)
     for step, loss in enumerate(distributed.sum_over_ranks(losses).tolist(), start=steps_before + 1):
@@ -397,9 +400,9 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluate a network of model.py or nas201/model.py on all images of `loader`.
 
-    Returns "loss", the mean loss, and the accuracies "top1" and "top5" in percent. With fewer than five
-    classes, "top5" is always 100. `args` has amp and report_freq. Raises Interrupted between two
-    batches after a signal, and UserError, in every process, if the loss is not finite.
+    Returns "loss", the mean loss, and the accuracies "top1" and "top5" in percent. With fewer than
+    five classes, "top5" is always 100. `args` has amp and report_freq. Raises Interrupted between
+    two batches after a signal, and UserError, in every process, if the loss is not finite.
     """
     network.eval()
     device = next(network.parameters()).device

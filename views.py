@@ -22,7 +22,8 @@ COLOURS = {
 def decode(alphas: "torch.Tensor") -> "torch.Tensor":
     """Return `encoding.decode(alphas)`.
 
-    `encoding` imports torch, which takes seconds. So `encoding` is imported only when a report needs it.
+    `encoding` imports torch, which takes seconds. So `encoding` is imported only when a report
+    needs it.
     """
     import encoding
 
