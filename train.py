@@ -50,8 +50,7 @@ from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
 from views import VIEWS
 
-# Both in epochs. The linear schedule falls slowly in its last 5 epochs, and warm-up takes the first
-# 5.
+# Numbers of epochs: the linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
 LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch is larger
 

@@ -147,7 +147,7 @@ def make_parser() -> argparse.ArgumentParser:
     text = "channels of the retrained network's first cells; costs and budgets are those of the retrained network"
     channels = number(int, 2, MOST.channels)
     group.add_argument("--target_channels", type=channels, default=CIFAR.init_channels, metavar="C", help=text)
-    text = "cells of the retrained network; costs and budgets are those of the retrained network"
+    text = "cells of the retrained network"
     group.add_argument("--target_layers", type=number(int, 1, MOST.cells), default=CIFAR.layers, metavar="N", help=text)
     text = "share of the training images used for training; the rest validates"
     group.add_argument("--train_portion", type=number(float, above=0, high=1), default=0.5, metavar="SHARE", help=text)
