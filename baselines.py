@@ -1,7 +1,7 @@
-"""What the result of a search is worth, measured with the final weights.
+"""Judge the result of a search with the final shared weights.
 
-The winner is compared with random architectures, and the front of fitness and costs is found.
-`conclude` writes pareto.json and baselines.json into the run directory.
+`conclude` compares the winner with random architectures, and finds the Pareto front of fitness and
+costs. It writes pareto.json and baselines.json into the run directory.
 """
 
 import argparse
@@ -26,24 +26,27 @@ from support.provenance import shell_command
 from support.runs import Run
 from training import TrainingState
 
-FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
-SEED = 2021  # for the random architectures, and for order and augmentation of the images: the same in every run
+FILES = ("pareto.json", "baselines.json")  # in the order in which `conclude` writes them
+# Seed of the random architectures, and of the order and augmentation of the validation images. It
+# is the same in every run, so that the results of runs can be compared.
+SEED = 2021
 
 
 def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
-    """Return the generator of one role. Unlike other generators it ignores --seed."""
+    """Return the random number generator of one role. Unlike other generators, it ignores --seed."""
     return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
 
 def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: Run) -> None:
-    """Measure the candidates again with the final weights, and write what they are worth.
+    """Measure the candidates again with the final weights, and write the results.
 
-    It goes into individuals.csv, pareto.json and baselines.json, and into one sentence of the log.
-    The candidates
-    are the last population, the fronts of all generations and --baselines random architectures.
-    `measure(alphas)` gets all of them in one call, so that they see the same images, and returns
-    their fitness (N,). `state` is a search_state.SearchState.
-    Raises Interrupted.
+    The candidates are the last population, the archived fronts of the generations, and --baselines
+    random architectures. The results go into individuals.csv, pareto.json, baselines.json and one
+    sentence of the log.
+
+    `measure(alphas)` returns the fitness (N,) of individuals. All candidates are measured in one
+    call, so that all of them see the same images. `state` is a search_state.SearchState.
+    Raises Interrupted after a signal.
     """
     start = time.perf_counter()
     args = setup.args
@@ -78,10 +81,10 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
 
 
 def distinct_cells(space: SearchSpace, state: TrainingState) -> tuple[torch.Tensor, int]:
-    """Return each cell of the last population and of all fronts once.
+    """Return the distinct cells of the last population and of the archived fronts.
 
-    Also returns how many of them are in the last population. The individuals are raw (N, G, E, O):
-    first the last population, winner first, then the fronts, newest first.
+    Returns raw individuals (N, G, E, O), and how many of them are from the last population. The
+    last population comes first, beginning with the winner. The fronts follow, newest first.
     """
     archived = [alphas.unsqueeze(0) for alphas in reversed(state.archive.values())]
     searched = torch.cat([state.alphas, *archived])
@@ -118,7 +121,7 @@ def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tup
     """Compare the winner with random architectures.
 
     Returns the fields for baselines.json and the sentence for the log. `winner` holds the winner's
-    fitness and costs. `feasible` says whether it meets the budgets.
+    fitness and costs. `feasible` says whether the winner meets the budgets.
     """
     fields = {"winner": winner, "feasible": feasible, "random_fitness": random_fitness, "random_seed": SEED}
     size = f"{winner['parameters_M']:.2f} M parameters, {winner['mult_adds_M']:.1f} M mult-adds"
@@ -136,7 +139,7 @@ def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tup
 def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
     """Return the shell command that retrains the winner of the search in `path`.
 
-    `flags` are those that the search space adds.
+    `flags` are further flags, from the search space: see `SearchSpace.retraining_flags`.
     """
     words = ["--dir", path, "--dataset", args.dataset, "--data", args.data]
     if args.image_size:
@@ -153,7 +156,7 @@ def is_complete(path: Path) -> bool:
 
 
 def are_there(run: Run) -> bool:
-    """Return, in every process, whether `conclude` has been done for this run."""
+    """Return whether the files that `conclude` writes exist for this run. All processes get the same answer."""
     there = run.writes and is_complete(run.path)
     return bool(distributed.sum_over_ranks(torch.tensor(float(there))).item())
 
@@ -168,8 +171,8 @@ def front_of(
 ) -> dict:
     """Return the content of pareto.json for individuals (N, G, E, O).
 
-    It holds all of them, and their front, fittest first. `first_row` is the row of the first one in
-    individuals.csv; the others follow.
+    The content lists all individuals, and then their Pareto front with the fittest first. `first_row` is the
+    row of the first one in individuals.csv; the others follow.
     """
     amounts = costs.amounts(alphas, latency)  # (N, costs)
     names = ["fitness", *costs.names]
@@ -186,9 +189,9 @@ def front_of(
 
 
 def pick(run_dir: str | Path, number: int) -> tuple:
-    """Return the cell that is `number`, from 1, in the front of a search, and its source.
+    """Return cell `number`, counted from 1, of a search's front, and a text that says where it is from.
 
-    Raises UserError.
+    Raises UserError if the front cannot be read or has fewer cells.
     """
     path = f"{run_dir}/pareto.json"
     content = read_json(path)

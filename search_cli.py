@@ -1,6 +1,6 @@
-"""What the searches of both spaces share.
+"""Code that the searches of both search spaces share.
 
-These are the flags, the loaders, the set-up of a run, and what a finished search writes.
+It contains the flags, the loaders, the set-up of a run, and the last steps of a finished search.
 """
 
 from support.cli import Parser, file_name, number
@@ -31,16 +31,18 @@ from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 
-SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal numbers would make infinite violations
+# The smallest budget that the flags accept: one parameter, one mult-add or one nanosecond. A much
+# smaller (denormal) budget could make the violation infinite.
+SMALLEST_BUDGET = 1e-6
 
 
 # ---- flags
 
 
 def search_parser(prog: str, description: str, **defaults: object) -> Parser:
-    """Make a parser with the flags that both spaces have, in groups. The defaults are the paper's.
+    """Make a parser with the flags that both search spaces have, in groups. The defaults are the paper's.
 
-    `defaults` replaces those that differ in a space.
+    `defaults` has the defaults that are different in one search space.
     """
     parser = Parser(prog=prog, description=description)
     add_data_flags(parser.add_argument_group("data"), prog)
@@ -57,28 +59,28 @@ def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
     shared_flags.add_training_image_arguments(group)
     text = "measure fitness on this many validation images, drawn from each class in proportion (default: all)"
     group.add_argument("--valid_samples", type=number(int, 1), metavar="N", help=text)
-    text = "transform of validation images: with the random augmentation of training, or without"
+    text = "transform of the validation images: train augments them at random as in training, test does not"
     group.add_argument("--valid_transform", choices=["train", "test"], default="train", help=text)
 
 
 def add_evolution_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the genetic algorithm, of fitness and of the comparison at the end."""
     shared_flags.add_genetic_algorithm(group)
-    text = "variant of the paper's ablation: evnas is the method itself, see docs/method.md"
+    text = "variant of the paper's ablation study; evnas is the full method (see docs/method.md)"
     group.add_argument("--variant", choices=VARIANTS, default="evnas", help=text)
     for cost in COSTS:
         group.add_argument(f"--{cost.flag}", type=number(float, SMALLEST_BUDGET), metavar="BUDGET", help=cost.help)
-    text = "random architectures to compare the winner with, on the final weights; 0 for none"
+    text = "number of random architectures that the winner is compared with, on the final weights; 0 for none"
     group.add_argument("--baselines", type=number(int, 0, MOST.individuals), default=50, metavar="N", help=text)
-    text = "BatchNorm statistics in fitness: those of the validation batch, or the running ones of training"
+    text = "BatchNorm statistics while fitness is measured: of the validation batch, or the running ones of training"
     group.add_argument("--bn", choices=["batch", "running"], default="batch", help=text)
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the training of the shared weights."""
-    text = "images in a training batch, over all processes"
+    text = "images in a training batch, for all processes together"
     group.add_argument("--batch_size", type=number(int, 1), default=64, metavar="N", help=text)
-    text = "images in a validation batch; fewer need less memory, and change fitness with --bn batch"
+    text = "images in a validation batch; smaller batches need less memory, but change fitness with --bn batch"
     group.add_argument("--valid_batch_size", type=number(int, 1), default=1024, metavar="N", help=text)
     text = "learning rate of the first generation"
     group.add_argument("--learning_rate", type=number(float, 0), default=0.025, metavar="LR", help=text)
@@ -98,12 +100,12 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     text = "name of the run directory (default: search-TIME)"
     group.add_argument("--run_name", type=file_name, metavar="NAME", help=text)
     shared_flags.add_run_arguments(group, seed=18, report_freq=50)
-    text = "compute with the readable reference network; slower, same results up to rounding"
+    text = "compute with the readable reference network: slower, with the same results up to rounding"
     group.add_argument("--plain", action="store_true", help=text)
 
 
 def check_search(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together."""
+    """Raise UserError for flags that contradict each other."""
     shared_flags.check_genetic_algorithm(args)
     if args.plain and (args.compile or args.checkpoint):
         raise UserError("--plain computes with the reference network: leave --compile and --checkpoint out")
@@ -152,15 +154,15 @@ def search_loaders(
         generator=seeds.generator(args, seed_roles.VALIDATION_IMAGES),
         cutout=cutout,
         augment=args.valid_transform == "train",
-        shared=False,  # processes share the individuals, so each of them needs every validation image
+        shared=False,  # processes divide the individuals, so each process needs every validation image
     )
     return train_loader, valid_loader
 
 
 def check_training_step(setup: SearchSetup) -> str:
-    """Check the kernels of a training step; return a line for the log.
+    """Check the kernels of a training step, and return a line for the log.
 
-    support/self_check.py says how. Raises UserError if a kernel is wrong.
+    support/self_check.py explains the check. Raises UserError if a kernel is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     alphas = setup.space.encoding.random_alphas(1, generator=generator)[0]  # (G, E, O)
@@ -176,7 +178,7 @@ def check_training_step(setup: SearchSetup) -> str:
 
 
 def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
-    """Return whether --resume names a search that has come to its end; say it.
+    """Return whether --resume names a finished search, and print a line if it does.
 
     Raises UserError for a run that cannot be read.
     """
@@ -194,14 +196,14 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
 
 
 def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
-    """Open the run directory, call search(setup, run), and write what a finished search has.
+    """Open the run directory, call search(setup, run), and write the files of a finished search.
 
-    `prog` is the script or module of the command line. `inputs` holds what must be the same when
-    the run is resumed, such as its data. Raises UserError.
+    `prog` is the script or module of the command line. `inputs` holds everything that must be the
+    same when the run is resumed, such as its data. Raises UserError.
     """
     setup.costs.check()
     checked = None
-    if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
+    if self_check.is_needed(setup.args, setup.device):  # before the run directory is made
         checked = check_training_step(setup)
     with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
         run.log(f"{devices.device_text(setup.device)}; run directory {run.path}")
@@ -214,7 +216,8 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
         if not baselines.are_there(run):
-            # The same images for every run, so that results can be compared.
+            # All runs measure the final weights on the same images, so that their results can be
+            # compared.
             setup.valid_loader.generator = baselines.generator(setup.args, seed_roles.FINAL_VALIDATION_IMAGES)
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
