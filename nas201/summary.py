@@ -1,7 +1,8 @@
 """Summarise three finished searches. This is the last step of searchNAS201.sh.
 
 This script reads OUTPUT_DIR/search-DATASET-seed18, -seed19 and -seed20, prints a table, and writes
-the same figures to OUTPUT_DIR/summary.json.
+the same figures to OUTPUT_DIR/summary.json. OUTPUT_DIR/summary.csv has a row for each run, as
+`summary.py` writes it.
 """
 
 from support.cli import Parser, command
@@ -17,6 +18,7 @@ from nas201.published import PUBLISHED, PUBLISHED_SECONDS
 from nas201.sources import COLUMNS, DATASETS, METRICS
 from reporting.charts import column, finite_values
 from run_settings import SETTINGS
+from summary import row_of, save_csv
 from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
@@ -219,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     summary = summarise(args.output_dir, args.dataset)
     write_json(Path(args.output_dir) / "summary.json", summary)
+    save_csv([row_of(run["run"]) for run in summary["runs"]], Path(args.output_dir) / "summary.csv")
     print_summary(summary)
 
 

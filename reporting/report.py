@@ -129,6 +129,11 @@ def render(run: ReportedRun, parts: list[str]) -> str:
     title = run.view.title if run.is_search else "EvNAS retraining"
     words = [run.arguments.get("dataset"), run.about.get("started"), os.path.basename(os.path.abspath(run.path))]
     about = escape(" · ".join(str(word) for word in words if word))
+    return page_of(title, about, parts)
+
+
+def page_of(title: str, about: str, parts: Sequence[str]) -> str:
+    """Return an HTML page with these sections. `about` is the HTML of the line below the title."""
     page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))
     return "\n".join(escaped(line) for line in page.split("\n"))
 

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize", "predict", "export"}
+SCRIPTS = {
+    "train_search",
+    "train",
+    "test_cifar",
+    "test_cifar100",
+    "test_imagenet",
+    "visualize",
+    "predict",
+    "export",
+    "summary",
+}
 SHARED = {"retrained", "views"}  # of scripts: they know both spaces
 METHOD = {
     "model_search",
