@@ -235,6 +235,9 @@ def chart(rows: Sequence[Row], title: str, most_parameters: float, published: fl
 
     colours = {"architecture": "blue", "generation": "orange", "random": "grey"}
     taus = [row.tau for row in rows]
+    # Bands end here: a standard deviation above the mean can exceed the best accuracy, even 100 %.
+    highest = max(values.max() for row in rows for values in row[1:])
+    lowest = min(values.mean() for row in rows for values in row[1:]) - 3
     with cells.default_settings(charts.STYLE):
         figure = Figure(figsize=(1.4 * charts.WIDTH, 3.8), layout="constrained")
         axes = figure.subplots()
@@ -245,7 +248,8 @@ def chart(rows: Sequence[Row], title: str, most_parameters: float, published: fl
             deviation = values.std(axis=1, ddof=1)
             colour = cells.PALETTE[colours[name]]
             axes.plot(taus, mean, "o-", color=colour, label=head)
-            axes.fill_between(taus, mean - deviation, mean + deviation, color=colour, alpha=0.15, lw=0)
+            low, high = np.clip([mean - deviation, mean + deviation], lowest, highest)
+            axes.fill_between(taus, low, high, color=colour, alpha=0.15, lw=0)
         levels = {"most parameters": (most_parameters, "green"), "EvNAS, published": (published, "red")}
         for label, (value, colour) in levels.items():
             axes.axhline(value, ls="--", color=cells.PALETTE[colour], label=f"{label} {value:.2f}")
