@@ -31,6 +31,7 @@ import genotype_files
 import image_folder
 import loaders
 import memory
+import remembered
 import retrained
 import seed_roles
 import shared_flags
@@ -129,7 +130,7 @@ def add_cell_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--genotype", metavar="FILE", help=retrained.GENOTYPE)
     text = (
         "directory of a search: retrain the cell of this search, even if --arch is given too, and put the new run "
-        "into this directory (default for the new run: the current directory)"
+        "into this directory; its images are the default (default for the new run: the current directory)"
     )
     group.add_argument("--dir", metavar="RUN_DIR", help=text)
     text = "retrain the N-th cell of the Pareto front in RUN_DIR/pareto.json, fittest first, instead of the winner"
@@ -428,7 +429,8 @@ def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> di
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = resume_args.parse(make_parser(), argv, SETTINGS)
+    parser = make_parser()
+    args = resume_args.parse(parser, remembered.with_flags_of_run(parser, argv), SETTINGS)
     cell, source = cell_to_retrain(args)
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
