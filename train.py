@@ -112,6 +112,11 @@ def make_parser() -> Parser:
     group.add_argument("--label_smooth", type=number(float, 0, 1), metavar="EPS", help=text)
 
     group = parser.add_argument_group("run")
+    text = (
+        "begin with these weights, such as weights/weights.pt of another retraining of the same cell and size; "
+        "a classifier of other classes starts anew"
+    )
+    group.add_argument("--init_weights", metavar="FILE", help=text)
     text = "name of this retraining: its run directory is eval-NAME-TIME"
     group.add_argument("--save", type=file_name, default="EXP", metavar="NAME", help=text)
     group.add_argument("--note", action=Published, instead="--save {}")
@@ -451,6 +456,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory.check_training(estimate_memory(settings, args), args, (train_loader, test_loader), device)
     torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = retrained.make_network(settings)
+    if args.init_weights and not args.resume:
+        shared_flags.begin_with_weights(network, args.init_weights)
     network = network.to(device, memory_format=devices.memory_format(device))
 
     about = describe_weights(args, cell, splits)
