@@ -58,8 +58,8 @@ def test_search_begins_with_weights_and_population_of_another(tmp_path, first):
 
 def test_search_from_another_resumes_without_it(tmp_path, first):
     source = shutil.copytree(first, tmp_path / "source")
-    expected = search(tmp_path / "a", epochs=2, baselines=0, init_from=source)
-    run = search(tmp_path / "b", epochs=2, baselines=0, init_from=source)
+    expected = search(tmp_path, epochs=2, baselines=0, init_from=source)
+    run = shutil.copytree(expected, tmp_path / "copy")
     (run / "checkpoint.prev.pt").rename(run / "checkpoint.pt")  # after generation 1
     shutil.rmtree(source)
     train_search.main(["--resume", str(run)])
