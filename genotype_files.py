@@ -52,6 +52,8 @@ def files_in(run_dir: str | Path) -> list[Path]:
 def file_in(run_dir: str | Path) -> Path:
     """Return the genotype file of a run, preferably the JSON file. Raises UserError if there is none."""
     paths = files_in(run_dir)
+    if not Path(run_dir).is_dir():
+        raise UserError(f"{run_dir}: there is no such run directory")
     if not paths:
         raise UserError(
             f"{run_dir} has neither {' nor '.join(FILES)}: it is not a run directory, "

@@ -23,6 +23,14 @@ def path_of(run_dir: str | os.PathLike, generation: int) -> Path:
     return Path(run_dir) / "population" / f"{generation:03d}.npz"
 
 
+def last_file(run_dir: str | os.PathLike) -> Path:
+    """Return the file of a search's last generation. Raises UserError if there is none."""
+    paths = [path for path in Path(run_dir, "population").glob("*.npz") if path.stem.isdecimal()]
+    if not paths:
+        raise UserError(f"{run_dir}: holds no population of a search. Give the run directory of a search")
+    return max(paths, key=lambda path: int(path.stem))
+
+
 def save(run_dir: str | os.PathLike, generation: int, population: Population) -> None:
     """Write the file of a generation. Raises UserError."""
     path = path_of(run_dir, generation)

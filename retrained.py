@@ -23,6 +23,7 @@ import genotypes
 import image_folder
 import loaders
 import nas201.model
+import remembered
 import shared_flags
 import splits
 import utils
@@ -217,6 +218,7 @@ def find_weights(run_dir: str | Path) -> SavedWeights:
     Raises UserError if there are no weights, or if no JSON file describes them.
     """
     path = Path(run_dir)
+    remembered.check_retraining(path)
     if path.is_dir():
         path = Path(weights.locate(path / "weights.pt"))
     if not path.is_file():
@@ -316,7 +318,8 @@ def test(
     defaults for weights without a JSON file. Prints the results and returns them: see `run_test`.
     Raises UserError.
     """
-    args = make_test_parser(prog, description, recipe, batch_size).parse_args(argv)
+    parser = make_test_parser(prog, description, recipe, batch_size)
+    args = parser.parse_args(remembered.with_flags_of_run(parser, argv))
     return run_test(resolve_test(args, recipe))
 
 
@@ -324,7 +327,7 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
     """Return the parser of a test script; the arguments are those of `test`."""
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("cell and weights")
-    text = "directory of a retraining; its cell, network size and last weights are the defaults"
+    text = "directory of a retraining; its cell, network size, last weights and images are the defaults"
     group.add_argument("--dir", metavar="RUN_DIR", help=text)
     text = "weights file to test, such as a published one, or weights/best_weights.pt in RUN_DIR"
     group.add_argument("--model_path", metavar="FILE", help=text)
@@ -374,6 +377,8 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
     """
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are given: add --model_path FILE or --dir RUN_DIR")
+    if args.model_path is None:
+        remembered.check_retraining(args.dir)
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
     about = read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:

@@ -5,11 +5,11 @@ This module does not import torch.
 
 from support.settings import RunSettings
 
-PATH_ARGUMENTS = frozenset({"data", "api_path", "split_file"})
+INPUTS = frozenset({"data", "api_path", "split_file"})  # paths of what a run reads; the files may be moved
 
 SETTINGS = RunSettings(
-    path_arguments=PATH_ARGUMENTS,
-    free_arguments=PATH_ARGUMENTS
+    path_arguments=INPUTS | {"init_from", "init_weights"},
+    free_arguments=INPUTS
     | {
         "checkpoint",
         "compile",

@@ -9,6 +9,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ import baselines
 import datasets
 import individuals
 import loaders
+import populations
 import seed_roles
 import shared_flags
 from augment import Augmentation
@@ -97,6 +99,8 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of a run directory, seeds, device and speed."""
     group.add_argument("--dir", default=".", help="folder in which the run directory is made")
+    text = "begin with the weights and the last population of this search, for instance to search on with other flags"
+    group.add_argument("--init_from", metavar="RUN_DIR", help=text)
     text = "name of the run directory (default: search-TIME)"
     group.add_argument("--run_name", type=file_name, metavar="NAME", help=text)
     shared_flags.add_run_arguments(group, seed=18, report_freq=50)
@@ -195,6 +199,25 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
     return finished
 
 
+def begin_from(setup: SearchSetup, run_dir: str) -> None:
+    """Give a new search the weights and the last population of the search in `run_dir`.
+
+    Raises UserError if they do not fit this search.
+    """
+    last = populations.last_file(run_dir)
+    shape = (setup.args.pop_size, *setup.space.encoding.random_alphas(1).shape[1:])
+    alphas = torch.from_numpy(populations.load(last).alphas)
+    if alphas.shape != shape:
+        raise UserError(
+            f"{last}: the population is {tuple(alphas.shape)}, but this search needs {shape}. Use the space and the "
+            "--pop_size of that search"
+        )
+    if not ((alphas >= 0) & (alphas < 1)).all():
+        raise UserError(f"{last}: not a saved population, because values are outside [0, 1)")
+    shared_flags.begin_with_weights(setup.network, Path(run_dir) / "weights" / "weights.pt")
+    setup.first_population = alphas
+
+
 def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
     """Open the run directory, call search(setup, run), and write the files of a finished search.
 
@@ -202,6 +225,8 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
     same when the run is resumed, such as its data. Raises UserError.
     """
     setup.costs.check()
+    if setup.args.init_from and not setup.args.resume:
+        begin_from(setup, setup.args.init_from)
     checked = None
     if self_check.is_needed(setup.args, setup.device):  # before the run directory is made
         checked = check_training_step(setup)

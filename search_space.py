@@ -92,6 +92,7 @@ class SearchSetup:
     network: nn.Module  # the supernet
     train_loader: Any
     valid_loader: Any
+    first_population: torch.Tensor | None = None  # (P, G, E, O) raw; random if there is none
     costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:

@@ -45,6 +45,8 @@ class SearchState(TrainingState):
             valid=setup.valid_loader.generator,
         )
         self.alphas = setup.space.encoding.random_alphas(args.pop_size, generator=self.breeding)
+        if setup.first_population is not None:
+            self.alphas = setup.first_population
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
         self.violation = torch.zeros(args.pop_size, dtype=torch.float64)
         self.latency: dict[str, float] = {}

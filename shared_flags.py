@@ -3,8 +3,11 @@
 from support.cli import Published, number
 
 import argparse
+import os
 
-from support import devices, seeds
+from torch import nn
+
+from support import devices, distributed, seeds, weights
 from support.files import UserError
 
 # The largest values that flags accept. They are far above usual values, but such networks are still
@@ -64,6 +67,18 @@ def check_genetic_algorithm(args: argparse.Namespace) -> None:
     for name in ("tsize", "num_elites"):
         if getattr(args, name) > args.pop_size:
             raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
+
+
+def begin_with_weights(network: nn.Module, path: str | os.PathLike) -> None:
+    """Load the weights that a new run begins with, and say where they are from.
+
+    A classifier of other classes, and an auxiliary head that the file does not have, keep the
+    network's fresh values. Raises UserError if other weights do not fit.
+    """
+    kept = weights.load_as_beginning(network, path, fresh=("classifier.", "auxiliary_head."))
+    parts = dict.fromkeys(name.split(".")[0] for name in kept)
+    note = f"; fresh because they do not fit: {', '.join(parts)}" if parts else ""
+    distributed.say(f"begins with the weights {path}{note}")
 
 
 def add_run_arguments(

@@ -31,6 +31,7 @@ import genotype_files
 import image_folder
 import loaders
 import memory
+import remembered
 import retrained
 import seed_roles
 import shared_flags
@@ -111,6 +112,11 @@ def make_parser() -> Parser:
     group.add_argument("--label_smooth", type=number(float, 0, 1), metavar="EPS", help=text)
 
     group = parser.add_argument_group("run")
+    text = (
+        "begin with these weights, such as weights/weights.pt of another retraining of the same cell and size; "
+        "a classifier of other classes starts anew"
+    )
+    group.add_argument("--init_weights", metavar="FILE", help=text)
     text = "name of this retraining: its run directory is eval-NAME-TIME"
     group.add_argument("--save", type=file_name, default="EXP", metavar="NAME", help=text)
     group.add_argument("--note", action=Published, instead="--save {}")
@@ -129,7 +135,7 @@ def add_cell_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--genotype", metavar="FILE", help=retrained.GENOTYPE)
     text = (
         "directory of a search: retrain the cell of this search, even if --arch is given too, and put the new run "
-        "into this directory (default for the new run: the current directory)"
+        "into this directory; its images are the default (default for the new run: the current directory)"
     )
     group.add_argument("--dir", metavar="RUN_DIR", help=text)
     text = "retrain the N-th cell of the Pareto front in RUN_DIR/pareto.json, fittest first, instead of the winner"
@@ -428,7 +434,8 @@ def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> di
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = resume_args.parse(make_parser(), argv, SETTINGS)
+    parser = make_parser()
+    args = resume_args.parse(parser, remembered.with_flags_of_run(parser, argv), SETTINGS)
     cell, source = cell_to_retrain(args)
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
@@ -449,6 +456,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory.check_training(estimate_memory(settings, args), args, (train_loader, test_loader), device)
     torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = retrained.make_network(settings)
+    if args.init_weights and not args.resume:
+        shared_flags.begin_with_weights(network, args.init_weights)
     network = network.to(device, memory_format=devices.memory_format(device))
 
     about = describe_weights(args, cell, splits)

@@ -88,6 +88,24 @@ def load_weights(model: nn.Module, path: AnyPath) -> None:
     load_state(model, read_state(path), path)
 
 
+def load_as_beginning(model: nn.Module, path: AnyPath, fresh: tuple[str, ...]) -> list[str]:
+    """Load a weights file into `model`, except for entries that do not fit and may start anew.
+
+    Those are entries whose names start with one of `fresh`, and which the file lacks or has in
+    another shape. They keep the model's values, and their names are returned. Raises UserError if
+    another entry does not fit.
+    """
+    state = read_state(path)
+    expected = model.state_dict()
+    kept = [
+        name
+        for name, value in expected.items()
+        if name.startswith(fresh) and (name not in state or state[name].shape != value.shape)
+    ]
+    load_state(model, state | {name: expected[name].cpu() for name in kept}, path, optional=fresh)
+    return kept
+
+
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: AnyPath, optional: tuple[str, ...] = ()) -> None:
     """Load a state dict, which `read_state` returned for the file `path`, into `model`.
 

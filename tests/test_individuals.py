@@ -26,12 +26,12 @@ def read(run):
 
 
 @pytest.fixture(scope="module")
-def s1_run(tmp_path_factory):
+def s1_run(tmp_path_factory, quick_reports):
     return search(tmp_path_factory.mktemp("s1"), epochs=2)
 
 
 @pytest.fixture(scope="module")
-def s2_run(tmp_path_factory):
+def s2_run(tmp_path_factory, quick_reports):
     folder = tmp_path_factory.mktemp("s2")
     table = write_table(folder, absent=["valid"])
     return s2_search(folder, "--epochs", 2, "--api_path", table)

@@ -46,6 +46,7 @@ METHOD = {
     "utils",
     "run_settings",
     "populations",
+    "remembered",
     "seed_roles",
     "shared_flags",
 }
