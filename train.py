@@ -480,7 +480,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.writes and not run.state:
             genotype_files.save(cell, run.path / "genotype.json")
         run.log(f"{devices.device_text(device)}; run directory {run.path}")
-        run.log(f"cell from {source}: {cell}")
+        run.log(f"cell from {source}:")
+        for line in utils.cell_lines(cell):
+            run.log(line)
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:
