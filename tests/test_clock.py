@@ -1,5 +1,7 @@
 """Estimates of how long a run will still take."""
 
+import re
+
 import pytest
 
 import search_state
