@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 
 import augment
+import class_results
 import datasets
 import genotype_files
 import genotypes
@@ -419,7 +420,7 @@ def run_test(job: TestJob) -> dict:
     settings = NetworkSettings(
         cell=job.cell,
         recipe=job.recipe,
-        classes=classes,
+        classes=len(classes),
         image_size=loader.image_shape[1:],
         init_channels=args.init_channels,
         layers=args.layers,
@@ -432,15 +433,21 @@ def run_test(job: TestJob) -> dict:
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
-    result = evaluate(network, loader, args, log=distributed.say)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    result = evaluate(network, loader, args, log=distributed.say, confusion=confusion)
+    for line in class_results.lines(classes, confusion):
+        distributed.say(line)
     distributed.say(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on {loader.size} images"
     )
+    if args.dir is not None:
+        files = {"weights": args.model_path, "dataset": args.dataset}
+        class_results.save(args.dir, result, classes, confusion, **files)
     return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}
 
 
-def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
-    """Return the loader of the test images, and the number of their classes.
+def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, list[str]]:
+    """Return the loader of the test images, and the names of their classes.
 
     Raises UserError if the images do not fit the network: if their classes or their size differ, or
     if they are too large.
@@ -464,4 +471,4 @@ def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
         statistics_of = datasets.load_images(args.dataset, args.data, "train", **settings)
     augmentation = choose_augmentation(job.cell, args.dataset, statistics_of, about)
     loader = loaders.make_loader(images, args.batch_size, augmentation, device, workers=args.workers)
-    return loader, len(images.classes)
+    return loader, images.classes

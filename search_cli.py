@@ -22,6 +22,7 @@ import loaders
 import populations
 import seed_roles
 import shared_flags
+import utils
 from augment import Augmentation
 from costs import COSTS
 from evolution import VARIANTS
@@ -237,7 +238,9 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
             run.log(checked)
         state = search(setup, run)
         best = setup.space.cell(state.alphas[0])
-        run.log(f"best fitness {state.fitness[0]:.2f} %: {best}")
+        run.log(f"best fitness {state.fitness[0]:.2f} %, with the cell")
+        for line in utils.cell_lines(best):
+            run.log(line)
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
         if not baselines.are_there(run):

@@ -39,7 +39,9 @@ def add_training_image_arguments(group: argparse._ArgumentGroup) -> None:
 def add_workers(group: argparse._ArgumentGroup) -> None:
     """Add --workers, for the image files of the ImageNet recipe."""
     text = "processes that read large image files; use more if the GPU waits for images, or 0 for the main process"
-    group.add_argument("--workers", type=number(int, 0, MOST.workers), default=4, metavar="N", help=text)
+    group.add_argument(
+        "--workers", type=number(int, 0, MOST.workers), default=min(4, os.cpu_count() or 1), metavar="N", help=text
+    )
 
 
 def add_init_channels(group: argparse._ArgumentGroup, text: str, *, low: int, default: int | None = None) -> None:

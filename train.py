@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import baselines
+import class_results
 import datasets
 import genotype_files
 import image_folder
@@ -320,7 +321,8 @@ def retrain(
         entry = {"epoch": epoch + 1, "lr": lr}
         with run.saving_when_interrupted(state.unfinished_state_dict):
             entry |= train_epoch(args, epoch, state, where=where, log=run.log)
-            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
+            confusion = torch.zeros(len(about["classes"]), len(about["classes"]), dtype=torch.int64)
+            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test", confusion=confusion)
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
@@ -332,6 +334,9 @@ def retrain(
             f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
             f"test top-1 {tested['top1']:.2f} % (best {state.best_top1:.2f} %), {entry['seconds']:.1f} s"
         )
+        if epoch + 1 == args.epochs:
+            file = run.path / "weights" / "weights.pt"
+            class_results.save(run.path, tested, about["classes"], confusion, weights=file, dataset=args.dataset)
 
 
 def parallel(network: nn.Module, recipe: str) -> DistributedDataParallel:
@@ -475,7 +480,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.writes and not run.state:
             genotype_files.save(cell, run.path / "genotype.json")
         run.log(f"{devices.device_text(device)}; run directory {run.path}")
-        run.log(f"cell from {source}: {cell}")
+        run.log(f"cell from {source}:")
+        for line in utils.cell_lines(cell):
+            run.log(line)
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:

@@ -396,17 +396,28 @@ def plain_forward(network: nn.Module, x: torch.Tensor, alphas: torch.Tensor) -> 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loader: Iterable, args: argparse.Namespace, *, log: Callable, where: str = "test"
+    network: nn.Module,
+    loader: Iterable,
+    args: argparse.Namespace,
+    *,
+    log: Callable,
+    where: str = "test",
+    confusion: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Evaluate a network of model.py or nas201/model.py on all images of `loader`.
 
     Returns "loss", the mean loss, and the accuracies "top1" and "top5" in percent. With fewer than
-    five classes, "top5" is always 100. `args` has amp and report_freq. Raises Interrupted between
-    two batches after a signal, and UserError, in every process, if the loss is not finite.
+    five classes, "top5" is always 100. The images are also counted in `confusion` (classes,
+    classes), int64 on the CPU, by true class (row) and predicted class (column). `args` has amp and
+    report_freq.
+
+    Raises Interrupted between two batches after a signal, and UserError, in every process, if the
+    loss is not finite.
     """
     network.eval()
     device = next(network.parameters()).device
     sums = [torch.zeros(4, device=device)]  # of each batch: loss, top-1 correct, top-5 correct, images
+    counts = None if confusion is None else torch.zeros_like(confusion, device=device)
     bar = distributed.progress(loader, where)
     for step, (x, y) in enumerate(bar):
         if signals.stop_requested(device, at_meeting_point=step % args.report_freq == 0):
@@ -419,10 +430,14 @@ def evaluate(
             logits = network(x)[0].float()  # (B, classes)
         best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5), best first
         correct = best == y.view(-1, 1)
+        if counts is not None:
+            counts.view(-1).index_add_(0, y * len(counts) + best[:, 0], torch.ones_like(y))
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums.append(torch.stack([loss, correct[:, 0].sum(), correct.sum(), torch.full_like(loss, len(y))]))
     total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
     loss, top1, top5, images = distributed.sum_over_ranks(total).tolist()
     if not math.isfinite(loss):
         raise UserError(f"{where}: the loss is {loss}, so the accuracy means nothing; {TRAIN_AGAIN}")
+    if counts is not None:
+        confusion += distributed.sum_over_ranks(counts).cpu()
     return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

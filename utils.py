@@ -1,10 +1,12 @@
-"""Small measurements: the size of a network, and the time and memory of an epoch."""
+"""Small helpers: the size of a network, the time and memory of an epoch, a cell as text."""
 
+import textwrap
 import time
 
 import torch
 from torch import nn
 
+from genotypes import Cell
 from support import devices
 
 
@@ -16,6 +18,12 @@ def speed_and_memory(images: int, start: float, device: torch.device) -> dict[st
     """
     seconds = time.perf_counter() - start
     return {"images_per_second": images / seconds, "seconds": seconds, "peak_memory_mb": devices.peak_memory_mb(device)}
+
+
+def cell_lines(cell: Cell) -> list[str]:
+    """Return a cell as text in lines of at most 100 characters, if its words allow that."""
+    look = {"initial_indent": "  ", "subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(str(cell), 100, **look)
 
 
 def parameters_in_millions(model: nn.Module) -> float:

@@ -30,6 +30,7 @@ from reporting.charts import (
     scrolling,
     section,
     step_of,
+    table,
 )
 from reporting.reported_run import ReportedRun, read_run
 from reporting.results import result_section
@@ -121,7 +122,7 @@ def retraining_sections(run: ReportedRun) -> list[str]:
     if not run.rows:
         run.missing.append("The charts: history.jsonl has no epoch yet.")
         return [cell]
-    return [accuracy_section(run.rows), cell, time_section(run.rows)]
+    return [accuracy_section(run.rows), class_section(run), cell, time_section(run.rows)]
 
 
 def render(run: ReportedRun, parts: list[str]) -> str:
@@ -246,6 +247,27 @@ def accuracy_section(rows: list[dict]) -> str:
         chart(rows, "Top-1 accuracy", "%", top1, highest=100),
         chart(rows, "Top-5 accuracy", "%", top5, highest=100),
     )
+
+
+def class_section(run: ReportedRun) -> str:
+    """Return the section on accuracy by class, from test.json; "" if there is no such file."""
+    if not os.path.exists(run.file("test.json")):
+        return ""
+    try:
+        result = read_json(run.file("test.json"))
+        classes = [str(name) for name in result["classes"]]
+        counts = [[int(number) for number in row] for row in result["confusion"]]
+        body = []
+        for i, (name, accuracy) in enumerate(zip(classes, result["accuracy_by_class"], strict=True)):
+            mistakes = sorted((j for j in range(len(classes)) if j != i and counts[i][j]), key=lambda j: -counts[i][j])
+            taken_for = ", ".join(f"{classes[j]} ({counts[i][j]})" for j in mistakes[:3])
+            body.append([escape(name), format_number(accuracy), str(sum(counts[i])), escape(taken_for) or "–"])
+        about = f"Of {result['images']} images of {result['dataset']}, with {os.path.basename(result['weights'])}"
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        run.missing.append(f"Accuracy by class: test.json is damaged ({error!s:.200}).")
+        return ""
+    head = ["Class", "Accuracy, %", "Images", "Most often taken for"]
+    return section("Accuracy by class", card=table(about, head, body))
 
 
 def population_section(run: ReportedRun) -> str:

@@ -56,10 +56,12 @@ def say(text: str, file: TextIO | None = None) -> None:
 def progress(batches: Iterable, title: str, done: int = 0) -> tqdm:
     """Return `batches` with a progress bar that starts at `done`.
 
-    The bar is hidden on other ranks than 0, and if stderr is not a terminal.
+    The bar is hidden on other ranks than 0, and if stderr is not a terminal. A narrow terminal cuts
+    a line off at its end, so the loss comes before the times.
     """
     hidden = rank() > 0 or not sys.stderr.isatty()
-    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
+    form = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
+    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True, bar_format=form)
 
 
 def join_process_group(device: torch.device) -> None:

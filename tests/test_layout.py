@@ -38,6 +38,7 @@ METHOD = {
     "image_folder",
     "imagenet16",
     "class_names",
+    "class_results",
     "splits",
     "augment",
     "loaders",
