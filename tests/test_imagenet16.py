@@ -84,7 +84,7 @@ def test_sizes_and_checksums_are_the_published_ones():
     assert imagenet16.SIZES == {"train": 151_700, "test": 6_000}
     assert len(imagenet16.MD5) == 11
     assert imagenet16.MD5["val_data"] == "3410e3017fdaefba8d5073aaa65e4bd6"
-    assert all(len(md5) == 32 for md5 in imagenet16.MD5.values())
+    assert {len(md5) for md5 in imagenet16.MD5.values()} == {32}
 
 
 # ---- the cache

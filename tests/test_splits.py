@@ -1,6 +1,7 @@
 """Splits: what they have, how they are divided and described."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -114,8 +115,7 @@ def test_description_counts_images_and_classes(folder):
     assert found["images"] == {"train": 5, "test": 3}
     assert found["per_class"] == {"train": [0, 4], "test": [1, 1]}
     assert found == json.loads(json.dumps(found))
-    text = counts_text(found)
-    assert all(words in text for words in ("5 training images (0 to 4", "3 test images (1 per class", "8x8"))
+    assert re.findall(r"\d+", counts_text(found)) == ["5", "0", "4", "3", "1", "3", "8", "8"]
 
 
 def test_description_does_not_depend_on_where_the_data_are(folder, tmp_path):

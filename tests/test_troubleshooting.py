@@ -52,7 +52,8 @@ def is_printed(message, texts):
 
 
 def test_the_page_has_messages():
-    assert len(MESSAGES) > 20 and len(set(MESSAGES)) == len(MESSAGES)
+    assert len(MESSAGES) > 20
+    assert len(set(MESSAGES)) == len(MESSAGES)
 
 
 @pytest.mark.parametrize("message", MESSAGES)
