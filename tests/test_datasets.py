@@ -1,5 +1,6 @@
 """Data sets: the registry, CIFAR and digits as they are read, and how a search of the DARTS space divides them."""
 
+import re
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -67,15 +68,15 @@ def test_published_commands_find_each_data_set():
 
 @pytest.mark.parametrize("name", ["cifar", None, ["cifar10"]])
 def test_unknown_data_set_is_refused(name):
-    with pytest.raises(UserError, match="unknown data set"):
+    with pytest.raises(UserError, match=re.escape(repr(name))):
         datasets.load_images(name, ".", "train")
 
 
 @pytest.mark.parametrize("name", ["digits", "cifar10", "ImageNet16-120"])
 def test_image_size_is_refused_except_for_folders(name):
-    with pytest.raises(UserError, match=f"--image_size .* not for {name}"):
+    with pytest.raises(UserError, match=f"--image_size.* {name}"):
         datasets.load_images(name, None, "train", image_size=32)
-    with pytest.raises(UserError, match=f"not for {name}"):
+    with pytest.raises(UserError, match=name):
         datasets.list_files(name, None, "train")
 
 

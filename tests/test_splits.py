@@ -79,12 +79,12 @@ def test_subsample_of_none_or_all_keeps_every_image():
 
 
 def test_subsample_of_too_many_images_is_refused():
-    with pytest.raises(UserError, match="101 images .* 100"):
+    with pytest.raises(UserError, match="101 .* 100"):
         subsample(numbered_images([0] * 100), 101, seeded())
 
 
 def test_class_missing_from_one_split_is_refused():
-    with pytest.raises(UserError, match="class c has .*1.* valid got none"):
+    with pytest.raises(UserError, match="class c .*1.* valid"):
         check_classes(train=numbered_images([0, 1, 2]), valid=numbered_images([0, 1]))
 
 
