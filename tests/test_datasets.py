@@ -1,4 +1,4 @@
-"""Data sets: the registry, CIFAR and digits as they are read, and how a search of the DARTS space divides them."""
+"""Data sets: the registry, CIFAR, digits and folders, and how a DARTS search divides them."""
 
 import re
 from argparse import Namespace

@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, which folders are classes, reading into memory, the cache."""
+"""Folders of images: which files are images and which folders classes, reading, the cache."""
 
 import hashlib
 import os
@@ -24,7 +24,10 @@ NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 
 @pytest.fixture
 def make_files(tmp_path):
-    """`make_files("a/1.jpg", "b -> ../a")` makes empty files and links in tmp_path/train; returns that."""
+    """`make_files("a/1.jpg", "b -> ../a")` makes empty files and links in tmp_path/train.
+
+    It returns that folder.
+    """
 
     def make(*names):
         for name in names:
@@ -64,7 +67,7 @@ def test_training_and_prediction_read_the_same_images(make_files, tmp_path):
 
 
 def test_folders_that_link_to_one_another_are_listed_once(make_files):
-    """Each of ten folders has a link to each other one, so there are millions of ways through them."""
+    """Each of ten folders links to each other one, so there are millions of ways through them."""
     names = [f"{i}/{i}.jpg" for i in range(10)]
     folder = make_files(*names, *(f"{i}/to{j} -> ../{j}" for i in range(10) for j in range(10)))
     listings = list(image_folder.walk(folder))
@@ -74,7 +77,7 @@ def test_folders_that_link_to_one_another_are_listed_once(make_files):
 
 @pytest.fixture
 def broken_links(make_files):
-    """A class folder with one image, and three links that lead nowhere, one of which is called an image."""
+    """A class folder with one image and three links that lead nowhere. One is called an image."""
     return make_files("ant/1.jpg", "ant/notes -> nowhere", "ant/round -> round", "ant/2.jpg -> 2.jpg")
 
 
@@ -97,7 +100,10 @@ def test_training_refuses_a_broken_link_that_is_called_an_image(broken_links, tm
 
 @pytest.fixture
 def forbid(monkeypatch):
-    """`forbid(name)`: folders with this name cannot be listed. (root, who may run the tests, can list any folder.)"""
+    """`forbid(name)`: folders with this name cannot be listed.
+
+    Permissions would not do, because root may list any folder.
+    """
     scandir = os.scandir
 
     def make(name):
@@ -327,7 +333,7 @@ SQUARES = {(64, 48): (8, 0, 56, 48), (31, 90): (0, 29.5, 31, 60.5), (32, 32): (0
 
 @pytest.fixture
 def uneven(make_images):
-    """A folder with images of three sizes, and each of them cropped to its centre and scaled to 32x32 pixels."""
+    """A folder with images of three sizes, and their centres scaled to 32x32 pixels."""
     root = make_images("train", 3, list(SQUARES), suffixes=[".png"])
     expected = []
     for path in sorted(root.glob("train/*/*.png")):
@@ -369,7 +375,7 @@ def test_listed_images_of_any_size_are_transformed_as_imagenet(uneven):
 
 
 class Cached:
-    """A folder of 12 images, 8x12 pixels, large enough to be cached; `decodes` tells how it is read."""
+    """A folder of 12 images, which is enough to be cached; `decodes` tells how it is read."""
 
     def __init__(self, root, monkeypatch):
         self.root = root
@@ -386,7 +392,7 @@ class Cached:
         monkeypatch.setattr(image_folder, "open_image", counting)
 
     def decodes(self, **settings):
-        """Read the folder, which must give the same as ever; return whether its images were decoded for that."""
+        """Read the folder, which must give the same images; return whether they were decoded."""
         self.opened.clear()
         split = read(self.root, **settings)
         assert torch.equal(split.images, self.expected.images)
@@ -467,7 +473,7 @@ def test_cache_with_the_right_key_and_wrong_arrays_is_ignored(cached, arrays):
 
 
 def test_fingerprint_does_not_change_between_versions(tmp_path):
-    """Caches are found by it: it is the SHA-256 of lines, the first of which names the function that reads."""
+    """Caches are found by it. It is the SHA-256 of lines; the first names the reading function."""
     path = tmp_path / "ant/1.jpg"
     path.parent.mkdir()
     path.write_bytes(b"123")

@@ -41,7 +41,10 @@ GOOD = batch_content(0)
 
 @pytest.fixture
 def folder16(tmp_path, monkeypatch):
-    """A folder with eleven small files, their sizes and MD5 known to the loader; `put(name, content)` replaces one."""
+    """A folder with eleven small files, whose sizes and MD5 the loader knows.
+
+    `put(name, content)` replaces one.
+    """
     monkeypatch.setattr(imagenet16, "SIZES", SIZES)
     monkeypatch.setattr(imagenet16, "MD5", dict(imagenet16.MD5))
     folder = tmp_path / "ImageNet16"

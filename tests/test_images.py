@@ -44,7 +44,8 @@ def test_transparent_palette_color_is_kept(tmp_path):
     assert pixels_of(tmp_path / "y.png") == np.asarray(image.convert("RGB")).tolist()
 
 
-# How an upright array is stored under each EXIF orientation, https://exiftool.org/TagNames/EXIF.html
+# How an upright array is stored under each EXIF orientation.
+# https://exiftool.org/TagNames/EXIF.html
 STORED = {
     1: lambda pixels: pixels,
     2: np.fliplr,
@@ -87,7 +88,7 @@ def test_image_with_damaged_exif_block_is_read(tmp_path, block):
 
 
 def test_image_is_turned_although_its_exif_block_cannot_be_written_anew(tmp_path, monkeypatch):
-    """Pillow removes the orientation from the block once it has turned the image; with some cameras that fails."""
+    """Pillow removes the orientation once it has turned the image; with some cameras that fails."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg", exif=exif)

@@ -62,7 +62,10 @@ def bench(table):
 
 
 def state(index, arch, offset=0.0):
-    """A minimal state of 200-epoch runs with mean FIGURES[index]: two seeds, or one if `offset` is 0."""
+    """A minimal state of 200-epoch runs with mean FIGURES[index].
+
+    It has two seeds, or one if `offset` is 0.
+    """
     return {"arch_index": index, "arch_str": arch, "all_results": results(index, offset)}
 
 
@@ -310,7 +313,7 @@ def test_loading_a_table_takes_little_memory_and_no_torch(packed):
 def test_official_pth_loads_in_both_formats_of_torch(tmp_path, zipped):
     """The real file has the older format. Numbers of numpy have its old or its new module name.
 
-    A hundred architectures have figures of two seeds. Others share figures, so that the file is small.
+    A hundred architectures have figures of two seeds. The others share figures to save time.
     """
     shared = {k: results(k, 0.0) for k in range(100, 200)}
     expected = FIGURES.copy()
@@ -554,7 +557,7 @@ def test_real_records_equal_the_package(real, shared_data):
 
 @pytest.mark.slow
 def test_real_records_survive_pth_and_export(real, shared_data, tmp_path):
-    """The real records inside the official structure, every other architecture synthetic; then the exported table."""
+    """The real records are put into the official structure among synthetic ones, then exported."""
     archs = [real.arch(i) for i in range(15625)]
     states = {i: (state(i, arch), {}) for i, arch in enumerate(archs)}
     for index in REAL:

@@ -1,4 +1,4 @@
-"""Which images a search on NAS-Bench-201 trains on and validates on; the benchmark's split files."""
+"""Which images a search on NAS-Bench-201 trains and validates on; the benchmark's split files."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def search_args(**changed):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """The benchmark's data sets in their right sizes, of one-colour images that hold their own number."""
+    """The benchmark's data sets in their right sizes; the colour of an image is its number."""
 
     def loader(classes, train_images, test_images):
         def load(root, split, workers):
@@ -61,7 +61,7 @@ TRAIN = 10**6  # is added to the numbers of training images
 
 
 def numbers(split):
-    """The set of image numbers of a split of the `benchmark` fixture, plus TRAIN for training images."""
+    """The image numbers of a split of the `benchmark` fixture, plus TRAIN for training images."""
     first, second, third = split.images[:, :, 0, 0].long().unbind(1)
     return set((first + 256 * second + 65536 * (third // 2) + TRAIN * (third % 2)).tolist())
 

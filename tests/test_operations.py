@@ -206,7 +206,7 @@ def test_supernet_edge_is_the_weighted_sum():
 
 
 def one_operation_cell(op, reduction):
-    """A cell whose output is one operation on its first input; the other edge of the node gives zeros."""
+    """A cell whose output is one operation on its first input. Its other edge gives zeros."""
     pairs = [(op, 0), ("none", 1)]
     cell = fill(Cell(genotypes.Genotype(pairs, [2], pairs, [2]), 4, 4, 4, reduction, False))
     x = images(6, (400, 4, 4, 4))
@@ -261,7 +261,7 @@ def test_drop_path_prob_applies_only_in_training(network):
 
 @pytest.mark.parametrize("network, side", [(NetworkCIFAR, 32), (NetworkImageNet, 224)])
 def test_auxiliary_head_does_not_change_the_main_path(network, side):
-    """In three cells the head reads the last cell's output: an in-place ReLU there would alter the logits."""
+    """With three cells the head reads the last output. An in-place ReLU would alter the logits."""
     x = images(8, (2, 3, side, side))
     without = fill(network(4, 10, 3, False, genotypes.EvNASA))
     with_head = fill(network(4, 10, 3, True, genotypes.EvNASA))

@@ -87,7 +87,8 @@ SIZES = {
     "test_cifar100.py": "--init_channels 2 --layers 3 --device cpu",
     "test_imagenet.py": "--init_channels 4 --layers 3 --workers 0 --data data/imagenet --device cpu",
 }
-# What torchvision's reader would return: one-colour images. The benchmark's split needs all 50,000 for training.
+# What torchvision's reader would return: one-colour images. The benchmark's split needs all 50,000
+# training images.
 READER = """
 import numpy
 import torchvision
@@ -233,7 +234,7 @@ def test_published_flag_without_a_use_gets_a_note(capsys, text):
 
 
 def write_table(work):
-    """Write a table in which all networks have 50 % to where the shell script looked for the benchmark."""
+    """Write a table to where the shell script looked for the benchmark; all networks have 50 %."""
     trial = {("cifar10-valid", 777): {"eval_acc1es": {"x-valid@199": 50.0}}}
     archs = [to_arch_string(ops) for ops in itertools.product(range(5), repeat=6)]
     records = {i: {"full": {"arch_str": arch, "all_results": trial}} for i, arch in enumerate(archs)}
@@ -248,7 +249,7 @@ def table(folder):
 
 
 def run(folder, words):
-    """A process in `folder` that finds this project's modules, CIFAR's stand-in and nothing on standard input."""
+    """Run a process in `folder`. It finds this project and CIFAR's stand-in, and gets no input."""
     (folder / "sitecustomize.py").write_text(READER)
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "PYTHON": sys.executable}
     settings = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)

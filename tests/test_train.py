@@ -59,7 +59,7 @@ def on_digits(*argv):
 
 @pytest.fixture(scope="module")
 def worsened(tmp_path_factory):
-    """A retraining whose last epoch spoils the network, so that its last and its best weights differ."""
+    """A retraining whose last epoch spoils the network, so its last and best weights differ."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "learning_rate", lambda args, epoch, warmup: [0.1, 9.0][epoch])
         run = retrain(tmp_path_factory.mktemp("worsened"), epochs=2)
@@ -92,7 +92,7 @@ def test_weights_say_which_epoch_they_are_of(worsened):
 
 
 class NoFloat64(TorchDispatchMode):
-    """Refuses to make float64 of float32, which the tensors of devices without float64 (MPS) could not become."""
+    """Refuses to make float64 of float32, which devices without float64 (MPS) cannot do."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))

@@ -266,7 +266,7 @@ def random_pixels(recipe):
 
 
 def expected_logits(network, pixels, normalize):
-    """The network's logits of these pixels, which `normalize` puts through the retraining's normalisation first."""
+    """The network's logits of these pixels, normalised as in the retraining if asked for."""
     x = torch.from_numpy(pixels)
     if normalize:
         x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
@@ -279,7 +279,7 @@ def assert_close(logits, expected):
 
 
 def compute_elsewhere(folder, program, pixels):
-    """Run `program` in a process in `folder` that cannot import this project; return the logits that it saves."""
+    """Run `program` where it cannot import this project; return the logits that it saves."""
     folder.mkdir()
     np.save(folder / "x.npy", pixels)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -369,7 +369,7 @@ def test_onnx_file_is_run_from_any_path(tmp_path):
 
 @pytest.mark.slow
 def test_commands_of_the_docs_lead_from_pictures_to_a_file(tmp_path, make_images):
-    """On pictures of mixed sizes, grey and 16-bit ones among them; the Python lines of the page on its run."""
+    """The pictures have mixed sizes; some are grey, and two have 16 bits."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     make_images("train", 12, [(40, 30), (33, 60), (80, 80)], suffixes=[".png", ".jpg"])

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -173,7 +174,7 @@ def test_lines_never_enter_a_box(drawings):
 
 
 def test_lines_do_not_lie_on_each_other(drawings):
-    """Lines of two sources may cross, and those into the concatenation, in the last row, share a row."""
+    """Lines of two sources may cross. Those into the concatenation share the last row."""
     for cell, _, _, _, lines in drawings:
         last_row = max(line.y1 for line in lines)
         for i, (x0, y0, x1, y1, _) in enumerate(lines):
@@ -251,8 +252,11 @@ SIMPLE = Drawing('A <b> & "c"', [Edge("c_{k-2}", "0", "skip_connect")], DARTS.co
 
 def test_drawing_takes_any_name_of_a_file():
     strange = drawings_of(REPORTED_ARCH, VIEWS, "\x01\udcff <b>")["cell"]
-    ElementTree.fromstring(drawing.cell_svg(strange).encode())
-    drawing.cell_figure(strange).savefig(io.BytesIO(), format="png")
+    root = ElementTree.fromstring(drawing.cell_svg(strange).encode())
+    assert root.get("aria-label") == "?? <b>: cell"
+    png = io.BytesIO()
+    drawing.cell_figure(strange).savefig(png, format="png")
+    assert png.getvalue().startswith(b"\x89PNG")
 
 
 def test_svg_has_a_text_alternative():
@@ -442,7 +446,7 @@ class Written(NamedTuple):
 
 @pytest.fixture(scope="module")
 def whole_report(tmp_path_factory):
-    """`whole_report("search", "s1")` is the report of a whole run; it is written at the first call."""
+    """`whole_report("search", "s1")` is the report of a whole run, written at the first call."""
 
     @functools.cache
     def write(kind, space):
@@ -485,7 +489,7 @@ def test_report_of_a_search_on_nas_bench_201_has_its_sections(whole_report):
 
 @pytest.fixture
 def accuracies(tmp_path, monkeypatch):
-    """`accuracies(searched)`: the text of the section on true accuracies, and how many levels each chart has."""
+    """`accuracies(searched)`: the section's text, and how many horizontal lines each chart has."""
     levels_of = {}  # {title of a chart: number of its horizontal lines}
 
     def chart(rows, title, subtitle, lines, levels=()):
@@ -641,7 +645,10 @@ def test_odd_arguments_do_not_break_a_report(tmp_path, quick_drawing, arguments)
 
 
 class Chromium:
-    """Headless Chromium, spoken to through its debugging pipe (descriptors 3 and 4, JSON ended by a zero byte)."""
+    """Headless Chromium, controlled through its debugging pipe.
+
+    The pipe has descriptors 3 and 4. Messages are JSON and end with a zero byte.
+    """
 
     flags = (
         "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -734,33 +741,63 @@ def chromium(tmp_path_factory):
     browser.close()
 
 
-@pytest.mark.parametrize("kind, space", [("search", "s1"), ("search", "s2"), ("eval", "s1")])
-def test_report_fits_its_page_in_a_browser(chromium, whole_report, kind, space):
+class Opened(NamedTuple):
+    """A report in the browser, with everything unfolded."""
+
+    url: str
+    width: int  # of the window, in pixels
+    events: list[dict]  # what the browser told while it loaded the page
+    value: Callable[[str], object]  # evaluates JavaScript
+
+    def told(self, *methods):
+        return [event["params"] for event in self.events if event.get("method") in methods]
+
+
+WINDOWS = [(*run, width) for run in (("search", "s1"), ("search", "s2"), ("eval", "s1")) for width in (1280, 390)]
+
+
+@pytest.fixture(scope="module", params=WINDOWS)
+def opened(request, chromium, whole_report):
+    kind, space, width = request.param
     url = f"file://{whole_report(kind, space).path}"
-    for width in (1280, 390):
-        events = chromium.open(url, width)
-        asked = {e["params"]["request"]["url"] for e in events if e.get("method") == "Network.requestWillBeSent"}
-        assert {u for u in asked if not u.startswith("data:")} == {url}
-        wrong = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
-        assert [e for e in events if e.get("method") in wrong] == []
-        assert chromium.value("innerWidth") == width
-        chromium.value("document.querySelectorAll('details').forEach(d => d.open = true)||0")
-        assert chromium.value("document.documentElement.scrollWidth") <= width
-        # Text of charts and cells as drawn on the screen, in pixels, and no text of a chart outside its picture.
-        smallest = """Math.min(...[...document.querySelectorAll('svg text')].map(t =>
-            parseFloat(getComputedStyle(t).fontSize) * t.getCTM().a))"""
-        assert chromium.value(smallest) >= 9
-        outside = """[...document.querySelectorAll('svg[role=img] text')].filter(t => {
-            const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
-            return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1
-        }).map(t => t.textContent)"""
-        assert chromium.value(outside) == []
-        # The labels of cells fit their boxes in the font that the browser has chosen.
-        spilt = """[...document.querySelectorAll('g.node, g.op')].map(box => [box, box.nextElementSibling])
-            .filter(([box, text]) => text.getBBox().width > box.getBBox().width - 4)
-            .map(([box, text]) => text.textContent)"""
-        assert chromium.value("document.querySelectorAll('g.node, g.op').length") >= 10
-        assert chromium.value(spilt) == []
+    events = list(chromium.open(url, width))
+    chromium.value("document.querySelectorAll('details').forEach(d => d.open = true)||0")
+    return Opened(url, width, events, chromium.value)
+
+
+def test_browser_loads_nothing_else_and_reports_no_error(opened):
+    asked = {told["request"]["url"] for told in opened.told("Network.requestWillBeSent")}
+    assert {url for url in asked if not url.startswith("data:")} == {opened.url}
+    wrong = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
+    assert opened.told(*wrong) == []
+
+
+def test_page_is_no_wider_than_the_window(opened):
+    assert opened.value("innerWidth") == opened.width
+    assert opened.value("document.documentElement.scrollWidth") <= opened.width
+
+
+def test_text_of_pictures_is_large_enough_on_the_screen(opened):
+    smallest = """Math.min(...[...document.querySelectorAll('svg text')].map(t =>
+        parseFloat(getComputedStyle(t).fontSize) * t.getCTM().a))"""
+    assert opened.value(smallest) >= 9  # pixels
+
+
+def test_text_of_pictures_is_inside_them(opened):
+    outside = """[...document.querySelectorAll('svg[role=img] text')].filter(t => {
+        const a = t.getBoundingClientRect(), b = t.ownerSVGElement.getBoundingClientRect();
+        return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1 || a.bottom > b.bottom + 1
+    }).map(t => t.textContent)"""
+    assert opened.value("document.querySelectorAll('svg[role=img] text').length") > 20
+    assert opened.value(outside) == []
+
+
+def test_labels_of_cells_fit_their_boxes_in_the_browsers_font(opened):
+    spilt = """[...document.querySelectorAll('g.node, g.op')].map(box => [box, box.nextElementSibling])
+        .filter(([box, text]) => text.getBBox().width > box.getBBox().width - 4)
+        .map(([box, text]) => text.textContent)"""
+    assert opened.value("document.querySelectorAll('g.node, g.op').length") >= 10
+    assert opened.value(spilt) == []
 
 
 # ---- whatever the user's matplotlib is set to
