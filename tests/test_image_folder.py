@@ -1,4 +1,4 @@
-"""Folders of images: which files are images, which folders are classes, reading into memory, the cache."""
+"""Folders of images: which files are images and which folders classes, reading, the cache."""
 
 import hashlib
 import os
@@ -24,7 +24,10 @@ NFC, NFD = (unicodedata.normalize(form, "caf\u00e9") for form in ("NFC", "NFD"))
 
 @pytest.fixture
 def make_files(tmp_path):
-    """`make_files("a/1.jpg", "b -> ../a")` makes empty files and links in tmp_path/train; returns that."""
+    """`make_files("a/1.jpg", "b -> ../a")` makes empty files and links in tmp_path/train.
+
+    It returns that folder.
+    """
 
     def make(*names):
         for name in names:
@@ -64,7 +67,7 @@ def test_training_and_prediction_read_the_same_images(make_files, tmp_path):
 
 
 def test_folders_that_link_to_one_another_are_listed_once(make_files):
-    """Each of ten folders has a link to each other one, so there are millions of ways through them."""
+    """Each of ten folders links to each other one, so there are millions of ways through them."""
     names = [f"{i}/{i}.jpg" for i in range(10)]
     folder = make_files(*names, *(f"{i}/to{j} -> ../{j}" for i in range(10) for j in range(10)))
     listings = list(image_folder.walk(folder))
@@ -74,7 +77,7 @@ def test_folders_that_link_to_one_another_are_listed_once(make_files):
 
 @pytest.fixture
 def broken_links(make_files):
-    """A class folder with one image, and three links that lead nowhere, one of which is called an image."""
+    """A class folder with one image and three links that lead nowhere. One is called an image."""
     return make_files("ant/1.jpg", "ant/notes -> nowhere", "ant/round -> round", "ant/2.jpg -> 2.jpg")
 
 
@@ -97,7 +100,10 @@ def test_training_refuses_a_broken_link_that_is_called_an_image(broken_links, tm
 
 @pytest.fixture
 def forbid(monkeypatch):
-    """`forbid(name)`: folders with this name cannot be listed. (root, who may run the tests, can list any folder.)"""
+    """`forbid(name)`: folders with this name cannot be listed.
+
+    Permissions would not do, because root may list any folder.
+    """
     scandir = os.scandir
 
     def make(name):
@@ -144,7 +150,7 @@ def test_other_files_are_counted(make_files, tmp_path, capsys):
     image_folder.list_files(tmp_path, ["train"])
     line = capsys.readouterr().out
     assert line.startswith(f"note: not read in {folder}: 6 files ")
-    assert line.endswith("such as list.txt\n")
+    assert "list.txt" in line
 
 
 def test_each_kind_of_files_not_read_is_counted_by_itself(make_files, tmp_path, capsys):
@@ -159,7 +165,8 @@ def test_each_kind_of_files_not_read_is_counted_by_itself(make_files, tmp_path, 
     assert stray.startswith(f"{start}1 image ")
     assert "stray.jpg" in stray
     assert nested.startswith(f"{start}3 folders ")
-    assert "12 images, such as dog/puppies" in nested
+    assert "12 images" in nested
+    assert "dog/puppies" in nested
     assert len(predict.images_in(folder)[0]) == 4 + 1 + 12
 
 
@@ -168,16 +175,20 @@ def test_count_of_unread_images_ends_after_some_folders(make_files, tmp_path, ca
     monkeypatch.setattr(image_folder, "COUNTED", 3)
     make_files("ant/1.jpg", "ant/2.jpg", "ant/disk -> ../../disk", *(f"../disk/{i}/1.jpg" for i in range(5)))
     assert len(image_folder.list_files(tmp_path, ["train"])) == 2
-    assert "at least 2 images, such as ant/disk" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert " 2 images" in line
+    assert "ant/disk" in line
 
 
 # ---- classes
 
 
 def test_single_class_is_noted(make_files, tmp_path, capsys):
-    make_files("ant/1.jpg", "ant/2.jpg")
+    folder = make_files("ant/1.jpg", "ant/2.jpg")
     image_folder.list_files(tmp_path, ["train"])
-    assert "one class, ant" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert line.startswith(f"note: {folder} has only one class")
+    assert "ant" in line
 
 
 def test_class_with_a_single_image_is_noted(make_files, tmp_path, capsys):
@@ -185,25 +196,25 @@ def test_class_with_a_single_image_is_noted(make_files, tmp_path, capsys):
     image_folder.list_files(tmp_path, ["train"])
     line = capsys.readouterr().out
     assert line.startswith("note: 2 ")
-    assert line.endswith("such as bee\n")
+    assert "bee" in line
 
 
 def test_class_whose_images_are_one_folder_deeper_is_refused(make_files, tmp_path):
     make_files("train/ant/1.jpg", "train/ant/2.jpg")
-    with pytest.raises(UserError, match="train/train has no images .*train/train/ant has 2 images"):
+    with pytest.raises(UserError, match="train/train .*train/train/ant .* 2 "):
         image_folder.list_files(tmp_path, ["train"])
 
 
 def test_folder_without_class_folders_is_refused(make_files, tmp_path):
-    make_files("1.jpg")
-    with pytest.raises(UserError, match="no class folders, only 1 image"):
+    folder = make_files("1.jpg")
+    with pytest.raises(UserError, match=f"{folder} .* 1 "):
         image_folder.list_files(tmp_path, ["train"])
 
 
 @pytest.mark.parametrize("target", [".", "..", "../train", "ant"])
 def test_class_that_is_a_link_to_another_or_back_is_refused(make_files, tmp_path, target):
     make_files("ant/1.jpg", "1.jpg", "../2.jpg", f"bee -> {target}")
-    with pytest.raises(UserError, match="train/bee .*remove .*link"):
+    with pytest.raises(UserError, match="train/bee .*link"):
         image_folder.list_files(tmp_path, ["train"])
 
 
@@ -212,7 +223,7 @@ def test_class_that_is_a_link_to_another_or_back_is_refused(make_files, tmp_path
 
 def test_one_name_in_two_unicode_forms_is_refused_within_a_split(make_files, tmp_path):
     make_files(f"{NFC}/1.jpg", f"{NFD}/1.jpg")
-    with pytest.raises(UserError, match="Unicode form") as caught:
+    with pytest.raises(UserError, match="train has a class in two folders") as caught:
         image_folder.list_files(tmp_path, ["train"])
     message = str(caught.value)
     assert message.isascii()
@@ -223,7 +234,9 @@ def test_one_name_in_two_unicode_forms_is_refused_within_a_split(make_files, tmp
 def test_names_that_look_alike_are_noted_within_a_split(make_files, tmp_path, capsys):
     make_files("cat/1.jpg", "cat/2.jpg", "cat /1.jpg", "cat /2.jpg")
     assert image_folder.list_files(tmp_path, ["train"]).classes == ["cat", "cat "]
-    assert capsys.readouterr().out.endswith("'cat' and 'cat '\n")
+    line = capsys.readouterr().out
+    assert "'cat'" in line
+    assert "'cat '" in line
 
 
 def difference(classes, other_classes):
@@ -236,7 +249,6 @@ def difference(classes, other_classes):
 def test_one_name_in_two_unicode_forms_is_refused_in_two_splits():
     text = difference(["ant", NFC], ["ant", NFD])
     assert text.startswith(f"class {ascii(NFC)} of training and class {ascii(NFD)} of test")
-    assert "Unicode form" in text
 
 
 @pytest.mark.parametrize(
@@ -253,17 +265,26 @@ def test_one_name_in_two_unicode_forms_is_refused_in_two_splits():
 )
 def test_names_that_look_alike_are_shown_escaped(one, other):
     text = difference(["ant", "bee", "cat", "cow", "zoo", one], ["ant", other])
-    assert f"only in training: {ascii(one)}, bee, cat, .." in text
-    assert f"only in test: {ascii(other)}" in text
+    assert f"training: {ascii(one)}, bee, cat, .." in text
+    assert f"test: {ascii(other)}" in text
     assert text.isascii()
-    assert "look alike" in text
 
 
-def test_other_names_are_shown_as_they_are():
-    assert difference(["\u732b", "cat"], ["\u72ac", "cat"]).endswith("only in training: \u732b; only in test: \u72ac")
-    assert difference(["x\u00b2"], ["x2"]).endswith("only in training: x\u00b2; only in test: x2")
-    assert difference(["ant", "bee"], ["ant"]).endswith("only in training: bee")
-    assert difference(["ant", "bee"], ["bee", "ant"]).endswith("in their order")
+@pytest.mark.parametrize(("one", "other"), [("\u732b", "\u72ac"), ("x\u00b2", "x2")])
+def test_other_names_are_shown_as_they_are(one, other):
+    text = difference([one, "cat"], [other, "cat"])
+    assert f"training: {one};" in text
+    assert text.endswith(f"test: {other}")
+
+
+def test_names_of_both_splits_are_not_shown():
+    text = difference(["ant", "bee"], ["ant"])
+    assert "training: bee" in text
+    assert "ant" not in text
+
+
+def test_classes_in_another_order_are_refused():
+    assert "bee" not in difference(["ant", "bee"], ["bee", "ant"])
 
 
 # ---- reading into memory
@@ -290,7 +311,7 @@ def test_large_or_uneven_images_stay_files(make_images, sizes):
     files = read(make_images("train", 3, sizes))
     assert isinstance(files, Files)
     assert len(files) == 9
-    with pytest.raises(UserError, match=r"64 pixels .*ant/0.jpg is \d+x\d+.*--image_size"):
+    with pytest.raises(UserError, match=r"64 .*ant/0.jpg .*\d+x\d+.*--image_size"):
         image_folder.check_in_memory(files)
 
 
@@ -302,7 +323,7 @@ def test_subset_of_files_keeps_path_and_label_together(make_images):
 
 
 def test_sides_that_are_not_multiples_of_4_are_refused(make_images):
-    with pytest.raises(UserError, match="30x32 .*multiples of 4"):
+    with pytest.raises(UserError, match="30x32 .* 4"):
         image_folder.check_in_memory(read(make_images("train", 1, [(30, 32)])))
 
 
@@ -312,7 +333,7 @@ SQUARES = {(64, 48): (8, 0, 56, 48), (31, 90): (0, 29.5, 31, 60.5), (32, 32): (0
 
 @pytest.fixture
 def uneven(make_images):
-    """A folder with images of three sizes, and each of them cropped to its centre and scaled to 32x32 pixels."""
+    """A folder with images of three sizes, and their centres scaled to 32x32 pixels."""
     root = make_images("train", 3, list(SQUARES), suffixes=[".png"])
     expected = []
     for path in sorted(root.glob("train/*/*.png")):
@@ -354,7 +375,7 @@ def test_listed_images_of_any_size_are_transformed_as_imagenet(uneven):
 
 
 class Cached:
-    """A folder of 12 images, 8x12 pixels, large enough to be cached; `decodes` tells how it is read."""
+    """A folder of 12 images, which is enough to be cached; `decodes` tells how it is read."""
 
     def __init__(self, root, monkeypatch):
         self.root = root
@@ -371,7 +392,7 @@ class Cached:
         monkeypatch.setattr(image_folder, "open_image", counting)
 
     def decodes(self, **settings):
-        """Read the folder, which must give the same as ever; return whether its images were decoded for that."""
+        """Read the folder, which must give the same images; return whether they were decoded."""
         self.opened.clear()
         split = read(self.root, **settings)
         assert torch.equal(split.images, self.expected.images)
@@ -452,7 +473,7 @@ def test_cache_with_the_right_key_and_wrong_arrays_is_ignored(cached, arrays):
 
 
 def test_fingerprint_does_not_change_between_versions(tmp_path):
-    """Caches are found by it: it is the SHA-256 of lines, the first of which names the function that reads."""
+    """Caches are found by it. It is the SHA-256 of lines; the first names the reading function."""
     path = tmp_path / "ant/1.jpg"
     path.parent.mkdir()
     path.write_bytes(b"123")

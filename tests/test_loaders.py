@@ -1,4 +1,4 @@
-"""Loaders: augmentation (torchvision is the judge of pixels), order, shares of processes, image files."""
+"""Loaders: augmentation (compared with torchvision's), order, shares of processes, image files."""
 
 import hashlib
 
@@ -60,9 +60,9 @@ def assert_uniform(values, cells):
 
 
 def find_augmentation(images, x, pad):
-    """Return top and left of the crop, and whether it is flipped, (N,) each, that explain each image of x.
+    """Return top and left of the crop, and whether it is flipped, (N,) each, for each image of x.
 
-    They are found by trying all with torchvision's own operations.
+    All possibilities are tried with torchvision's own operations.
     """
     found = torch.full((len(x), 3), -1)
     side = images.shape[-1]
@@ -181,7 +181,7 @@ def test_an_epoch_can_be_repeated_from_the_state_of_the_generator():
 
 
 def test_batches_do_not_change_between_versions():
-    """A resumed run depends on them; the checksum was taken from an earlier version of the loader."""
+    """A resumed run depends on them. The checksum is of an earlier version of the loader."""
     images = random_images(103)
     x, y = epoch(make_loader(images, 10, cutout=5))
     digest = hashlib.sha256(x.contiguous().numpy().tobytes() + y.numpy().tobytes()).hexdigest()

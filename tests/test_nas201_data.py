@@ -1,4 +1,4 @@
-"""Which images a search on NAS-Bench-201 trains on and validates on; the benchmark's split files."""
+"""Which images a search on NAS-Bench-201 trains and validates on; the benchmark's split files."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def search_args(**changed):
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    """The benchmark's data sets in their right sizes, of one-colour images that hold their own number."""
+    """The benchmark's data sets in their right sizes; the colour of an image is its number."""
 
     def loader(classes, train_images, test_images):
         def load(root, split, workers):
@@ -61,7 +61,7 @@ TRAIN = 10**6  # is added to the numbers of training images
 
 
 def numbers(split):
-    """The set of image numbers of a split of the `benchmark` fixture, plus TRAIN for training images."""
+    """The image numbers of a split of the `benchmark` fixture, plus TRAIN for training images."""
     first, second, third = split.images[:, :, 0, 0].long().unbind(1)
     return set((first + 256 * second + 65536 * (third // 2) + TRAIN * (third % 2)).tolist())
 
@@ -173,13 +173,13 @@ def test_split_of_other_data_sets_is_seeded():
 
 
 def test_fixed_split_of_other_data_sets_is_refused():
-    assert "not for digits" in refused(search_splits, search_args(split="fixed"))
-    assert "not for digits" in refused(search_splits, search_args(split_file="split.txt"))
+    assert {"--split", "digits"} <= set(refused(search_splits, search_args(split="fixed")).split())
+    assert {"--split_file", "digits"} <= set(refused(search_splits, search_args(split_file="split.txt")).split())
 
 
 def test_split_and_split_file_together_are_refused():
     args = search_args(dataset="cifar10", split="seeded", split_file="x.txt")
-    assert "--split_file and --split" in refused(search_splits, args)
+    assert {"--split_file", "--split"} <= set(refused(search_splits, args).split())
 
 
 @pytest.mark.parametrize(
@@ -244,15 +244,15 @@ def test_malformed_split_file_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     ("train", "valid", "words"),
     [
-        ([1, 2], [2, 3], "index 2"),
-        ([1, 2], [3, 10], "index 10 "),
-        ([1, 2, 1], [3], "twice"),
-        ([1], [], "no index"),
-        ([-1], [2], "'-1' is not an index"),
-        (["x"], [2], "'x' is not an index"),
-        (["1.0"], [2], "is not an index"),
-        (["²"], [2], "is not an index"),
-        (["9" * 5000], [2], "is not an index"),
+        ([1, 2], [2, 3], " 2"),
+        ([1, 2], [3, 10], " 10 "),
+        ([1, 2, 1], [3], '"train"'),
+        ([1], [], '"valid"'),
+        ([-1], [2], "'-1'"),
+        (["x"], [2], "'x'"),
+        (["1.0"], [2], "'1.0'"),
+        (["²"], [2], "'²'"),
+        (["9" * 5000], [2], "'99999"),
     ],
 )
 def test_bad_index_in_a_split_file_is_refused(tmp_path, train, valid, words):
@@ -262,4 +262,4 @@ def test_bad_index_in_a_split_file_is_refused(tmp_path, train, valid, words):
 def test_index_that_is_no_number_is_refused(tmp_path):
     path = tmp_path / "split.txt"
     path.write_text('{"train": ["int", [true, null]], "valid": ["int", [1]]}')
-    assert "is not an index" in refused_split(path)
+    assert "'True'" in refused_split(path)

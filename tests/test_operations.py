@@ -20,6 +20,10 @@ CONV = {
 }
 
 
+SKIPS = [("skip_connect", 0), ("skip_connect", 1)]
+ONE_NODE = genotypes.Genotype(SKIPS, [2], SKIPS, [2])  # the smallest cell
+
+
 def layers(module):
     return [type(m).__name__ for m in module.modules() if not list(m.children())]
 
@@ -36,19 +40,24 @@ def test_operations_cover_every_named_cell():
 @pytest.mark.parametrize("affine", [True, False])
 def test_operation_has_the_right_shape_and_parameters(name, stride, affine):
     op = OPS[name](8, stride, affine)
-    x = images(0, (2, 8, 12, 6)).requires_grad_()
-    y = op(x)
-    assert y.shape == (2, 8, 12 // stride, 6 // stride)
-    if name != "none":
-        y.square().sum().backward()
-        assert x.grad.abs().sum() > 0
-        assert all(p.grad.abs().sum() > 0 for p in op.parameters())
+    assert op(images(0, (2, 8, 12, 6))).shape == (2, 8, 12 // stride, 6 // stride)
     for module in op.modules():
         if isinstance(module, nn.Conv2d):
             assert module.bias is None
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight is not None) == affine
             assert module.track_running_stats
+
+
+@pytest.mark.parametrize("name", [name for name in OPS if name != "none"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_operation_passes_gradients_on(name, stride):
+    op = OPS[name](8, stride, True)
+    x = images(0, (2, 8, 12, 6)).requires_grad_()
+    op(x).square().sum().backward()
+    assert x.grad.abs().sum() > 0
+    for parameter, value in op.named_parameters():
+        assert value.grad.abs().sum() > 0, parameter
 
 
 @pytest.mark.parametrize("name", CONV)
@@ -59,7 +68,8 @@ def test_separable_convolutions_have_the_right_layers(name, stride):
     assert layers(op) == half * (len(CONV[name]) // 2)
     convolutions = [m for m in op.modules() if isinstance(m, nn.Conv2d)]
     for i, (conv, (kernel, dilation)) in enumerate(zip(convolutions, CONV[name], strict=True)):
-        assert conv.kernel_size == (kernel, kernel) and conv.dilation == (dilation, dilation)
+        assert conv.kernel_size == (kernel, kernel)
+        assert conv.dilation == (dilation, dilation)
         assert conv.stride == ((stride, stride) if i == 0 else (1, 1))
         assert conv.groups == (8 if kernel > 1 else 1)
 
@@ -136,14 +146,18 @@ def test_supernet_normalises_only_after_pools(stride):
     for name, op in zip(genotypes.PRIMITIVES, ops, strict=True):
         if "pool" in name:
             assert layers(op) == ["MaxPool2d" if "max" in name else "AveragePool", "BatchNorm2d"]
-            assert isinstance(op[1], nn.BatchNorm2d) and op[1].weight is None and op[1].num_features == 8
+            assert isinstance(op[1], nn.BatchNorm2d)
+            assert op[1].weight is None
+            assert op[1].num_features == 8
         else:
             assert type(op) is type(OPS[name](8, stride, False))
     assert not list(ops[1].parameters())
 
 
 def test_supernet_has_affine_norms_only_in_the_stem():
-    norms = {n: m.affine for n, m in Network(4, 10, 3).named_modules() if isinstance(m, nn.BatchNorm2d)}
+    with torch.device("meta"):
+        network = Network(4, 10, 2)
+    norms = {n: m.affine for n, m in network.named_modules() if isinstance(m, nn.BatchNorm2d)}
     assert [n for n, affine in norms.items() if affine] == ["stem.1"]
     assert len(norms) > 100
 
@@ -153,19 +167,30 @@ def test_retrained_cells_do_not_normalise_after_pools():
     for cell in network.cells:
         pools = [op for op in cell._ops if "Pool" in type(op).__name__]
         assert len(pools) == (5 if cell is not network.cells[0] else 0)
-    assert all(m.affine for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+    assert {m.affine for m in network.modules() if isinstance(m, nn.BatchNorm2d)} == {True}
 
 
-@pytest.mark.parametrize("depth, reductions", [(3, [1, 2]), (5, [1, 3]), (8, [2, 5]), (20, [6, 13])])
-def test_cells_reduce_at_thirds_of_the_depth(depth, reductions):
+def halving_inputs(network):
+    """The cells that halve their first input, because the cell before reduces."""
+    return [i for i, cell in enumerate(network.cells) if isinstance(cell.preprocess0, FactorizedReduce)]
+
+
+@pytest.mark.parametrize("depth, reductions", [(3, [1, 2]), (5, [1, 3]), (8, [2, 5])])
+def test_cells_of_a_supernet_reduce_at_thirds_of_the_depth(depth, reductions):
     with torch.device("meta"):
         supernet = Network(4, 10, depth)
-        network = NetworkCIFAR(4, 10, depth, False, genotypes.EvNASA)
-        imagenet = NetworkImageNet(4, 10, depth, False, genotypes.EvNASA)
     assert [i for i, cell in enumerate(supernet.cells) if cell.reduction] == reductions
-    for cells, behind in ((supernet.cells, []), (network.cells, []), (imagenet.cells, [0])):
-        halved = [i for i, cell in enumerate(cells) if isinstance(cell.preprocess0, FactorizedReduce)]
-        assert halved == behind + [i + 1 for i in reductions if i + 1 < depth]
+    assert halving_inputs(supernet) == [i + 1 for i in reductions if i + 1 < depth]
+
+
+@pytest.mark.parametrize("depth, behind", [(3, [2]), (5, [2, 4]), (8, [3, 6]), (14, [5, 10]), (20, [7, 14])])
+def test_cells_of_a_retrained_network_reduce_at_thirds_of_the_depth(depth, behind):
+    """The stem of a network for ImageNet reduces too."""
+    with torch.device("meta"):
+        network = NetworkCIFAR(4, 10, depth, False, ONE_NODE)
+        imagenet = NetworkImageNet(4, 10, depth, False, ONE_NODE)
+    assert halving_inputs(network) == behind
+    assert halving_inputs(imagenet) == [0, *behind]
 
 
 def test_supernet_edge_is_the_weighted_sum():
@@ -181,7 +206,7 @@ def test_supernet_edge_is_the_weighted_sum():
 
 
 def one_operation_cell(op, reduction):
-    """A cell whose output is one operation on its first input; the other edge of the node gives zeros."""
+    """A cell whose output is one operation on its first input. Its other edge gives zeros."""
     pairs = [(op, 0), ("none", 1)]
     cell = fill(Cell(genotypes.Genotype(pairs, [2], pairs, [2]), 4, 4, 4, reduction, False))
     x = images(6, (400, 4, 4, 4))
@@ -236,7 +261,7 @@ def test_drop_path_prob_applies_only_in_training(network):
 
 @pytest.mark.parametrize("network, side", [(NetworkCIFAR, 32), (NetworkImageNet, 224)])
 def test_auxiliary_head_does_not_change_the_main_path(network, side):
-    """In three cells the head reads the last cell's output: an in-place ReLU there would alter the logits."""
+    """With three cells the head reads the last output. An in-place ReLU would alter the logits."""
     x = images(8, (2, 3, side, side))
     without = fill(network(4, 10, 3, False, genotypes.EvNASA))
     with_head = fill(network(4, 10, 3, True, genotypes.EvNASA))

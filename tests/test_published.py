@@ -4,12 +4,15 @@ Three scripts have another name here, see RENAMED.
 """
 
 import argparse
+import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +32,7 @@ from nas201.genotypes import to_arch_string
 from support import runs
 from support.files import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_report")
+pytestmark = pytest.mark.usefixtures("quick_drawing")
 ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {  # published script: what it is called here
     "train_cifar100.py": ["train.py", "--dataset", "cifar100"],
@@ -73,9 +76,9 @@ CONFIG = {
 }
 SEARCH = "--epochs 1 --pop_size 2 --tsize 1 --init_channels 2 --train_samples 64 --valid_samples 16 --device cpu"
 SEARCH += " --baselines 2"
-CIFAR_TRAIN = "--epochs 1 --init_channels 2 --layers 3 --train_samples 96 --device cpu"
+CIFAR_TRAIN = "--epochs 1 --init_channels 2 --layers 3 --train_samples 16 --batch_size 16 --device cpu"
 SIZES = {
-    "train_search.py": f"{SEARCH} --layers 2",
+    "train_search.py": f"{SEARCH} --layers 2 --target_channels 2 --target_layers 2",
     "train_searchNAS201.py": f"{SEARCH} --num_cells 1",
     "train.py": CIFAR_TRAIN,
     "train_cifar100.py": CIFAR_TRAIN,
@@ -84,15 +87,16 @@ SIZES = {
     "test_cifar100.py": "--init_channels 2 --layers 3 --device cpu",
     "test_imagenet.py": "--init_channels 4 --layers 3 --workers 0 --data data/imagenet --device cpu",
 }
-# What torchvision's reader would return: one-colour images, all 50,000 for training, as the fixed split needs them.
+# What torchvision's reader would return: one-colour images. The benchmark's split needs all 50,000
+# training images.
 READER = """
 import numpy
 import torchvision
 
-def reader(classes):
+def reader(classes, count=50_000):
     class CIFAR:
         def __init__(self, root, train, download):
-            self.targets = [i % classes for i in range(50_000 if train else 200)]
+            self.targets = [i % classes for i in range(count if train else 200)]
             self.data = numpy.uint8(self.targets)[:, None, None, None] + numpy.zeros((1, 32, 32, 3), numpy.uint8)
             self.classes = [str(i) for i in range(classes)]
     return CIFAR
@@ -116,23 +120,21 @@ def parse_command(text):
     return Command(script, [*words[1:at], *RENAMED.get(script, [script])], words[at + 1 :])
 
 
+def commands_of(*scripts):
+    """The published commands of scripts whose names begin so."""
+    return [text for text in COMMANDS if parse_command(text).script.startswith(scripts)]
+
+
 def main_of(command):
     """Return the main function that a command calls, and its arguments."""
     words = [word for word in command.here if word not in ("-i", "-m")]
     return importlib.import_module(words[0].removesuffix(".py")).main, [*words[1:], *command.arguments]
 
 
-@pytest.fixture
-def folder(tmp_path, monkeypatch, make_images):
-    """The working directory, with a search's run, photographs and published weights; CIFAR's reader is a stand-in."""
-    for name in ("CIFAR10", "CIFAR100"):
-        monkeypatch.setattr(torchvision.datasets, name, None)
-    exec(READER, {})
-    make_images("train", 4, [(80, 70)])
-    make_images("val", 2, [(80, 70)])
-    work = tmp_path / "work"
-    (work / "data").mkdir(parents=True)
-    (tmp_path / "images").rename(work / "data/imagenet")
+def fill(work, write_images):
+    """Make a search's run, photographs and published weights in the folder `work`."""
+    write_images(work / "data/imagenet", "train", 4, [(80, 70)])
+    write_images(work / "data/imagenet", "val", 2, [(80, 70)])
     (work / "outputs").mkdir()
     genotype_files.save(genotypes.EvNASC, work / "outputs/genotype.pickle")
     (work / "configs").mkdir()
@@ -140,35 +142,86 @@ def folder(tmp_path, monkeypatch, make_images):
     for name, classes in (("EvNAS_A_cifar_weights.pt", 10), ("EvNAS_A_cifar100_weights.pt", 100)):
         torch.save(NetworkCIFAR(2, classes, 3, True, genotypes.EvNASA).state_dict(), work / name)
     (work / "run/weights").mkdir(parents=True)
-    (work / "run/weights/EvNAS_A_cifar_weights.pt").symlink_to(work / "EvNAS_A_cifar_weights.pt")
+    (work / "run/weights/EvNAS_A_cifar_weights.pt").symlink_to("../../EvNAS_A_cifar_weights.pt")
     state = NetworkImageNet(4, 3, 3, True, genotypes.EvNASA).state_dict()
     state = {f"module.{name}": value for name, value in state.items()}
     torch.save({"epoch": 250, "state_dict": state}, work / "EvNAS_A_imagenet_model_best.pth.tar")
-    monkeypatch.setattr(runs, "open_board", lambda run: False)  # whose import takes seconds
-    monkeypatch.chdir(work)
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory, write_images):
+    """The files of `fill`, which tests copy."""
+    work = tmp_path_factory.mktemp("filled") / "work"
+    fill(work, write_images)
     return work
 
 
-@pytest.mark.parametrize("text", COMMANDS)
-def test_published_command_runs(folder, capsys, text):
+def enter(work, patch, images=400):
+    """Go into the folder `work`; CIFAR's reader is a stand-in with so many training images."""
+    stand_in = {}
+    exec(READER, stand_in)
+    for name, classes in (("CIFAR10", 10), ("CIFAR100", 100)):
+        patch.setattr(torchvision.datasets, name, stand_in["reader"](classes, images))
+    patch.setattr(runs, "open_board", lambda run: False)  # whose import takes seconds
+    patch.chdir(work)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch, filled):
+    """The working directory, with the files of `fill`."""
+    work = shutil.copytree(filled, tmp_path / "work", symlinks=True)
+    enter(work, monkeypatch)
+    return work
+
+
+def run_here(text):
+    """Run a published command in this process, with small sizes; return its parts."""
     command = parse_command(text)
     main, argv = main_of(command)
     main([*argv, *SIZES[command.script].split()])
-    printed = capsys.readouterr().out
-    if command.script.startswith("test"):
-        assert f"on {6 if 'imagenet' in command.script else 200} images" in printed
-        return
+    return command
+
+
+def made_in(folder):
+    """The one run directory below `folder` that was made."""
     (report,) = folder.rglob("report.html")
-    made = report.parent
+    return report.parent
+
+
+@pytest.mark.parametrize("text", commands_of("test_"))
+def test_published_test_runs(folder, capsys, text):
+    command = run_here(text)
+    images = 6 if "imagenet" in command.script else 200
+    assert f"on {images} images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", commands_of("train.py", "train_cifar100.py", "train_imagenet.py"))
+def test_published_retraining_runs(folder, text):
+    command = run_here(text)
+    made = made_in(folder)
     assert made.parent.name == ("outputs" if "--dir" in command.arguments else "work")
     assert made.name.startswith("eval-NOTE-") == ("--note" in command.arguments)
-    if "search" not in command.script:
-        cell = "EvNASC" if "outputs" in command.arguments else "EvNASA"
-        assert genotype_files.load(made / "genotype.json") == genotypes.get(cell)
+    cell = "EvNASC" if "outputs" in command.arguments else "EvNASA"
+    assert genotype_files.load(made / "genotype.json") == genotypes.get(cell)
+
+
+@pytest.mark.parametrize("text", commands_of("train_search.py"))
+def test_published_search_runs(folder, text):
+    command = run_here(text)
+    made = made_in(folder)
+    assert made.parent.name == ("outputs" if "--dir" in command.arguments else "work")
+    assert (made / "genotype.pickle").exists()
+
+
+@pytest.mark.parametrize("text", commands_of("train_searchNAS201.py"))
+def test_published_search_on_nas_bench_201_runs(folder, monkeypatch, text):
+    enter(folder, monkeypatch, images=50_000)
+    run_here(text)
+    assert made_in(folder).parent.name == "outputs"
 
 
 @pytest.mark.parametrize("text", COMMANDS)
-def test_published_flag_without_a_use_gets_a_note(folder, capsys, text):
+def test_published_flag_without_a_use_gets_a_note(capsys, text):
     command = parse_command(text)
     main, argv = main_of(command)
     with pytest.raises(SystemExit):
@@ -180,19 +233,23 @@ def test_published_flag_without_a_use_gets_a_note(folder, capsys, text):
     assert notes == [word for word in command.arguments if word.startswith("--") and word not in shown]
 
 
-@pytest.fixture
-def table(folder):
-    """Where the shell script looked for the benchmark, a table in which all networks have 50 %."""
+def write_table(work):
+    """Write a table to where the shell script looked for the benchmark; all networks have 50 %."""
     trial = {("cifar10-valid", 777): {"eval_acc1es": {"x-valid@199": 50.0}}}
     archs = [to_arch_string(ops) for ops in itertools.product(range(5), repeat=6)]
     records = {i: {"full": {"arch_str": arch, "all_results": trial}} for i, arch in enumerate(archs)}
-    path = folder.parent / "NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"
+    path = work.parent / "NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"
     path.parent.mkdir()
     torch.save({"meta_archs": archs, "arch2infos": records}, path)
 
 
+@pytest.fixture
+def table(folder):
+    write_table(folder)
+
+
 def run(folder, words):
-    """A process in `folder` that finds this project's modules, CIFAR's stand-in and nothing on standard input."""
+    """Run a process in `folder`. It finds this project and CIFAR's stand-in, and gets no input."""
     (folder / "sitecustomize.py").write_text(READER)
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "PYTHON": sys.executable}
     settings = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -201,19 +258,54 @@ def run(folder, words):
     return done
 
 
-def test_command_of_the_shell_script_runs(folder, table, capsys):
-    command = parse_command(OF_THE_SHELL_SCRIPT)
-    nas201.train_search.main([*command.arguments, *SIZES[command.script].split()])
-    printed = capsys.readouterr()
-    assert "50.00" in printed.out  # the true accuracy in the stand-in for the benchmark's table
-    (line,) = (line for line in printed.out.splitlines() if line.startswith("--cutout "))
-    assert "16 pixels" in line and "19 %" in line
-    (note,) = printed.err.splitlines()
-    assert "--init_channel " in note and "--init_channels 16" in note
-    (made,) = folder.glob("outputs/search-*")
-    saved = json.loads((made / "args.json").read_text())["args"]
-    assert saved["cutout"] and saved["track_running_stats"] and "config_path" not in saved
-    nas201.train_search.main(["--resume", str(made), "--config_path", "configs/EvNAS.config"])
+class Finished(NamedTuple):
+    """A finished run and what it printed."""
+
+    run: Path
+    out: list[str]  # lines of standard output
+    err: list[str]  # lines of standard error
+
+
+@pytest.fixture(scope="module")
+def of_the_shell_script(tmp_path_factory, filled, quick_drawings):
+    work = shutil.copytree(filled, tmp_path_factory.mktemp("shell") / "work", symlinks=True)
+    write_table(work)
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        enter(work, patch, images=50_000)
+        run_here(OF_THE_SHELL_SCRIPT)
+    return Finished(made_in(work), out.getvalue().splitlines(), err.getvalue().splitlines())
+
+
+def test_command_of_the_shell_script_looks_up_the_accuracy(of_the_shell_script):
+    assert any("50.00" in line for line in of_the_shell_script.out)
+
+
+def test_command_of_the_shell_script_says_what_cutout_removes(of_the_shell_script):
+    (line,) = [line for line in of_the_shell_script.out if line.startswith("--cutout ")]
+    assert "16 pixels" in line
+    assert "19 %" in line
+
+
+def test_command_of_the_shell_script_has_a_replaced_flag(of_the_shell_script):
+    (note,) = of_the_shell_script.err
+    assert "--init_channel " in note
+    assert "--init_channels 16" in note
+
+
+def test_command_of_the_shell_script_is_saved_without_the_configuration(of_the_shell_script):
+    saved = json.loads((of_the_shell_script.run / "args.json").read_text())["args"]
+    assert saved["cutout"]
+    assert saved["track_running_stats"]
+    assert "config_path" not in saved
+
+
+def test_run_resumes_with_the_configuration(of_the_shell_script, monkeypatch, capsys):
+    run = of_the_shell_script.run
+    monkeypatch.chdir(run.parents[1])
+    nas201.train_search.main(["--resume", str(run), "--config_path", "configs/EvNAS.config"])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert str(run) in line
 
 
 @pytest.mark.slow
@@ -249,16 +341,20 @@ def test_configuration_that_differs_is_refused(folder, capsys, changed, named):
     line = capsys.readouterr().err
     assert stopped.value.code == 2
     assert line.count("\n") == 1
-    assert all(part in line for part in [str(path), *named])
+    for part in [str(path), *named]:
+        assert part in line
     assert not list(folder.glob("search-*"))
 
 
-def test_flags_take_precedence_over_a_configuration(folder, monkeypatch):
-    monkeypatch.setattr(search_cli, "run_search", lambda *args: None)
+def test_flags_that_agree_with_a_configuration_are_accepted(folder, monkeypatch):
+    searched = []
+    monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: searched.append(setup.args))
     path = folder / "configs/EvNAS.config"
     path.write_text(json.dumps(CONFIG | {"LR": ["float", "0.1"], "decay": ["float", "0"]}))
     flags = ["--learning_rate", "0.1", "--weight_decay", "0"]
     nas201.train_search.main(["--dataset", "digits", "--device", "cpu", "--config_path", str(path), *flags])
+    (args,) = searched
+    assert (args.learning_rate, args.weight_decay) == (0.1, 0)
 
 
 @pytest.mark.parametrize("size, share", [(32, 19), (16, 56)])
@@ -270,14 +366,15 @@ def test_cutout_text_says_how_much_is_removed(size, share):
 def test_parallel_with_several_gpus_asks_for_torchrun(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.delenv("RANK", raising=False)
-    with pytest.raises(UserError, match="--parallel.*torchrun --nproc_per_node=4"):
+    with pytest.raises(UserError, match="--parallel.*--nproc_per_node=4"):
         train.check_parallel(torch.device("cuda:0"))
 
 
-def test_parallel_under_torchrun_is_accepted(monkeypatch):
+def test_parallel_under_torchrun_is_accepted(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setenv("RANK", "0")
     train.check_parallel(torch.device("cuda:0"))
+    assert capsys.readouterr().err == ""
 
 
 def test_parallel_with_one_device_is_noted(monkeypatch, capsys):
@@ -313,7 +410,8 @@ def test_published_retraining_without_a_search_is_refused(folder, published_retr
     with pytest.raises(SystemExit):
         main([*RETRAINED, str(made)])
     line = capsys.readouterr().err
-    assert all(name in line for name in genotype_files.FILES)
+    for name in genotype_files.FILES:
+        assert name in line
 
 
 @pytest.mark.slow
@@ -325,7 +423,9 @@ def test_shell_script_makes_three_searches_and_a_table(folder, table):
     assert done.returncode == 0, done.stderr
     for seed in (18, 19, 20):
         assert (folder / f"outputs/search-cifar10-seed{seed}/report.html").exists()
-    assert "50.00 ± 0.00" in done.stdout and "92.18 ± 1.11" in done.stdout and "66.74" not in done.stdout
+    assert "50.00 ± 0.00" in done.stdout
+    assert "92.18 ± 1.11" in done.stdout
+    assert "66.74" not in done.stdout
 
 
 def test_replaced_flag_is_read_as_the_new_one():

@@ -1,6 +1,7 @@
 """Splits: what they have, how they are divided and described."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -78,17 +79,18 @@ def test_subsample_of_none_or_all_keeps_every_image():
 
 
 def test_subsample_of_too_many_images_is_refused():
-    with pytest.raises(UserError, match="101 images .* 100"):
+    with pytest.raises(UserError, match="101 .* 100"):
         subsample(numbered_images([0] * 100), 101, seeded())
 
 
 def test_class_missing_from_one_split_is_refused():
-    with pytest.raises(UserError, match="class c has .*1.* valid got none"):
+    with pytest.raises(UserError, match="class c .*1.* valid"):
         check_classes(train=numbered_images([0, 1, 2]), valid=numbered_images([0, 1]))
 
 
 def test_empty_split_needs_no_classes():
-    check_classes(train=numbered_images([0, 1, 2]), valid=numbered_images(torch.zeros(0, dtype=torch.int64)))
+    empty = numbered_images(torch.zeros(0, dtype=torch.int64))
+    assert check_classes(train=numbered_images([0, 1, 2]), valid=empty) is None
 
 
 # ---- descriptions
@@ -114,8 +116,7 @@ def test_description_counts_images_and_classes(folder):
     assert found["images"] == {"train": 5, "test": 3}
     assert found["per_class"] == {"train": [0, 4], "test": [1, 1]}
     assert found == json.loads(json.dumps(found))
-    text = counts_text(found)
-    assert all(words in text for words in ("5 training images (0 to 4", "3 test images (1 per class", "8x8"))
+    assert re.findall(r"\d+", counts_text(found)) == ["5", "0", "4", "3", "1", "3", "8", "8"]
 
 
 def test_description_does_not_depend_on_where_the_data_are(folder, tmp_path):

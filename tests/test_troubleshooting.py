@@ -1,7 +1,7 @@
-"""docs/troubleshooting.md names messages that the program prints: each one is a string in its source code.
+"""docs/troubleshooting.md names messages of the program: each is a string in its source code.
 
-A message on the page is the text in backticks in the first cell of a row. {words} in braces stand for
-what differs from case to case: a path, a number.
+A message on the page is the text in backticks in the first cell of a row. {words} in braces stand
+for what differs from case to case: a path, a number.
 """
 
 import ast
@@ -17,7 +17,7 @@ PLACEHOLDER = re.compile(r"\{[^{}]*\}")
 
 
 def text_of(node):
-    """The text of a string or f-string in the source code, with ANY for each value; None for other nodes."""
+    """The text of a string or f-string, with ANY for each value; None for other nodes."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return PLACEHOLDER.sub(ANY, node.value)  # it can be a template of str.format
     if isinstance(node, ast.JoinedStr):
@@ -26,7 +26,7 @@ def text_of(node):
 
 
 def strings(path):
-    """The texts of all strings in a source file, except docstrings. The page leaves out "error: "."""
+    """The texts of all strings in a source file except docstrings, without "error: "."""
     texts = []
     for node in ast.walk(ast.parse(path.read_text())):
         is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
@@ -43,7 +43,7 @@ STRINGS = {
 
 
 def is_printed(message, texts):
-    """Whether these strings can make the message: one begins with its start, and the rest is in some of them."""
+    """Whether these strings can make the message: one has its start, and some have the rest."""
     start, *parts = PLACEHOLDER.split(message)
     if not start and parts:  # the message begins with a value
         start = ANY + parts.pop(0)
@@ -52,7 +52,8 @@ def is_printed(message, texts):
 
 
 def test_the_page_has_messages():
-    assert len(MESSAGES) > 20 and len(set(MESSAGES)) == len(MESSAGES)
+    assert len(MESSAGES) > 20
+    assert len(set(MESSAGES)) == len(MESSAGES)
 
 
 @pytest.mark.parametrize("message", MESSAGES)

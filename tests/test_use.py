@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import datasets
 import export
@@ -186,10 +188,11 @@ def test_unreadable_images_are_named_and_counted(run, pictures, unreadable, caps
         predict.main([str(word) for word in (run, *flags, unreadable[0], pictures, "--device", "cpu")])
     *skipped, last = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 1
-    assert all(line.startswith("skipped: ") for line in skipped)
     assert len(skipped) == len(unreadable)
+    for line in skipped:
+        assert line.startswith("skipped: ")
     for path in unreadable:
-        assert sum(str(path) in line for line in skipped) == 1
+        assert len([line for line in skipped if str(path) in line]) == 1
     assert last.startswith("error: 3 ")
 
 
@@ -199,7 +202,8 @@ def test_readable_images_are_predicted_next_to_unreadable_ones(run, pictures, un
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     readable = [path for path in sorted(pictures.glob("test/*/*")) if path not in unreadable]
     assert [line["image"] for line in lines] == [str(path) for path in readable]
-    assert all(line["classes"].keys() == set(CLASSES) for line in lines)
+    for line in lines:
+        assert line["classes"].keys() == set(CLASSES)
 
 
 def test_unreadable_image_raises_from_python(run, unreadable):
@@ -217,7 +221,7 @@ READ = {
 # Logits of the images in x.npy, all at once and of the first alone, because files take any batch.
 COMPUTE = "; import numpy as np; x = np.load('x.npy'); np.save('y.npy', np.concatenate([run(x), run(x[:1])]))"
 
-SLOW_EXPORTS = [
+EXPORTS = [  # recipe, format, --normalize
     ("nas201", "torch", True),
     ("nas201", "onnx", False),
     ("cifar", "torch", False),
@@ -225,34 +229,57 @@ SLOW_EXPORTS = [
     ("imagenet", "torch", True),
     ("imagenet", "onnx", False),
 ]
+FASTEST, *SLOWER = EXPORTS
 
 
-def export_run(folder, pictures, recipe, format, normalize):
-    """Export a retraining in `folder`; return its network and the file."""
+class Exported(NamedTuple):
+    """An exported retraining."""
+
+    recipe: str
+    format: str
+    normalize: bool
+    network: nn.Module  # of the retraining
+    file: Path
+
+
+@pytest.fixture(scope="module", params=[FASTEST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOWER)])
+def exported(request, write_images, tmp_path_factory):
+    recipe, format, normalize = request.param
     if format == "onnx":
         for package in ("onnx", "onnxscript", "onnxruntime"):
             pytest.importorskip(package)
-    network = retrained_run(folder / "run", recipe, pictures)
+    folder = tmp_path_factory.mktemp("exported")
+    write_images(folder / "images", "test", 3, [(40, 30), (33, 60)], suffixes=[".png"])
+    network = retrained_run(folder / "run", recipe, folder / "images")
     if normalize:
         export.main([str(folder / "run"), "--format", format, "--normalize"])
-        return network, folder / "run" / export.FORMATS[format].file
-    file = folder / "my.file"
-    export.main([str(folder / "run/weights/weights.pt"), "--format", format, "--output", str(file)])
-    return network, file
+        file = folder / "run" / export.FORMATS[format].file
+    else:
+        file = folder / "my.file"
+        export.main([str(folder / "run/weights/weights.pt"), "--format", format, "--output", str(file)])
+    return Exported(recipe, format, normalize, network, file)
+
+
+def random_pixels(recipe):
+    """Five images of such a network, with pixels in [0, 1]."""
+    return np.random.RandomState(0).rand(5, 3, side_of(recipe), side_of(recipe)).astype(np.float32)
 
 
 def expected_logits(network, pixels, normalize):
-    """Return what COMPUTE should save."""
+    """The network's logits of these pixels, normalised as in the retraining if asked for."""
     x = torch.from_numpy(pixels)
     if normalize:
         x = (x - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
     with torch.no_grad():
-        logits = network(x)[0].numpy()
-    return np.concatenate([logits, logits[:1]])
+        return network(x)[0].numpy()
+
+
+def assert_close(logits, expected):
+    assert logits == pytest.approx(expected, abs=1e-5 * float(np.abs(expected).max()))
 
 
 def compute_elsewhere(folder, program, pixels):
-    """Run `program` in a process in `folder` that cannot import this project; return the logits that it saves."""
+    """Run `program` where it cannot import this project; return the logits that it saves."""
     folder.mkdir()
     np.save(folder / "x.npy", pixels)
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -261,21 +288,19 @@ def compute_elsewhere(folder, program, pixels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "format", "normalize"), SLOW_EXPORTS)
-def test_exported_file_computes_without_this_project(tmp_path, pictures, recipe, format, normalize):
-    network, file = export_run(tmp_path, pictures, recipe, format, normalize)
-    pixels = np.random.RandomState(0).rand(5, 3, side_of(recipe), side_of(recipe)).astype(np.float32)
-    expected = expected_logits(network, pixels, normalize)
-    found = compute_elsewhere(tmp_path / "elsewhere", READ[format].replace("F", str(file)) + COMPUTE, pixels)
-    assert found == pytest.approx(expected, abs=1e-5 * float(np.abs(expected).max()))
+def test_exported_file_computes_without_this_project(exported, tmp_path):
+    pixels = random_pixels(exported.recipe)
+    program = READ[exported.format].replace("F", str(exported.file)) + COMPUTE
+    found = compute_elsewhere(tmp_path / "elsewhere", program, pixels)
+    expected = expected_logits(exported.network, pixels, exported.normalize)
+    assert_close(found, np.concatenate([expected, expected[:1]]))
 
 
-def test_exported_file_computes_the_networks_logits(tmp_path, pictures):
-    network, file = export_run(tmp_path, pictures, "nas201", "torch", True)
-    pixels = np.random.RandomState(0).rand(5, 3, 16, 16).astype(np.float32)
-    expected = expected_logits(network, pixels, True)
-    found = export.run_torch(file, torch.from_numpy(pixels)).detach().numpy()
-    assert found == pytest.approx(expected[:5], abs=1e-5 * float(np.abs(expected).max()))
+@pytest.mark.parametrize("exported", [FASTEST], indirect=True, scope="module")
+def test_exported_file_computes_the_networks_logits(exported):
+    pixels = random_pixels(exported.recipe)
+    found = export.run_torch(exported.file, torch.from_numpy(pixels)).detach().numpy()
+    assert_close(found, expected_logits(exported.network, pixels, exported.normalize))
 
 
 def read_metadata(file, format):
@@ -287,20 +312,25 @@ def read_metadata(file, format):
     return json.loads(content["metadata.json"])
 
 
-@pytest.mark.parametrize(
-    ("recipe", "format", "normalize"),
-    [("nas201", "torch", True), *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_EXPORTS[1:]]],
-)
-def test_exported_file_describes_itself(tmp_path, pictures, recipe, format, normalize):
-    _, file = export_run(tmp_path, pictures, recipe, format, normalize)
-    metadata = read_metadata(file, format)
-    side = side_of(recipe)
+def test_exported_file_describes_itself(exported):
+    metadata = read_metadata(exported.file, exported.format)
+    side = side_of(exported.recipe)
     assert metadata["classes"] == CLASSES
     assert metadata["mean"] == list(MEAN)
-    assert metadata["genotype"] == genotype_files.to_json(RETRAINED_CELLS[recipe])
+    assert metadata["genotype"] == genotype_files.to_json(RETRAINED_CELLS[exported.recipe])
     assert "torch" in metadata["versions"]
     assert f"(batch, 3, {side}, {side})" in metadata["input"]
-    assert ("[0, 1]" in metadata["input"]) == normalize
+    assert ("[0, 1]" in metadata["input"]) == exported.normalize
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("recipe", RETRAINED_CELLS)
+def test_module_to_export_computes_the_networks_logits(tmp_path, pictures, recipe, normalize):
+    network = retrained_run(tmp_path / "run", recipe, pictures)
+    module = export.Logits(network, MEAN, STD) if normalize else export.Logits(network)
+    pixels = random_pixels(recipe)
+    found = module(torch.from_numpy(pixels)).detach().numpy()
+    assert_close(found, expected_logits(network, pixels, normalize))
 
 
 def test_file_with_other_logits_is_not_written(tmp_path, pictures, fails, monkeypatch):
@@ -334,22 +364,12 @@ def test_onnx_file_is_run_from_any_path(tmp_path):
     assert export.run_onnx(path, torch.ones(2)).tolist() == [-1, -1]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
-@pytest.mark.parametrize("recipe", RETRAINED_CELLS)
-def test_traced_logits_are_the_same(tmp_path, pictures, recipe):
-    network = retrained_run(tmp_path / "run", recipe, pictures)
-    module = export.Logits(network, MEAN, STD)
-    x = torch.rand(3, 3, side_of(recipe), side_of(recipe))
-    traced = torch.jit.trace(module, x[:2])
-    torch.testing.assert_close(traced(x), module(x))
-
-
 # ---- docs/your-data.md and docs/deploy.md
 
 
 @pytest.mark.slow
 def test_commands_of_the_docs_lead_from_pictures_to_a_file(tmp_path, make_images):
-    """On pictures of mixed sizes, grey and 16-bit ones among them; the Python lines of the page on its run."""
+    """The pictures have mixed sizes; some are grey, and two have 16 bits."""
     pytest.importorskip("onnxscript")
     pytest.importorskip("onnxruntime")
     make_images("train", 12, [(40, 30), (33, 60), (80, 80)], suffixes=[".png", ".jpg"])
@@ -369,7 +389,8 @@ def test_commands_of_the_docs_lead_from_pictures_to_a_file(tmp_path, make_images
     settings = dict(cwd=tmp_path, env=environment, capture_output=True, text=True)
     done = subprocess.run(["bash", "-euc", walk], **settings)
     assert done.returncode == 0, done.stderr
-    assert "bee/0.png" in done.stdout and "network.onnx" in done.stdout.splitlines()[-1]
+    assert "bee/0.png" in done.stdout
+    assert "network.onnx" in done.stdout.splitlines()[-1]
     (run,) = tmp_path.glob("runs/pictures/search-*/eval-own-*")
     names = {"run_dir": run}
     code = code.replace("picture.png", str(tmp_path / "pictures/test/bee/0.png"))
