@@ -155,7 +155,7 @@ def accuracy(network, alphas, batches, bn):
     return 100 * hits.sum() / len(hits)
 
 
-SHORT = dict(pop_size=2, tsize=2, num_elites=1, layers=1, train_samples=50, batch_size=20, seed=20)
+SHORT = dict(pop_size=2, tsize=2, num_elites=1, layers=1, train_samples=50, batch_size=20, baselines=0, seed=20)
 HIGH_RATES = dict(learning_rate=0.1, learning_rate_min=0.05, momentum=0.5)
 
 
