@@ -82,17 +82,17 @@ def test_training_step_in_float32_equals_the_plain_one():
 
 
 @pytest.mark.parametrize(
-    "layers, side, kernels", [(3, 12, "cpu"), (2, 8, "gpu"), (2, 8, "gpu-nchw")], indirect=["kernels"]
+    "layers, side, steps, kernels", [(3, 12, 2, "cpu"), (2, 8, 1, "gpu"), (2, 8, 1, "gpu-nchw")], indirect=["kernels"]
 )
-def test_two_steps_in_float64_leave_equal_weights_and_buffers(layers, side, kernels):
+def test_steps_in_float64_leave_equal_weights_and_buffers(layers, side, steps, kernels):
     """In float64 no rounding flips a ReLU, so nothing but the algebra can make a difference.
 
     12 becomes odd after the reductions, where dilated convolutions have another backward pass.
     """
     plain, fast = network(layers, 2, torch.float64), network(layers, 2, torch.float64)
     before = copy.deepcopy(plain.state_dict())
-    logits, gradients = train(plain, plain, 2, torch.float64, side)
-    fast_logits, fast_gradients = train(Fast(fast), fast, 2, torch.float64, side)
+    logits, gradients = train(plain, plain, steps, torch.float64, side)
+    fast_logits, fast_gradients = train(Fast(fast), fast, steps, torch.float64, side)
     torch.testing.assert_close(fast_logits, logits, rtol=1e-9, atol=1e-9)
     for actual, expected in zip(fast_gradients, gradients, strict=True):
         assert (actual - expected).norm() <= 1e-8 * expected.norm()

@@ -156,6 +156,7 @@ def accuracy(network, alphas, batches, bn):
 
 
 SHORT = dict(pop_size=2, tsize=2, num_elites=1, layers=1, train_samples=50, batch_size=20, baselines=0, seed=20)
+SHORT |= dict(grad_clip=0.3, learning_rate=0.1)  # gradients are larger
 HIGH_RATES = dict(learning_rate=0.1, learning_rate_min=0.05, momentum=0.5)
 
 
