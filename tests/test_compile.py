@@ -193,7 +193,9 @@ def test_cpu_without_a_compiler_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(SystemExit) as error:
         retrain(tmp_path, "--compile", epochs=1)
-    assert error.value.code == 2 and "C++ compiler" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    assert error.value.code == 2
+    assert "C++ compiler" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
@@ -204,7 +206,8 @@ def test_broken_compiler_is_found_before_there_is_a_run(tmp_path, monkeypatch):
     command = [sys.executable, train.__file__, *train_line("--compile", dir=tmp_path, epochs=1)]
     for flags, runs_made in (([], 0), (["--no-self_check"], 1)):
         begun = subprocess.run([*command, *flags], capture_output=True, text=True)
-        assert begun.returncode == 2 and re.fullmatch(r"error: .*compiler.*--no-compile.*\n", begun.stderr)
+        assert begun.returncode == 2
+        assert re.fullmatch(r"error: .*--no-compile.*\n", begun.stderr)
         assert len(list(tmp_path.glob("eval-*"))) == runs_made
     (run,) = tmp_path.glob("eval-*")
     train.main(["--resume", str(run), "--no-compile"])

@@ -50,7 +50,8 @@ def test_elites_are_unchanged_and_first(num_elites, variant):
     alphas = population(10)
     fitness = torch.tensor([5.0, 9, 1, 7, 3, 8, 2, 6, 4, 0])
     children = breed(alphas, fitness, num_elites=num_elites, mutate_rate=1.0, variant=variant)
-    assert children.shape == alphas.shape and children.dtype == alphas.dtype
+    assert children.shape == alphas.shape
+    assert children.dtype == alphas.dtype
     best = [1, 5, 3, 7, 0, 8, 4, 6, 2, 9][:num_elites]
     assert torch.equal(children[:num_elites], alphas[best])
     if variant != "cross":
@@ -68,7 +69,8 @@ def test_next_generation_leaves_its_input_unchanged():
     before = alphas.clone(), fitness.clone()
     children = breed(alphas, fitness, num_elites=2)
     children.zero_()
-    assert torch.equal(alphas, before[0]) and torch.equal(fitness, before[1])
+    assert torch.equal(alphas, before[0])
+    assert torch.equal(fitness, before[1])
 
 
 # ---- children
@@ -78,7 +80,8 @@ def test_rows_come_whole_from_parents_or_are_fresh():
     rows = sources(breed(labelled(50), torch.rand(50, generator=generator(2)), mutate_rate=0.3))[1:]
     for child in rows.flatten(1).tolist():
         assert len(set(child) - {-1}) <= 2  # two parents
-    assert (rows == -1).any() and (rows >= 0).any()
+    assert (rows == -1).any()
+    assert (rows >= 0).any()
 
 
 def test_crossover_takes_each_row_from_either_parent_half_the_time():
@@ -117,7 +120,8 @@ def test_whole_generations_have_the_rates_of_their_parts():
 
 def test_fresh_values_are_uniform():
     rows = mutate(torch.full((2000, *SHAPE), 2.0), 1.0, generator())
-    assert 0 <= rows.min() and rows.max() < 1
+    assert rows.min() >= 0
+    assert rows.max() < 1
     counts = torch.histc(rows, bins=20, min=0, max=1)
     assert chisquare(counts.numpy()).pvalue > 1e-4
     assert len(rows.unique()) > 0.9 * rows.numel()  # each child its own values
@@ -166,7 +170,8 @@ def test_first_drawn_of_equals_wins(tsize):
     assert torch.equal(tournament(equal, tsize, 1000, generator()), first)
     among_best = ties[first] == ties.max()
     winners = tournament(ties, tsize, 1000, generator())
-    assert torch.equal(winners[among_best], first[among_best]) and 300 < among_best.sum() < 450
+    assert torch.equal(winners[among_best], first[among_best])
+    assert 300 < among_best.sum() < 450
 
 
 @pytest.mark.parametrize("variant", ["evnas", "mut", "cross"])
@@ -234,7 +239,8 @@ def test_variant_rand_is_a_fresh_population():
     alphas = labelled(50)
     fresh = breed(alphas, None, variant="rand")
     assert fresh.shape == alphas.shape
-    assert 0 <= fresh.min() and fresh.max() < 1
+    assert fresh.min() >= 0
+    assert fresh.max() < 1
     assert len(fresh.unique()) > 0.99 * fresh.numel()
     assert torch.equal(fresh, breed(alphas, torch.rand(50), variant="rand"))
 

@@ -42,7 +42,7 @@ def test_training_launches_few_kernels(space, most, amp):
 @pytest.mark.parametrize(
     "space, bn, most_shared, most",
     [
-        ("s1", "batch", 250, 3070),
+        pytest.param("s1", "batch", 250, 3070, marks=pytest.mark.slow),
         pytest.param("s1", "running", 2060, 3430, marks=pytest.mark.slow),
         ("s2", "batch", 100, 750),
         ("s2", "running", 1200, 430),
@@ -61,13 +61,14 @@ def test_fitness_launches_few_kernels(space, bn, most_shared, most, amp):
         evaluators[0].set_batch(x)
 
     shared, counts = launches(prepare, amp), launches(lambda: evaluators[0].logits(alphas), amp)
-    assert shared.total() <= most_shared and counts.total() <= most
+    assert shared.total() <= most_shared
+    assert counts.total() <= most
     if bn == "batch":
         assert not (shared | counts).keys() & UNREAD
 
 
 def test_retraining_draws_drop_path_once(amp):
-    network = NetworkCIFAR(36, 10, 20, True, genotypes.EvNASA)
+    network = NetworkCIFAR(4, 10, 3, True, genotypes.EvNASA)
     network.drop_path_prob = 0.2
     counts = launches(lambda: network(torch.randn(96, 3, 32, 32)), amp)
     assert counts["bernoulli_"] == 1  # all of drop path at once

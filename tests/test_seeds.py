@@ -22,7 +22,8 @@ SEEDS = (18, 19, 20, 2021)  # those of the paper's searches, and that of the ran
 def test_no_two_roles_and_seeds_share_a_stream():
     derived = [seeds.derive(seed, role, 2) for seed in (*SEEDS, 0, 2**32 + 18, 2**63 - 1) for role in seed_roles.ROLES]
     # torch's CPU generators use the low 32 bits.
-    assert len({seed % 2**32 for seed in derived}) == len(derived) and all(0 <= seed < 2**63 for seed in derived)
+    assert len({seed % 2**32 for seed in derived}) == len(derived)
+    assert all(0 <= seed < 2**63 for seed in derived)
     draws = [torch.rand(1000, generator=torch.Generator().manual_seed(seed)) for seed in derived]
     correlations = np.corrcoef(torch.stack(draws)) - np.eye(len(draws))
     assert np.abs(correlations).max() < 0.2
@@ -39,12 +40,12 @@ def test_derived_seeds_stay_the_same():
 
 @pytest.fixture
 def begin_search(monkeypatch):
-    """`begin_search(seed)`: what a search of the paper's size begins with, as (network, state)."""
+    """`begin_search(seed)`: what a search of the paper's channels begins with, as (network, state)."""
     begun = []
     monkeypatch.setattr(search_cli, "run_search", lambda search, setup, *_: begun.append(setup))
 
     def begin(seed):
-        train_search.main(["--dataset", "digits", "--device", "cpu", "--seed", str(seed)])
+        train_search.main(["--dataset", "digits", "--device", "cpu", "--layers", "1", "--seed", str(seed)])
         setup = begun.pop()
         return setup.network, search_state.SearchState(setup)
 
@@ -58,7 +59,8 @@ def correlation(a, b):
 def test_weights_and_genes_are_not_correlated(begin_search):
     network, state = begin_search(18)
     first = network.stem[0].weight.detach().flatten()
-    assert len(first) == 1296 and correlation(first, state.alphas.flatten()[:1296]) < 0.15
+    assert len(first) == 1296
+    assert correlation(first, state.alphas.flatten()[:1296]) < 0.15
 
 
 def test_searches_with_the_papers_seeds_have_no_stream_in_common(begin_search):
@@ -76,7 +78,8 @@ def test_random_architectures_and_the_images_they_see_are_the_same_for_every_see
     args = [search_cli.search_parser("train_search.py", "").parse_args(["--seed", seed]) for seed in ("18", "2021")]
     drawn = [torch.rand(9, generator=baselines.generator(each, seed_roles.RANDOM_ARCHITECTURES)) for each in args]
     born = torch.rand(9, generator=seeds.generator(args[1], seed_roles.POPULATION))
-    assert torch.equal(*drawn) and not torch.equal(drawn[0], born)
+    assert torch.equal(*drawn)
+    assert not torch.equal(drawn[0], born)
 
 
 @pytest.mark.parametrize("script, line", [(train_search, search_line), (train, train_line)])
