@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import conftest
 import pytest
@@ -29,13 +30,14 @@ from helpers import search_line, train_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("EVNAS_FAULTS") == "full"
-SEARCH = search_line(cutout_length=4)
-RETRAIN = train_line("--cutout", drop_path_prob=0.5)
+SEARCH = search_line(cutout_length=4, layers=1)
+RETRAIN = train_line("--cutout", drop_path_prob=0.5, layers=1, batch_size=32)  # three steps an epoch
 ARGUMENTS = {"train_search": SEARCH, "train": RETRAIN}
+SCRIPTS = list(ARGUMENTS) if FULL else ["train"]
 COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
 
 
-quick_report = (lambda test: test) if FULL else pytest.mark.usefixtures("quick_report")
+quick_drawing = (lambda test: test) if FULL else pytest.mark.usefixtures("quick_drawing")
 
 
 def few(full, short):
@@ -60,9 +62,10 @@ def process():
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["faults", "train", "train_search", "sklearn.datasets", "torch.utils.tensorboard"]
-        )
+        # All that a run imports, torch._dynamo with its first optimizer: seconds for each process otherwise.
+        packages = ["sklearn.datasets", "torch.utils.tensorboard", "torch._dynamo"]
+        packages += ["matplotlib.figure"] if FULL else []  # only one test draws anything
+        context.set_forkserver_preload(["faults", "train", "train_search", *packages])
 
         def start(script, argv, output=os.devnull, **conditions):
             arguments = (script, [str(word) for word in argv], str(output), conditions)
@@ -71,6 +74,15 @@ def process():
             return process
 
         yield start
+
+
+def exit_code(running, output=os.devnull):
+    """The exit code of a process. One that does not end within two minutes is killed and fails."""
+    running.join(120)
+    if running.exitcode is None:
+        running.kill()
+        pytest.fail(f"hangs: {Path(output).read_text()}")
+    return running.exitcode
 
 
 def outcome(main, *argv, naming=""):
@@ -111,6 +123,8 @@ def work(script, argv, output, conditions):
         os.dup2(file, number)
     if not FULL:
         conftest.draw_no_charts()
+        if not conditions.get("drawn"):
+            conftest.describe_cells()
         # It looks so often, in seconds, whether the processes that read images are alive: 5 otherwise.
         dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
     if "die_at" in conditions:
@@ -216,17 +230,24 @@ def lose(name, how):
     setattr(sys, name, open(number, "w", closefd=False))
 
 
-@pytest.fixture(scope="module", params=["train_search", "train"] if FULL else ["train"])
+class Whole(NamedTuple):
+    """A run that was left alone."""
+
+    script: str
+    run: Path  # its directory
+    seconds: float  # from its first checkpoint to its end
+    steps: list[int]  # the steps of writing (see `die_at`) that were renames or flushes
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
 def whole(request, process, tmp_path_factory):
-    """(script, an uninterrupted run's directory, its seconds, the steps of writing that are renames or flushes)."""
     folder = tmp_path_factory.mktemp("whole")
     steps = dict(call=-1, steps_file=folder / "steps")
     running = process(request.param, [*ARGUMENTS[request.param], "--dir", folder], folder / "output", die_at=steps)
     while not list(folder.glob("*/checkpoint.pt")) and running.is_alive():
         time.sleep(0.01)
     started = time.monotonic()
-    running.join(120)
-    assert running.exitcode == 0, (folder / "output").read_text()
+    assert exit_code(running, folder / "output") == 0, (folder / "output").read_text()
     seconds = time.monotonic() - started
     (run,) = [path for path in folder.iterdir() if path.is_dir()]
-    return request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()]
+    return Whole(request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()])
