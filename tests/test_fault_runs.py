@@ -21,7 +21,7 @@ import train
 from support.files import UserError
 
 import faults
-from faults import COUNTS, FULL, checkpoint, outcome, quick_report, saved
+from faults import COUNTS, FULL, checkpoint, outcome, quick_drawing, saved
 from helpers import assert_same_run, load_checkpoint, train_line
 
 counted, process, whole = faults.counted, faults.process, faults.whole
@@ -60,7 +60,7 @@ def test_damaged_checkpoints_are_refused_and_the_previous_one_offered(whole, tmp
 WITHOUT_WEIGHTS = {"completed": 0, "bound": "{}", "history": "[]"}
 
 
-@quick_report
+@quick_drawing
 def test_missing_files_are_named_or_made_again(whole, process, tmp_path):
     script, expected, _, _ = whole
     needed = {"args.json", "checkpoint.pt"} | ({"genotype.json"} if script == "train" else set())
@@ -143,7 +143,7 @@ def files_of_run_edited(run, script):
         yield f"cell {i}", "genotype.json", new
 
 
-@quick_report
+@quick_drawing
 def test_edited_arguments_and_cells_are_refused_or_change_nothing(whole, tmp_path):
     """Each is refused before the run goes on, or changes nothing."""
     script, expected, _, _ = whole
@@ -196,7 +196,7 @@ def forgeries(script):
     yield "sparse weights", tensors(lambda value: value.to_sparse())
 
 
-@quick_report
+@quick_drawing
 def test_forged_checkpoints_are_refused(whole, tmp_path):
     script, expected, _, _ = whole
     run = unfinished(expected, tmp_path)
@@ -240,7 +240,7 @@ def change_images(root, change):
     return "data/image_size/0 is 12"
 
 
-@quick_report
+@quick_drawing
 def test_changed_data_are_refused_and_moved_data_accepted(tmp_path, make_images, monkeypatch):
     make_images("train", 8, [(8, 8)], (".png",))
     images = make_images("test", 2, [(8, 8)], (".png",))
