@@ -85,8 +85,8 @@ def exit_code(running, output=os.devnull):
     return running.exitcode
 
 
-def outcome(main, *argv, naming=""):
-    """Refused (exit code 2 and one line, with `naming` in it) or accepted; anything else fails, as do 30 seconds."""
+def outcome(main, *argv, naming=()):
+    """Refused (exit code 2 and one line that names all of `naming`) or accepted. Else it fails, as after 30 seconds."""
     errors = io.StringIO()
     alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
     signal.alarm(30)
@@ -96,8 +96,12 @@ def outcome(main, *argv, naming=""):
         return "accepted"
     except SystemExit as stopped:
         text = errors.getvalue()
-        assert stopped.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and len(text) < 2000, text
-        assert str(naming) in text, text
+        assert stopped.code == 2, text
+        assert text.startswith("error: "), text
+        assert text.count("\n") == 1, text
+        assert len(text) < 2000, text
+        for name in naming:
+            assert str(name) in text, text
         return "refused in one line, exit 2"
     finally:
         signal.alarm(0)
