@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -54,73 +53,79 @@ class Hostile:
         return os.mkdir, ("executed",)
 
 
+def weights_argv(path="w.pt"):
+    """The command line of a test of the weights in a file."""
+    return [*TEST, *EVNASA, "--model_path", path]
+
+
 # ---- cells
 
 
 @pytest.mark.parametrize("main, argv", [(train.main, TRAIN), (test_cifar.main, [*TEST, "--model_path", "w.pt"])])
-def test_unknown_architecture(fails, main, argv):
-    line = fails(main, [*argv, "--arch", "EvNASZ"])
-    assert "'EvNASZ'" in line and all(name in line for name in genotypes.NAMED)
+def test_unknown_architecture_is_refused_with_the_known_ones(fails, main, argv):
+    fails(main, [*argv, "--arch", "EvNASZ"], "'EvNASZ'", *genotypes.NAMED)
 
 
 @pytest.mark.parametrize(
-    "pair, message",
+    "pair, named",
     [
-        (["conv_9x9", 0], r"normal[3] has the unknown operation 'conv_9x9'"),
-        (["sep_conv_3x3", 3], r"normal[3] has the impossible input 3; node 1 can use 0 to 2"),
-        (["sep_conv_3x3", -1], r"normal[3] has the impossible input -1"),
-        ("sep_conv_3x3", r"normal[3] is 'sep_conv_3x3', not an (operation, input) pair"),
+        (["conv_9x9", 0], ["normal[3]", "'conv_9x9'"]),
+        (["sep_conv_3x3", 3], ["normal[3]", "input 3;", "0 to 2"]),
+        (["sep_conv_3x3", -1], ["normal[3]", "input -1"]),
+        ("sep_conv_3x3", ["normal[3]", "'sep_conv_3x3'"]),
     ],
+    ids=["operation", "input", "negative input", "no pair"],
 )
 @pytest.mark.parametrize("where", ["--genotype", "--dir"])
-def test_impossible_genotype(fails, tmp_path, pair, message, where):
+def test_impossible_genotype_is_refused_by_its_place(fails, tmp_path, pair, named, where):
     cell = genotype_files.to_dict(genotypes.EvNASA)
     cell["normal"][3] = pair
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(cell))
-    line = fails(train.main, [*TRAIN, where, path if where == "--genotype" else tmp_path])
-    assert f"{path}: {message}" in line
+    fails(train.main, [*TRAIN, where, path if where == "--genotype" else tmp_path], path, *named)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"normal": []}', "\0\xff"])
-def test_damaged_genotype(fails, tmp_path, content):
+def test_damaged_genotype_is_refused_by_name(fails, tmp_path, content):
     (tmp_path / "genotype.json").write_text(content, encoding="latin-1")
-    assert "genotype.json" in fails(train.main, [*TRAIN, "--genotype", "genotype.json"])
+    fails(train.main, [*TRAIN, "--genotype", "genotype.json"], "genotype.json")
 
 
-def test_a_pickle_that_calls_anything_is_refused(fails, tmp_path):
+def test_genotype_that_calls_anything_is_refused_and_calls_nothing(fails, tmp_path):
     (tmp_path / "genotype.pickle").write_bytes(pickle.dumps(Hostile()))
-    line = fails(train.main, [*TRAIN, "--genotype", "genotype.pickle"])
-    assert "genotype.pickle" in line and "mkdir" in line
-    torch.save({"stem.0.weight": Hostile()}, tmp_path / "weights.pt")
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "weights.pt"])
-    assert "weights.pt is refused" in line and "mkdir" in line
+    fails(train.main, [*TRAIN, "--genotype", "genotype.pickle"], "genotype.pickle", "mkdir")
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_cell_or_two(fails, tmp_path):
-    assert "--arch NAME, --genotype FILE or --dir" in fails(train.main, TRAIN)
-    assert "leave one out" in fails(train.main, [*TRAIN, *EVNASA, "--genotype", "genotype.json"])
-    assert "neither genotype.json nor genotype.pickle" in fails(train.main, [*TRAIN, "--dir", tmp_path])
-    assert "missing.json" in fails(train.main, [*TRAIN, "--genotype", "missing.json"])
+def test_weights_that_call_anything_are_refused_and_call_nothing(fails, tmp_path):
+    torch.save({"stem.0.weight": Hostile()}, tmp_path / "w.pt")
+    fails(test_cifar.main, weights_argv(), "w.pt", "mkdir")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_no_cell_or_two_are_refused_with_the_flags(fails, tmp_path):
+    fails(train.main, TRAIN, "--arch", "--genotype", "--dir")
+    fails(train.main, [*TRAIN, *EVNASA, "--genotype", "genotype.json"], "--arch", "--genotype")
+    fails(train.main, [*TRAIN, "--dir", tmp_path], tmp_path, "genotype.json", "genotype.pickle")
+    fails(train.main, [*TRAIN, "--genotype", "missing.json"], "missing.json")
 
 
 # ---- weights
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "changed, named",
     [
-        (dict(genotype=genotypes.EvNASB), "cells.0._ops.3.op.1.weight is missing"),
-        (dict(classes=7), r"classifier.weight is (7, 32), not (10, 32); classifier.bias is (7,), not (10,)"),
-        (dict(C=4), r"stem.0.weight is (12, 3, 3, 3), not (6, 3, 3, 3)"),
-        (dict(layers=4), "cells.3.preprocess0.conv_1.weight is not in the network"),
+        (dict(genotype=genotypes.EvNASB), ["cells.0._ops.3.op.1.weight"]),
+        (dict(classes=7), ["classifier.weight is (7, 32), not (10, 32)", "classifier.bias is (7,), not (10,)"]),
+        (dict(C=4), ["stem.0.weight is (12, 3, 3, 3), not (6, 3, 3, 3)"]),
+        (dict(layers=4), ["cells.3.preprocess0.conv_1.weight"]),
     ],
+    ids=["cell", "classes", "channels", "layers"],
 )
-def test_weights_of_another_network(fails, tmp_path, changed, message):
+def test_weights_of_another_network_are_refused_with_the_difference(fails, tmp_path, changed, named):
     save_weights(tmp_path / "w.pt", **changed)
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.pt holds no weights of this network: " in line and message in line
+    fails(test_cifar.main, weights_argv(), "w.pt", *named)
 
 
 def strange(value, kind):
@@ -143,14 +148,18 @@ def strange(value, kind):
 @pytest.mark.parametrize(
     "kind", ["sparse", "nested", "quantised", "without values", "complex", "int8", "bool", "not finite"]
 )
-def test_tensors_that_are_no_weights(fails, tmp_path, kind):
+def test_tensor_that_stands_for_no_weights_is_refused_by_name(fails, tmp_path, kind):
     path, name = save_weights(tmp_path / "w.pt"), "classifier.weight"
     state = torch.load(path)
     torch.save({**state, name: strange(state[name], kind)}, path)
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.pt" in line and (name in line or kind == "nested")
+    fails(test_cifar.main, weights_argv(), "w.pt", *([] if kind == "nested" else [name]))
+
+
+def test_weights_that_are_there_twice_are_refused_by_name(fails, tmp_path):
+    path, name = save_weights(tmp_path / "w.pt"), "classifier.weight"
+    state = torch.load(path)
     torch.save({**state, f"module.{name}": state[name] + 1}, path)
-    assert f"{name} is in it twice" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    fails(test_cifar.main, weights_argv(), "w.pt", name)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +171,6 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
         {"mean": [0.5]},
         {"std": [0.1, 0.1, 0.0]},
         {"image_size": 8},
-    ]
-    + [
         {"mean": [0.5, "0.5", 0.5]},
         {"classes": "ten"},
         {"family": []},
@@ -171,50 +178,57 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
         {"auxiliary": 1},
         {"init_channels": 10**9},
     ],
+    ids=str,
 )
-def test_impossible_values_in_the_side_file(fails, tmp_path, changed):
+def test_impossible_value_in_the_side_file_is_refused_by_its_name(fails, tmp_path, changed):
     path = save_weights(tmp_path / "w.pt")
     about = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **changed}
     path.with_suffix(".json").write_text(json.dumps(about))
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.json" in line and next(iter(changed)) in line
+    fails(test_cifar.main, weights_argv(), "w.json", *changed)
 
 
 @pytest.mark.parametrize("length", [0, 100, -100])
-def test_truncated_weights(fails, tmp_path, length):
+def test_truncated_weights_are_refused_by_name(fails, tmp_path, length):
     path = save_weights(tmp_path / "w.pt")
     path.write_bytes(path.read_bytes()[:length])
-    assert "w.pt is damaged or not a weights file" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    fails(test_cifar.main, weights_argv(), "w.pt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {"a": "text"}}, torch.zeros(3)])
-def test_files_without_a_state_dict(fails, tmp_path, content):
+def test_file_without_a_state_dict_is_refused_by_name(fails, tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
-    assert "w.pt holds no state dict" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    fails(test_cifar.main, weights_argv(), "w.pt")
 
 
-def test_no_weights(fails, tmp_path):
-    assert "--model_path FILE or --dir RUN_DIR" in fails(test_cifar.main, [*TEST, *EVNASA])
-    assert "w.pt: no such file" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"]).lower()
-    assert "weights.pt" in fails(test_cifar.main, [*TEST, *EVNASA, "--dir", tmp_path])
+def test_missing_weights_are_refused_with_the_flags_or_the_file(fails, tmp_path):
+    fails(test_cifar.main, [*TEST, *EVNASA], "--model_path", "--dir")
+    fails(test_cifar.main, weights_argv(), "w.pt")
+    fails(test_cifar.main, [*TEST, *EVNASA, "--dir", tmp_path], tmp_path, "weights.pt")
 
 
-def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_images):
-    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path), "--save", "/checkpoints/last/"])  # as published: of a path
-    weights = next(tmp_path.glob("eval-last-*/weights/weights.pt"))
-    line = fails(test_cifar.main, ["--dataset", "digits", "--layers", "4", "--model_path", weights])
-    assert "--layers 4: " in line and "trained with 3" in line
+@pytest.fixture(scope="module")
+def trained(quick_drawings, tmp_path_factory):
+    """The weights of a network that was trained on the digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    train.main([*TRAIN, *EVNASA, "--dir", str(folder), "--save", "/checkpoints/last/"])  # as published: of a path
+    return next(folder.glob("eval-last-*/weights/weights.pt"))
+
+
+def test_size_that_differs_from_the_side_file_is_refused(fails, trained):
+    argv = ["--dataset", "digits", "--layers", "4", "--model_path", trained]
+    fails(test_cifar.main, argv, "--layers 4", "trained with 3")
+
+
+def test_classes_that_differ_from_the_side_file_are_refused(fails, trained, make_images):
     root = make_images("test", 1, [(8, 8)])
-    line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
-    assert (
-        "only in the training of" in line
-        and "images: ant, bee, cat; only in" in line
-        and "weights.pt: 0, 1, 2, .." in line
-    )
-    make_images("val", 1, [(16, 16)], classes=[str(i) for i in range(10)])
-    shutil.rmtree(root / "test")
-    line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
-    assert f"16x16 pixels in {root}, 8x8 pixels in the training of {weights}" in line
+    argv = ["--dataset", "folder", "--data", root, "--model_path", trained]
+    fails(test_cifar.main, argv, trained, "ant, bee, cat", "0, 1, 2, ..")
+
+
+def test_images_that_differ_from_the_side_file_are_refused(fails, trained, make_images):
+    root = make_images("val", 1, [(16, 16)], classes=[str(i) for i in range(10)])
+    argv = ["--dataset", "folder", "--data", root, "--model_path", trained]
+    fails(test_cifar.main, argv, root, "16x16", "8x8", trained)
 
 
 # ---- data
@@ -222,21 +236,21 @@ def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_
 MAINS = [
     (train_search.main, SEARCH),
     (train.main, [*TRAIN, *EVNASA]),
-    (test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"]),
-    (test_cifar100.main, [*TEST, *EVNASA, "--model_path", "w.pt"]),
+    (test_cifar.main, weights_argv()),
+    (test_cifar100.main, weights_argv()),
 ]
 
 
 @pytest.mark.parametrize("main, argv", MAINS)
-def test_missing_data(fails, tmp_path, main, argv):
+def test_missing_data_are_refused_with_the_folder(fails, tmp_path, main, argv):
     folder = ["--dataset", "folder", "--data"]
-    assert "data directory nowhere does not exist" in fails(main, [*argv, *folder, "nowhere"])
+    fails(main, [*argv, *folder, "nowhere"], "data directory nowhere")
     (tmp_path / "empty").mkdir()
-    assert "data directory empty has no folder t" in fails(main, [*argv, *folder, "empty"])
+    fails(main, [*argv, *folder, "empty"], "data directory empty", "folder t")
 
 
 @pytest.mark.parametrize("main, argv", MAINS[:3])
-def test_damaged_image_folders(fails, make_images, main, argv):
+def test_damaged_image_and_empty_class_are_refused_by_name(fails, make_images, main, argv):
     root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(8, 8)])
     argv = [*argv, "--dataset", "folder", "--data", root]
@@ -245,130 +259,131 @@ def test_damaged_image_folders(fails, make_images, main, argv):
     whole = image.read_bytes()
     for content in (b"", b"not an image", whole[: len(whole) // 2]):
         image.write_bytes(content)
-        assert f"cannot read image {image}" in fails(main, argv)
+        fails(main, argv, image)
     for path in (root / split / "bee").iterdir():
         path.unlink()
-    assert f"class folder {root / split / 'bee'} has no images" in fails(main, argv)
+    fails(main, argv, root / split / "bee")
 
 
-def test_missing_imagenet(fails, tmp_path):
+def test_missing_imagenet_is_refused_with_the_folder(fails, tmp_path):
     argv = [*EVNASA, "--dataset", "imagenet", "--data", tmp_path]
-    assert "has no folder train" in fails(train.main, argv)
-    assert "has no folder val" in fails(test_imagenet.main, [*argv, "--model_path", "w.pt"])
+    fails(train.main, argv, tmp_path, "folder train")
+    fails(test_imagenet.main, [*argv, "--model_path", "w.pt"], tmp_path, "folder val")
     (tmp_path / "val").mkdir()
-    assert "val has no class folders" in fails(test_imagenet.main, [*argv, "--model_path", "w.pt"])
+    fails(test_imagenet.main, [*argv, "--model_path", "w.pt"], tmp_path / "val")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_unreadable_photograph(fails, make_images, workers):
+def test_unreadable_photograph_is_refused_by_name(fails, make_images, workers):
     root = make_images("val", 2, [(80, 70)])
     make_images("train", 2, [(80, 70)])
     image = root / "train/bee/1.jpg"
     image.write_bytes(image.read_bytes()[:-300])
     argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", "6", "--workers", workers]
-    argv += ["--init_channels", "4", "--layers", "3"]
-    assert f"cannot read image {image}" in fails(train.main, argv, new_files=True)
+    fails(train.main, [*argv, "--init_channels", "4", "--layers", "3"], image, new_files=True)
 
 
-def test_splits_of_different_classes(fails, make_images):
+def test_splits_of_different_classes_are_refused_with_the_classes(fails, make_images):
     root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(8, 8)], classes=("ant", "bee", "cow"))
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root]
-    line = fails(train.main, argv)
-    assert "only in the training images: cat; only in the test images" in line and line.endswith("images: cow\n")
-    shutil.rmtree(root / "test")
+    line = fails(train.main, argv, "training images: cat;", "images: cow")
+    assert "ant" not in line.replace(str(root), "")
+
+
+def test_splits_of_different_sizes_are_refused_with_the_sizes(fails, make_images):
+    root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(16, 12)])
-    line = fails(train.main, argv)
-    assert "8x8 pixels in the training images, 16x12 pixels in the test images" in line
+    argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root]
+    fails(train.main, argv, "8x8 pixels in the training images", "16x12 pixels in the test images")
 
 
-def test_cifar_that_cannot_be_downloaded(fails, monkeypatch):
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_that_cannot_be_downloaded_is_refused_with_the_reason(fails, monkeypatch, dataset):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    for dataset in ("cifar10", "cifar100"):
-        line = fails(train_search.main, ["--dataset", dataset, "--data", "no/where"])
-        assert f"{dataset} is not in no/where and cannot be downloaded" in line and "no network" in line
+    argv = ["--dataset", dataset, "--data", "no/where"]
+    fails(train_search.main, argv, f"{dataset} is not in no/where", "no network")
 
 
-def test_more_images_than_there_are(fails):
-    assert "700 images are asked for, but the split has" in fails(
-        train_search.main, [*SEARCH, "--train_portion", "0.1", "--train_samples", "700"]
-    )
-    assert "1438 images are asked for, but the split has 1437" in fails(
-        train.main, [*TRAIN, *EVNASA, "--train_samples", "1438"]
-    )
+def test_more_images_than_there_are_are_refused_with_the_numbers(fails):
+    fails(train_search.main, [*SEARCH, "--train_portion", "0.1", "--train_samples", "700"], "700 images")
+    fails(train.main, [*TRAIN, *EVNASA, "--train_samples", "1438"], "1438 images", "1437")
 
 
 # ---- arguments
 
 
-def test_population_smaller_than_its_parts(fails):
-    assert "--tsize 3 is larger than --pop_size 2" in fails(train_search.main, [*SEARCH, "--tsize", "3"])
-    assert "--num_elites 3 is larger than --pop_size 2" in fails(train_search.main, [*SEARCH, "--num_elites", "3"])
+def test_population_smaller_than_its_parts_is_refused(fails):
+    fails(train_search.main, [*SEARCH, "--tsize", "3"], "--tsize 3", "--pop_size 2")
+    fails(train_search.main, [*SEARCH, "--num_elites", "3"], "--num_elites 3", "--pop_size 2")
 
 
-def test_batch_larger_than_the_split(fails):
-    line = fails(train_search.main, [*SEARCH, "--batch_size", "65"])
-    assert "--batch_size 65 is larger than the training split of 64 images" in line
-    line = fails(train.main, [*TRAIN, *EVNASA, "--batch_size", "97"])
-    assert "--batch_size 97 is larger than the training split of 96 images" in line
+def test_batch_larger_than_the_split_is_refused(fails):
+    fails(train_search.main, [*SEARCH, "--batch_size", "65"], "--batch_size 65", "64 images")
+    fails(train.main, [*TRAIN, *EVNASA, "--batch_size", "97"], "--batch_size 97", "96 images")
 
 
-def test_auxiliary_head_where_it_cannot_be(fails, tmp_path, make_images):
-    line = fails(train.main, [*TRAIN, *EVNASA, "--auxiliary"])
-    assert "--auxiliary needs images of 32x32 pixels" in line and "these are 8x8" in line
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", save_weights(tmp_path / "w.pt"), "--auxiliary"])
-    assert "--auxiliary needs images of 32x32 pixels" in line
+def test_auxiliary_head_for_small_images_is_refused_with_their_size(fails, tmp_path):
+    fails(train.main, [*TRAIN, *EVNASA, "--auxiliary"], "--auxiliary", "32x32", "8x8")
+    save_weights(tmp_path / "w.pt")
+    fails(test_cifar.main, [*weights_argv(), "--auxiliary"], "--auxiliary", "32x32")
+
+
+def test_auxiliary_head_of_one_layer_or_one_image_is_refused(fails, make_images):
     root = make_images("train", 3, [(32, 32)])
     make_images("test", 1, [(32, 32)])
     argv = [*EVNASA, "--dataset", "folder", "--data", root, "--auxiliary", "--init_channels", "2"]
-    assert "--auxiliary needs at least 2 --layers" in fails(train.main, [*argv, "--layers", "1", "--batch_size", "9"])
-    assert "--auxiliary cannot train on one image" in fails(train.main, [*argv, "--layers", "3", "--batch_size", "4"])
+    fails(train.main, [*argv, "--layers", "1", "--batch_size", "9"], "--auxiliary", "--layers")
+    line = fails(train.main, [*argv, "--layers", "3", "--batch_size", "4"], "--auxiliary", "--batch_size")
+    assert "--layers" not in line
 
 
-def test_cutout_of_large_images(fails, make_images):
+def test_cutout_of_large_images_is_refused(fails, make_images):
     root = make_images("train", 2, [(80, 70)])
     make_images("test", 1, [(80, 70)])
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root, "--train_samples", "6", "--batch_size", "6"]
-    assert "--cutout is not part of the ImageNet recipe" in fails(train.main, [*argv, "--cutout"])
+    fails(train.main, [*argv, "--cutout"], "--cutout")
+
+
+def test_search_on_large_images_is_refused_with_their_size(fails, make_images):
+    root = make_images("train", 2, [(80, 70)])
     argv = [*SEARCH, "--dataset", "folder", "--data", root]
-    line = fails(train_search.main, argv)
-    assert "must all have one size of at most 64 pixels" in line and f"{root}/train/ant/0.jpg is 80x70" in line
+    fails(train_search.main, argv, "64 pixels", f"{root}/train/ant/0.jpg is 80x70")
 
 
 @pytest.mark.parametrize("main, argv", MAINS[:3])
-def test_an_image_of_another_size(fails, make_images, main, argv):
-    """One text, whatever reads the images: which image it is, and both sizes."""
+def test_image_of_another_size_is_refused_with_both_sizes(fails, make_images, main, argv):
+    """In the same words by whatever reads the images."""
     split = "test" if main is test_cifar.main else "train"
     root = make_images("train", 4, [(8, 12)])
     make_images("test", 4, [(8, 12)])
     odd = root / split / "bee/2.jpg"
-    for size in ((8, 8), (12, 8), (80, 120)):
-        Image.new("RGB", size).save(odd)
-        line = fails(main, [*argv, "--dataset", "folder", "--data", root])
-        expected = (
-            f"{odd} is {size[0]}x{size[1]} pixels, but 11 of 12 images in {root / split} are 8x12: resize or remove it"
-        )
-        assert line == f"error: {expected}\n"
-    (root / split / "ant/0.jpg").unlink()
-    (root / split / "bee/2.jpg").unlink()  # and of the rest one in ten is odd: still a mistake; two are a choice
-    Image.new("RGB", (16, 16)).save(root / split / "cat/3.jpg")
-    assert "cat/3.jpg is 16x16 pixels, but 9 of 10 images" in fails(
-        main, [*argv, "--dataset", "folder", "--data", root]
-    )
-    Image.new("RGB", (16, 16)).save(root / split / "cat/2.jpg")
-    assert isinstance(datasets.load_images("folder", root, split), splits.Files)
+    argv = [*argv, "--dataset", "folder", "--data", root]
+    for width, height in ((8, 8), (12, 8), (80, 120)):
+        Image.new("RGB", (width, height)).save(odd)
+        found = f"{odd} is {width}x{height} pixels, but 11 of 12 images in {root / split} are 8x12"
+        fails(main, argv, found)
 
 
-def test_a_link_to_nothing(fails, make_images):
-    root = make_images("train", 3, [(8, 8)])
+def test_one_odd_image_in_ten_is_a_mistake_and_two_are_a_choice(fails, make_images):
+    root = make_images("train", 4, [(8, 12)])
+    (root / "train/ant/0.jpg").unlink()
+    (root / "train/bee/2.jpg").unlink()
+    Image.new("RGB", (16, 16)).save(root / "train/cat/3.jpg")
     argv = [*SEARCH, "--dataset", "folder", "--data", root]
-    for link in ("train/dog", "train/ant/5.png"):
-        (root / link).symlink_to("nowhere")
-        assert f"cannot read {root / link}: No such file or directory" in fails(train_search.main, argv)
-        (root / link).unlink()
+    fails(train_search.main, argv, "cat/3.jpg is 16x16 pixels, but 9 of 10 images")
+    Image.new("RGB", (16, 16)).save(root / "train/cat/2.jpg")
+    assert isinstance(datasets.load_images("folder", root, "train"), splits.Files)
+
+
+@pytest.mark.parametrize("link", ["train/dog", "train/ant/5.png"])
+def test_link_to_nothing_is_refused_by_name(fails, make_images, link):
+    root = make_images("train", 3, [(8, 8)])
+    (root / link).symlink_to("nowhere")
+    fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", root], root / link, "No such file or directory")
 
 
 @pytest.fixture
