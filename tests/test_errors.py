@@ -566,8 +566,9 @@ def test_process_ends_in_one_line(tmp_path):
     ids=["reader gone", "closed", "full"],
 )
 def test_process_whose_streams_are_lost_trains_on(tmp_path, streams, lines):
-    command = f"{sys.executable} {train_search.__file__} {' '.join(SEARCH)} --dir {tmp_path} --run_name run"
-    script = f"set -o pipefail; {command} {streams}"
+    sizes = " ".join([*SEARCH, "--valid_samples", "32", "--baselines", "1"])
+    command = f"{sys.executable} {train_search.__file__} {sizes} --dir {tmp_path} --run_name run {streams}"
+    script = f"set -o pipefail; {command}"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0
     assert done.stderr == ""
