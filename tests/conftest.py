@@ -48,9 +48,9 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
-    """`fails(main, argv, *named)`: main must end with exit code 2, one line that names these, and no new file.
+    """`fails(main, argv, *named)`: main must end with exit code 2 and one line, and write no file.
 
-    Returns the line.
+    The line must have all of `named`. Returns the line.
     """
     monkeypatch.chdir(tmp_path)
 
@@ -113,7 +113,7 @@ def draw_no_charts(patch=setattr):
 
 
 def describe_cells(patch=setattr):
-    """Have every drawing of a cell hold only the title and the description in words, for runs that are only compared.
+    """Have drawings hold only their title and description, for runs that are only compared.
 
     Drawing the cells of a tiny run takes as long as training its networks.
     """

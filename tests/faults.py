@@ -1,4 +1,4 @@
-"""What the tests of faults share: processes under conditions, a run that was left alone, the table of outcomes."""
+"""What the tests of faults share: processes under conditions, an uninterrupted run, outcomes."""
 
 import collections
 import contextlib
@@ -57,12 +57,12 @@ def counted():
 
 @pytest.fixture(scope="module")
 def process():
-    """`process(script, argv, **conditions)` starts a process of a run; forked from one that has imported torch."""
+    """`process(script, argv, **conditions)` starts a process, forked from one with torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        # All that a run imports, torch._dynamo with its first optimizer: seconds for each process otherwise.
+        # What a run imports (torch._dynamo with its first optimizer): seconds for each process.
         packages = ["sklearn.datasets", "torch.utils.tensorboard", "torch._dynamo"]
         packages += ["matplotlib.figure"] if FULL else []  # only one test draws anything
         context.set_forkserver_preload(["faults", "train", "train_search", *packages])
@@ -86,7 +86,10 @@ def exit_code(running, output=os.devnull):
 
 
 def outcome(main, *argv, naming=()):
-    """Refused (exit code 2 and one line that names all of `naming`) or accepted. Else it fails, as after 30 seconds."""
+    """Call `main` and return whether it refused (exit code 2, one line with all of `naming`).
+
+    Anything else fails, and so does a call that takes more than 30 seconds.
+    """
     errors = io.StringIO()
     alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
     signal.alarm(30)
@@ -121,7 +124,7 @@ def checkpoint(content):
 
 
 def work(script, argv, output, conditions):
-    """What a process does: `main` of a script under conditions, stdout and stderr in the file `output`."""
+    """Call `main` of a script under conditions, with stdout and stderr in the file `output`."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)
@@ -129,7 +132,7 @@ def work(script, argv, output, conditions):
         conftest.draw_no_charts()
         if not conditions.get("drawn"):
             conftest.describe_cells()
-        # It looks so often, in seconds, whether the processes that read images are alive: 5 otherwise.
+        # It checks the processes that read images every so many seconds (default 5).
         dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
     if "die_at" in conditions:
         die_at(**conditions["die_at"])
@@ -163,9 +166,9 @@ def work(script, argv, output, conditions):
 
 
 def die_at(call, steps_file=None):
-    """Kill this process within the `call`-th step of writing: half through a write, after a rename or a flush.
+    """Kill this process at the `call`-th step of writing: in a write, after a rename or a flush.
 
-    The numbers of the renames and flushes are written to `steps_file`.
+    Writes the numbers of the renames and flushes to `steps_file`.
     """
     calls = 0
 
@@ -219,7 +222,7 @@ def signal_at(call, number):
 
 
 def lose(name, how):
-    """Lose stdout or stderr: closed from the start, a full disk behind it, or a pipe whose reader goes after a line."""
+    """Lose stdout or stderr: it is closed, on a full disk, or a pipe whose reader soon goes."""
     number = {"stdout": 1, "stderr": 2}[name]
     setattr(sys, name, None)
     if how == "closed":

@@ -452,7 +452,7 @@ def small_images(make_images):
 
 
 def lines_for(images):
-    """The command lines of a search, a search of NAS-Bench-201 and a retraining on `images`, without batch sizes."""
+    """The command lines of the three scripts on `images`, without batch sizes."""
     argv = [*"--init_channels 2 --epochs 1 --device cpu --dataset folder --data".split(), str(images)]
     population = [*argv, *"--pop_size 2 --tsize 2 --baselines 1".split()]
     search = [*population, *"--layers 2 --train_portion 0.75".split()]  # 9 and 3 of the images
@@ -509,7 +509,7 @@ def test_variables_of_torchrun_that_do_not_fit_are_refused_by_name(fails, monkey
 
 @pytest.fixture(scope="module")
 def started(tmp_path_factory):
-    """(directory of a search, of a retraining), which were both stopped after their first checkpoint."""
+    """(directory of a search, of a retraining), both stopped after their first checkpoint."""
     folder = tmp_path_factory.mktemp("started")
     search = [*SEARCH, "--valid_samples", "32", "--dir", folder, "--run_name", "found"]
     helpers.stop_at("after checkpoint 0", helpers.AT_ONCE, train_search.main, search)

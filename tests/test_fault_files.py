@@ -1,4 +1,4 @@
-"""Faults of files, tried and counted: malformed texts, hostile pickles and archives, damaged images, odd names.
+"""Faults of files, tried and counted: malformed texts, hostile files, damaged images, odd names.
 
 The tests try a few of each; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
 """
@@ -290,7 +290,7 @@ def read_all(folder):
 
 
 def assert_all_are_refused(folder, count):
-    """Have a process read `count` files below a folder: each is refused in one line, and all take less than LIMIT."""
+    """A process that reads `count` files below a folder refuses each in one line, within LIMIT."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, __file__, folder]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
@@ -304,7 +304,7 @@ def assert_all_are_refused(folder, count):
 
 
 def side_files():
-    """(description, what differs from the right side file of EvNAS-B, C 4, 3 cells, 3 classes, 16x16 pixels)"""
+    """Yield (description, what differs from the right side file of the network below)."""
     arch, far = to_arch_string([3] * 6), {"init_channels": 4, "layers": 200}
     yield "a million cells", {"layers": 999_999}
     yield "200 cells of NAS-Bench-201 in each stage", far | {"family": "nas201", "genotype": arch}
@@ -331,7 +331,7 @@ def side_files():
 
 
 def write_side_files(folder, first):
-    """Write them, each with the weights that it is about, in folders numbered from `first`; return how many."""
+    """Write them, each next to weights, in folders numbered from `first`; return how many."""
     sizes = {"init_channels": 4, "layers": 3, "auxiliary": False}
     about = {"family": "cifar", "genotype": genotype_files.to_json(genotypes.EvNASB), "classes": ["a", "b", "c"]}
     about |= {"image_size": [16, 16], "resized": True, "mean": [0.5] * 3, "std": [0.2] * 3, **sizes}
@@ -372,7 +372,7 @@ def test_hostile_files_are_refused_and_execute_nothing(tmp_path):
 
 
 def image_files():
-    """Yield (format, image, arguments of save) for each allowed format: its modes, compressions and metadata."""
+    """Yield (format, image, arguments of save): modes, compressions and metadata of each format."""
     pixels = np.random.RandomState(0).randint(0, 256, (16, 24, 3)).astype(np.uint8)
     color = Image.fromarray(pixels)
     grey = color.convert("L")
@@ -400,7 +400,7 @@ def image_files():
 
 
 def mutated(content, other, luck):
-    """Return `content` as a broken disk, a lost connection or an attacker leaves it; `other` is another file's."""
+    """Return `content` as a broken disk or an attacker leaves it; `other` is another file's."""
     content = bytearray(content)
     for _ in range(luck.choice([1, 1, 2, 5])):
         early = luck.random() < 0.5  # in the header, which matters most
@@ -427,7 +427,7 @@ def mutated(content, other, luck):
 
 
 def with_checksums(png):
-    """Return a PNG file with the checksums of its chunks corrected, so that a reader goes on to what they hold."""
+    """Return a PNG file with corrected checksums, so that a reader goes on to its chunks."""
     content = bytearray(png)
     at = 8
     while at + 12 <= len(content):

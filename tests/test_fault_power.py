@@ -1,4 +1,4 @@
-"""Power cuts, tried and counted: whatever a disk keeps of a run, the run continues from it, or begins anew.
+"""Power cuts, tried and counted: whatever a disk keeps of a run, it continues or begins anew.
 
 A file system promises little: a file's content is safe after the file was synced, its name after
 its folder was. What was not synced can be there, be missing, or be there in part. The tests record
@@ -34,7 +34,7 @@ KEPT = (
 
 
 class Disk:
-    """Records, while it is a context, what a disk may hold of the folder `root` if the power fails before a change.
+    """Records, while it is a context, what a disk may hold of `root` if the power fails.
 
     `states` are (changes until then, one of KEPT, {path: content, None for a folder}), equal ones once for each of
     `saved`: (changes until then, completed) after each checkpoint.
@@ -101,7 +101,7 @@ class Disk:
                 self.states.append((self.changes, how, state))
 
     def due(self, changes):
-        """The generations or epochs that a checkpoint has to have completed after so many changes; None: no matter."""
+        """The generations or epochs that a checkpoint must have after so many changes, or None."""
         return max((completed for until, completed in self.saved if until <= changes), default=None)
 
     def kept(self, folder, how):
@@ -143,7 +143,7 @@ def drawings(request):
 
 
 class Recorded(NamedTuple):
-    """A run that was interrupted within its second generation or epoch, killed after it, and continued."""
+    """A run that was interrupted in its second generation or epoch, then killed, and continued."""
 
     main: Callable
     run: Path  # the directory of a run to compare with
@@ -199,7 +199,7 @@ def test_run_after_a_power_cut_continues_or_begins_anew_and_ends_bit_identical(r
 
 
 def test_every_state_of_the_disk_can_be_read(recorded, tmp_path):
-    """No checkpoint and no weights in any of them are damaged, and no checkpoint is lost that had been saved."""
+    """Neither checkpoints nor weights are damaged, and no checkpoint that was saved is lost."""
     disk = recorded.disk
     assert [completed for _, completed in disk.saved] == [0, 1, 1, 2, 3]
     for i, (change, _, state) in enumerate(disk.states[:: few(1, 10)]):

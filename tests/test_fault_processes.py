@@ -1,4 +1,4 @@
-"""Faults of processes and machines, tried and counted: kills, full disks, runs in each other's way, lost streams.
+"""Faults of processes and machines, tried and counted: kills, disks, lost streams, little memory.
 
 The tests try a few of each; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
 """
@@ -27,7 +27,10 @@ counted, process, whole = faults.counted, faults.process, faults.whole
 
 
 def in_two(process, script, argv, output, last=None, second=None):
-    """Exit codes of two processes, as torchrun starts them; `last` are conditions of the second, `second` its argv."""
+    """Return the exit codes of two processes, started as torchrun starts them.
+
+    `last` are conditions of the second process, `second` its own command line.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -78,7 +81,7 @@ def assert_continues(process, whole, run, output, *flags, **conditions):
 
 
 def killed_at_any_moment(running, parent, seconds, luck):
-    """Kill a process at some moment after it has made its run directory; it may have ended by then."""
+    """Kill a process some time after it has made its run directory; it may have ended by then."""
     while not list(parent.glob("*/args.json")):
         time.sleep(0.01)
     running.join(luck.uniform(0, 1.1 * seconds))
@@ -91,7 +94,7 @@ def killed_at_any_moment(running, parent, seconds, luck):
 
 @pytest.mark.parametrize("where", ["any moment", "a write"])
 def test_killed_run_continues_and_ends_bit_identical(whole, process, tmp_path, where):
-    """A chain of processes, each of them killed until there were enough kills, one of them after a checkpoint."""
+    """A chain of processes, killed until there were enough kills, one after a checkpoint."""
     fault = f"kill -9 of {whole.script}.py at {where}"
     luck = random.Random(fault)
     output = tmp_path / "output"
@@ -132,7 +135,7 @@ def test_killed_run_continues_and_ends_bit_identical(whole, process, tmp_path, w
 
 @contextlib.contextmanager
 def disk(folder, size):
-    """A file system of `size` KiB at `folder`; skips where that needs rights that the tests do not have."""
+    """A file system of `size` KiB at `folder`; skips if the tests may not mount one."""
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}k", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
@@ -243,7 +246,7 @@ def test_run_without_tensorboard_and_display_says_what_is_missing(whole, process
 
 
 def test_two_interrupted_processes_continue_and_end_bit_identical(whole, process, tmp_path):
-    """Interrupted within an epoch, at its end and while it is measured, by a signal that only one of them gets."""
+    """In an epoch, at its end and while it is measured, by a signal that only one of them gets."""
     script, output = whole.script, tmp_path / "output"
     argv = [*ARGUMENTS[script], "--report_freq", 1, "--epochs", few(3, 2)]
     assert in_two(process, script, [*argv, "--dir", tmp_path / "whole"], output) == [0, 0], output.read_text()
@@ -341,7 +344,7 @@ def photographs(process, tmp_path_factory):
 
 
 def started_to_train(process, argv, output):
-    """(process, the numbers of its worker processes) of a retraining that has made its first step."""
+    """(process, the ids of its worker processes) of a retraining that has made its first step"""
     running = process("train", argv, output)
     while not output.exists() or "step" not in output.read_text():
         time.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Faults of a run's files and data, tried and counted: damaged, missing, edited, forged, of other versions, changed.
+"""Faults of a run's files and data, tried and counted: damaged, missing, edited, forged, changed.
 
 The tests try a few of each; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
 """
@@ -90,7 +90,7 @@ WITHOUT_WEIGHTS = {"completed": 0, "bound": "{}", "history": "[]"}
 
 
 def missing_files(script, run):
-    """(names of the files that a run cannot do without, of those that are made again, of the rest)"""
+    """(files that a run cannot do without, files that are made again, the rest)"""
     needed = {"args.json", "checkpoint.pt"} | ({"genotype.json"} if script == "train" else set())
     found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert needed < found
@@ -253,7 +253,7 @@ def test_forged_checkpoint_is_refused(finished, tmp_path):
 
 
 def change_images(root, change):
-    """What can happen to a folder of images between two starts of a run; the first difference that is then named."""
+    """Change the images between two starts of a run; return the difference that is named."""
     if change == "an image removed":
         (root / "train/bee/0.png").unlink()
         return "data/source/train is"

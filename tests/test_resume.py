@@ -1,4 +1,4 @@
-"""Runs that are stopped, at any moment and again and again, and resumed end as if they had not been: bit by bit."""
+"""Runs that are stopped, at any moment, and resumed end as if they had not been: bit by bit."""
 
 import functools
 import json
@@ -94,7 +94,7 @@ class Stop(NamedTuple):
 
 
 def stops(script):
-    """The moments at which a run of three generations or epochs can be stopped, one after the other."""
+    """The moments at which a run of three generations or epochs is stopped, one after the other."""
     one, two, three = (f"{script.unit} {i}/3" for i in (1, 2, 3))
     last = script.batches - 1
     return [
@@ -118,7 +118,10 @@ def stops(script):
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """The path of a NAS-Bench-201 table, which is read once: the runs of these tests are shorter than the reading."""
+    """The path of a NAS-Bench-201 table.
+
+    It is read once, because that takes as long as a run of these tests.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(benchmark, "load", functools.cache(benchmark.load))
         yield write_table(tmp_path_factory.mktemp("table"))
@@ -143,7 +146,10 @@ def whole(request, tmp_path_factory, table):
 
 
 def expected_progress(script, stop, before):
-    """(completed units, steps of the next) that a checkpoint has after a stop; `before` is what it had before it."""
+    """Return (completed units, steps of the next) of the checkpoint after a stop.
+
+    `before` is what the checkpoint had before the stop.
+    """
     place, number = re.fullmatch(r"(.*) (\d+)", stop.event).groups()
     if place == "after checkpoint":
         return int(number), 0
@@ -161,9 +167,9 @@ def assert_says_where(errors, script, progress):
 
 
 def stopped_run(script, folder, stops, capsys):
-    """Start a run below `folder`, stop it at one moment after the other, and resume it; check what it left each time.
+    """Start a run below `folder`, stop it at one moment after the other, and resume it each time.
 
-    Returns the directory of the run, which has ended.
+    Checks what each stop leaves. Returns the directory of the run, which has ended.
     """
     argv, progress = [*script.argv, "--dir", folder], (-1, 0)
     for stop in stops:
@@ -183,7 +189,7 @@ def stopped_run(script, folder, stops, capsys):
 
 
 def test_run_stopped_again_and_again_ends_bit_identical(whole, tmp_path, capsys):
-    """A retraining at each moment; the searches, which are slower and have their loop in common, at some of them."""
+    """A retraining at each moment; the searches at some: they are slower and share their loop."""
     script, expected = whole
     chosen = stops(script)
     if script.module is nas201.train_search:
@@ -216,7 +222,7 @@ def test_compiled_run_stopped_in_its_last_measurement_ends_bit_identical(name, t
 
 @pytest.mark.parametrize("name", [pytest.param("search", marks=pytest.mark.slow), "NAS-Bench-201", "retraining"])
 def test_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
-    """Its files do not say how its seeds were derived; splits and drop path are drawn again from the seed."""
+    """Its files do not say how its seeds were derived; splits and drop path are drawn again."""
     script = SCRIPTS[name]
     script.module.main([*script.argv, "--epochs", "2", "--seed_scheme", "1", "--dir", str(tmp_path / "whole")])
     (expected,) = (tmp_path / "whole").iterdir()

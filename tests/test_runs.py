@@ -1,4 +1,4 @@
-"""A run's directory: checkpoints that do not lie, locks, arguments of a resumed run, and full disks."""
+"""A run's directory: checkpoints that do not lie, locks, saved arguments, and full disks."""
 
 from support.cli import Parser, number
 
@@ -78,7 +78,7 @@ def run(tmp_path):
 
 
 def test_command_that_continues_a_run_names_script_and_path(tmp_path, monkeypatch):
-    """Read by a shell, in the project and elsewhere, it names the right script and the whole path."""
+    """A shell that reads it finds script and path, in the project and elsewhere."""
     python, path = tmp_path / "bin dir/python", "a 'b' $(touch c)/run"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$PYTHONPATH" "$@"\n')
@@ -298,7 +298,7 @@ def test_temporary_files_of_killed_processes_go_when_a_run_is_opened(run):
 
 
 def test_checkpoint_that_is_its_own_predecessor_is_replaced(run):
-    """So it is after a kill between the two names: then a rename does nothing, and the link stays."""
+    """After a kill between the two names: then a rename does nothing, and the link stays."""
     run.save_checkpoint(0, state(0))
     os.link(run.path / "checkpoint.pt", run.path / "checkpoint.prev.pt")
     before = (run.path / "checkpoint.pt").read_bytes()
@@ -605,7 +605,7 @@ def test_weights_carry_a_checksum(run):
 
 
 def test_weights_are_described_at_every_moment(tmp_path, monkeypatch):
-    """Between the two renames, after a kill there and after the next attempt, what is said belongs to the weights."""
+    """Between the two renames, and after a kill there, the side file belongs to the weights."""
     path, replace = tmp_path / "weights.pt", os.replace
     networks = [nn.Linear(2, 2) for _ in range(4)]
     weights.save_weights(networks[0], path, {"epoch": 0})

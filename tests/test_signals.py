@@ -1,4 +1,4 @@
-"""Signals: who takes them over, and what processes that read files notice; see also test_resume.py."""
+"""Signals: who handles them, and what processes that read files notice; see also test_resume.py."""
 
 import os
 import signal
@@ -30,7 +30,7 @@ from helpers import (
 
 @pytest.fixture(scope="module")
 def photographs(write_images, tmp_path_factory):
-    """(command line of a retraining that reads photographs, the directory of such a run that was left alone)."""
+    """(command line of a retraining on photographs, the directory of a run that was left alone)"""
     folder = tmp_path_factory.mktemp("photographs")
     write_images(folder / "images", "train", 8, [(90, 70)])
     write_images(folder / "images", "val", 2, [(90, 70)])
@@ -73,7 +73,7 @@ def test_second_signal_stops_at_once(tmp_path, capsys, numbers):
 
 @pytest.mark.parametrize("owner, name", [(datasets, "load_images"), (runs.Run, "restore")], ids=["before", "in"])
 def test_ctrl_c_promises_no_more_than_there_is(tmp_path, monkeypatch, capsys, owner, name):
-    """Before the first checkpoint of a new run, and so before there is a run, nothing can be continued."""
+    """Before the first checkpoint of a new run, there is nothing to continue."""
 
     def stop(*args, **settings):
         raise KeyboardInterrupt
