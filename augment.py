@@ -1,7 +1,7 @@
-"""How images become inputs of a network: normalised, and in training cropped, flipped and cut out at random.
+"""Turn images into inputs of a network: normalise them and, in training, crop, flip and cut out at random.
 
-Images in memory are augmented a batch at a time, by `crop`, `flip` and `cutout` with the random
-numbers of `draw`. Image files are augmented one by one, by the transforms of torchvision.
+Images in memory are augmented a batch at a time, by `crop`, `flip` and `cutout` with random numbers
+from `draw`. Image files are augmented one by one, by the transforms of torchvision.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Transform = Callable[[Image.Image], torch.Tensor]  # from a PIL image to an inpu
 
 
 class Normalisation(NamedTuple):
-    """Mean and standard deviation of the three channels, of pixels in [0, 1]."""
+    """Mean and standard deviation of each of the three channels, for pixels in [0, 1]."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -27,16 +27,17 @@ class Normalisation(NamedTuple):
 class Augmentation:
     """How the images of a data set are normalised, and how training images are augmented."""
 
-    mean: tuple[float, float, float]  # of pixels in [0, 1]
+    mean: tuple[float, float, float]  # of each channel, for pixels in [0, 1]
     std: tuple[float, float, float]
     pad: int = 4  # pixels added to each side before the random crop
-    flip: bool = True  # left to right, half of the images
+    flip: bool = True  # flip a random half of the images from left to right
     max_cutout: int = 1000  # largest side of the square that cutout erases, in pixels
 
 
 def measure_normalisation(images: torch.Tensor) -> Normalisation:
     """Return the mean and standard deviation of images, uint8 (N, 3, H, W), over all pixels of each channel."""
-    # Through a histogram of the 256 values: exact, and without a copy in floating point.
+    # A histogram of the 256 pixel values gives exact sums, without a floating-point copy of the
+    # images.
     counts = torch.stack([torch.bincount(channel.flatten(), minlength=256) for channel in images.unbind(1)]).double()
     values = torch.arange(256, dtype=torch.float64) / 255
     mean = counts @ values / counts.sum(1)
@@ -48,16 +49,16 @@ def measure_normalisation(images: torch.Tensor) -> Normalisation:
 
 
 class Draws(NamedTuple):
-    """The random numbers that augment N images; None for what is not done to them."""
+    """The random numbers that augment N images. A field is None if that augmentation is switched off."""
 
     top: torch.Tensor  # int64 (N,), first row of the crop
     left: torch.Tensor  # int64 (N,), first column of the crop
-    flip: torch.Tensor | None  # bool (N,)
+    flip: torch.Tensor | None  # bool (N,), whether the image is flipped
     hole_rows: torch.Tensor | None  # bool (N, H), the rows that cutout erases
-    hole_columns: torch.Tensor | None  # bool (N, 3 * W), the columns, once for each channel
+    hole_columns: torch.Tensor | None  # bool (N, 3 * W), the columns that cutout erases, each repeated for 3 channels
 
     def of(self, images: slice) -> "Draws":
-        """Return the draws of some of the images."""
+        """Return the random numbers of the images in this slice."""
         return Draws(*(None if draws is None else draws[images] for draws in self))
 
 
@@ -71,8 +72,8 @@ def draw(
 ) -> Draws:
     """Draw the random numbers for `count` images of (height, width) pixels.
 
-    They come from a CPU generator, in a fixed order, and so are the same on every device. Without
-    cutout, `cutout_length` is 0.
+    `generator` is on the CPU and draws in a fixed order, so the numbers are the same on every
+    device. A `cutout_length` of 0 switches cutout off.
     """
 
     def integers(high: int) -> torch.Tensor:
@@ -91,30 +92,34 @@ def draw(
 
 
 def inside(center: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """Return which of `size` pixels are in [c - length // 2, c + length // 2), for each center c of (N,): (N, size)."""
+    """Return a mask (N, size) of the pixels that are within `length // 2` of each center.
+
+    Row i marks the pixels in [c - length // 2, c + length // 2), where c is `center[i]`.
+    """
     distance = torch.arange(size, device=center.device) - center.view(-1, 1)
     return (distance >= -(length // 2)) & (distance < length // 2)
 
 
 def crop(windows: torch.Tensor, draws: Draws, images: torch.Tensor) -> torch.Tensor:
-    """Return the crops that are drawn for `images`, int64 (B,): (B, 3, H, W).
+    """Return the randomly drawn crop of each image, (B, 3, H, W).
 
-    `windows` has every crop of every padded image, (N, 2 * pad + 1, 2 * pad + 1, 3, H, W).
+    `images` are indices, int64 (B,). `windows` has every possible crop of every padded image:
+    (N, 2 * pad + 1, 2 * pad + 1, 3, H, W).
     """
     return windows[images, draws.top, draws.left]
 
 
 def flip(batch: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Flip the drawn images of a batch (B, 3, H, W) from left to right."""
+    """Flip the images of a batch (B, 3, H, W) for which `draws` says so, from left to right."""
     if draws.flip is None:
         return batch
     return torch.where(draws.flip.view(-1, 1, 1, 1), batch.flip(3), batch)
 
 
 def cutout(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Set the drawn square of each normalised image to 0, in place.
+    """Set the randomly drawn square of each normalised image to 0, in place.
 
-    A batch is given as rows of pixels, (B, H, 3 * W): see `normalise`.
+    `rows` are the images in the layout (B, H, 3 * W), see `normalise`.
     """
     if draws.hole_rows is None:
         return rows
@@ -123,9 +128,10 @@ def cutout(rows: torch.Tensor, draws: Draws) -> torch.Tensor:
 
 
 def normalise(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """Normalise rows of pixels, uint8 (B, H, 3 * W) to float32, by a scale and a shift (3 * W).
+    """Normalise rows of pixels, uint8 (B, H, 3 * W), to float32: pixel * scale + shift, both (3 * W,).
 
-    Long rows are several times as fast as a broadcast over three channels.
+    A row holds W pixels, each with its three channels. Arithmetic on such long rows is several
+    times as fast as broadcasting over three channels.
     """
     return rows.to(torch.float32).mul_(scale).add_(shift)
 
@@ -134,7 +140,10 @@ def normalise(rows: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> t
 
 
 def imagenet_transform(augmentation: Augmentation, augment: bool, side: int = 224) -> Transform:
-    """Return the transform of the ImageNet recipe to (3, side, side), for training (`augment`) or for testing."""
+    """Return the ImageNet recipe's transform from a PIL image to a tensor (3, side, side).
+
+    With `augment` it is the random transform of training, otherwise the transform of testing.
+    """
     from torchvision.transforms import v2
 
     if augment:
@@ -145,13 +154,16 @@ def imagenet_transform(augmentation: Augmentation, augment: bool, side: int = 22
 
 
 def small_transform(augmentation: Augmentation, image_size: tuple[int, int]) -> Transform:
-    """Return the transform to (3, height, width) that gives what a Loader makes of a resized image."""
+    """Return the transform from a PIL image to a tensor (3, height, width).
+
+    A Loader without augmentation computes the same tensor from the resized image.
+    """
     height, width = image_size
     return with_normalisation([lambda image: to_size(image, width, height)], augmentation)
 
 
 def with_normalisation(steps: list[Callable], augmentation: Augmentation) -> Transform:
-    """Return `steps`, which take and return PIL images, followed by the conversion to a normalised tensor."""
+    """Return the transform that applies `steps` to a PIL image and then converts it to a normalised tensor."""
     from torchvision.transforms import v2
 
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(augmentation.mean, augmentation.std)]

@@ -1,17 +1,19 @@
-"""What the result of a search is worth, measured with the final weights.
+"""Judge the result of a search with the final shared weights.
 
-The winner is compared with random architectures, and the front of fitness and costs is found.
-`conclude` writes pareto.json and baselines.json into the run directory.
+`conclude` compares the winner with random architectures, and finds the Pareto front of fitness and
+costs. It writes pareto.json and baselines.json into the run directory.
 """
 
 import argparse
 import contextlib
 import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+import individuals
 import seed_roles
 from costs import Costs
 from evolution import VARIANTS, non_dominated
@@ -24,25 +26,32 @@ from support.provenance import shell_command
 from support.runs import Run
 from training import TrainingState
 
-FILES = ("pareto.json", "baselines.json")  # in the order in which they are written
-SEED = 2021  # for the random architectures, and for order and augmentation of the images: the same in every run
+FILES = ("pareto.json", "baselines.json")  # in the order in which `conclude` writes them
+# Seed of the random architectures, and of the order and augmentation of the validation images. It
+# is the same in every run, so that the results of runs can be compared.
+SEED = 2021
 
 
 def generator(args: argparse.Namespace, role: seeds.Role) -> torch.Generator:
-    """Return the generator of one role. Unlike other generators it ignores --seed."""
+    """Return the random number generator of one role. Unlike other generators, it ignores --seed."""
     return torch.Generator().manual_seed(seeds.derive(SEED, role, args.seed_scheme))
 
 
 def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: Run) -> None:
-    """Measure the candidates again with the final weights, and write what they are worth.
+    """Measure the candidates again with the final weights, and write the results.
 
-    It goes into pareto.json and baselines.json, and into one sentence of the log. The candidates
-    are the last population, the fronts of all generations and --baselines random architectures.
-    `measure(alphas)` gets all of them in one call, so that they see the same images, and returns
-    their fitness (N,). `state` is a search_state.SearchState.
-    Raises Interrupted.
+    The candidates are the last population, the archived fronts of the generations, and --baselines
+    random architectures. The results go into individuals.csv, pareto.json, baselines.json and one
+    sentence of the log.
+
+    `measure(alphas)` returns the fitness (N,) of individuals. All candidates are measured in one
+    call, so that all of them see the same images. `state` is a search_state.SearchState.
+    Raises Interrupted after a signal.
     """
-    args, space, costs = setup.args, setup.space, setup.costs
+    start = time.perf_counter()
+    args = setup.args
+    space = setup.space
+    costs = setup.costs
     searched, last = distinct_cells(space, state)
     drawn = space.encoding.random_alphas(args.baselines, generator=generator(args, seed_roles.RANDOM_ARCHITECTURES))
     alphas = torch.cat([searched, drawn])  # (N, G, E, O)
@@ -55,13 +64,15 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
         "random architectures": Group(alphas[count:], fitness[count:], parameters[count:]),
     }
 
-    pareto = front_of(space, costs, searched, fitness[:count], state.latency)
+    first_row = write_table(setup, run, state, alphas, fitness, last, count)
+    pareto = front_of(space, costs, searched, fitness[:count], state.latency, first_row)
     winner = pareto["individuals"][0] | {"genotype": to_json(space.cell(searched[0]))}
     result, sentence = compare(winner, fitness[count:].tolist(), feasible=state.violation[0].item() == 0)
     remarks = space.remarks_on_result(groups)
     sentence += remarks.text
     command = retrain_command(args, run.path, space.retraining_flags(args, costs.image_shape))
-    result |= remarks.fields | {"sentence": sentence, "retrain": command}
+    result["random_rows"] = list(range(first_row + count, first_row + len(alphas)))
+    result |= remarks.fields | {"sentence": sentence, "retrain": command, "seconds": time.perf_counter() - start}
     if run.writes:
         write_json(run.path / "pareto.json", pareto)
         write_json(run.path / "baselines.json", result)
@@ -70,10 +81,10 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
 
 
 def distinct_cells(space: SearchSpace, state: TrainingState) -> tuple[torch.Tensor, int]:
-    """Return each cell of the last population and of all fronts once.
+    """Return the distinct cells of the last population and of the archived fronts.
 
-    Also returns how many of them are in the last population. The individuals are raw (N, G, E, O):
-    first the last population, winner first, then the fronts, newest first.
+    Returns raw individuals (N, G, E, O), and how many of them are from the last population. The
+    last population comes first, beginning with the winner. The fronts follow, newest first.
     """
     archived = [alphas.unsqueeze(0) for alphas in reversed(state.archive.values())]
     searched = torch.cat([state.alphas, *archived])
@@ -82,11 +93,35 @@ def distinct_cells(space: SearchSpace, state: TrainingState) -> tuple[torch.Tens
     return searched[distinct.first], last
 
 
+def write_table(
+    setup: SearchSetup,
+    run: Run,
+    state: TrainingState,
+    alphas: torch.Tensor,
+    fitness: torch.Tensor,
+    last: int,
+    count: int,
+) -> int:
+    """Write individuals.csv with the individuals (N, G, E, O) that were measured again.
+
+    `last` of them are the last population's, those up to `count` are of fronts, the others random.
+    Returns the row number of the first of them.
+    """
+    places = [(individuals.LAST_POPULATION, "final", run.completed)] * last
+    places += [(individuals.FRONTS, "final", None)] * (count - last)
+    places += [(individuals.RANDOM, "final", None)] * (len(alphas) - count)
+    order = torch.sort(fitness, descending=True, stable=True).indices
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(1, len(order) + 1)
+    rows = individuals.rows_of(setup, alphas, fitness, rank.tolist(), state.latency, places)
+    return individuals.write(setup, run, state, rows)
+
+
 def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tuple[dict, str]:
     """Compare the winner with random architectures.
 
     Returns the fields for baselines.json and the sentence for the log. `winner` holds the winner's
-    fitness and costs. `feasible` says whether it meets the budgets.
+    fitness and costs. `feasible` says whether the winner meets the budgets.
     """
     fields = {"winner": winner, "feasible": feasible, "random_fitness": random_fitness, "random_seed": SEED}
     size = f"{winner['parameters_M']:.2f} M parameters, {winner['mult_adds_M']:.1f} M mult-adds"
@@ -104,7 +139,7 @@ def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tup
 def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
     """Return the shell command that retrains the winner of the search in `path`.
 
-    `flags` are those that the search space adds.
+    `flags` are further flags, from the search space: see `SearchSpace.retraining_flags`.
     """
     words = ["--dir", path, "--dataset", args.dataset, "--data", args.data]
     if args.image_size:
@@ -112,40 +147,51 @@ def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
     return shell_command("train.py", *words, *flags)
 
 
+def is_complete(path: Path) -> bool:
+    """Return whether a run directory has everything that `conclude` writes."""
+    with contextlib.suppress(UserError):
+        there = all(isinstance(read_json(path / name), dict) for name in FILES)
+        return there and (path / individuals.NAME).is_file()
+    return False
+
+
 def are_there(run: Run) -> bool:
-    """Return, in every process, whether `conclude` has been done for this run."""
-    there = False
-    if run.writes:
-        with contextlib.suppress(UserError):
-            there = all(isinstance(read_json(run.path / name), dict) for name in FILES)
+    """Return whether the files that `conclude` writes exist for this run. All processes get the same answer."""
+    there = run.writes and is_complete(run.path)
     return bool(distributed.sum_over_ranks(torch.tensor(float(there))).item())
 
 
 def front_of(
-    space: SearchSpace, costs: Costs, alphas: torch.Tensor, fitness: torch.Tensor, latency: dict[str, float]
+    space: SearchSpace,
+    costs: Costs,
+    alphas: torch.Tensor,
+    fitness: torch.Tensor,
+    latency: dict[str, float],
+    first_row: int,
 ) -> dict:
     """Return the content of pareto.json for individuals (N, G, E, O).
 
-    It holds all of them, and their front, fittest first.
+    The content lists all individuals, and then their Pareto front with the fittest first. `first_row` is the
+    row of the first one in individuals.csv; the others follow.
     """
     amounts = costs.amounts(alphas, latency)  # (N, costs)
     names = ["fitness", *costs.names]
     values = torch.cat([fitness.unsqueeze(1), amounts], dim=1).tolist()
-    individuals = [dict(zip(names, row, strict=True)) for row in values]
+    measured = [dict(zip(names, row, strict=True)) | {"row": first_row + i} for i, row in enumerate(values)]
     points = torch.cat([-fitness.unsqueeze(1), amounts], dim=1)
     front = non_dominated(points).nonzero().flatten().tolist()
-    front.sort(key=lambda i: -individuals[i]["fitness"])
+    front.sort(key=lambda i: -measured[i]["fitness"])
     return {
         "about": "the last population and the front of each generation, measured again with the final weights",
-        "individuals": individuals,
-        "front": [individuals[i] | {"genotype": to_json(space.cell(alphas[i]))} for i in front],
+        "individuals": measured,
+        "front": [measured[i] | {"genotype": to_json(space.cell(alphas[i]))} for i in front],
     }
 
 
 def pick(run_dir: str | Path, number: int) -> tuple:
-    """Return the cell that is `number`, from 1, in the front of a search, and its source.
+    """Return cell `number`, counted from 1, of a search's front, and a text that says where it is from.
 
-    Raises UserError.
+    Raises UserError if the front cannot be read or has fewer cells.
     """
     path = f"{run_dir}/pareto.json"
     content = read_json(path)

@@ -1,9 +1,9 @@
 """What a retrained network would cost (parameters, mult-adds, latency), and the budgets for it.
 
-The cost of an operation on one edge does not depend on the other edges. So the parameters and
-mult-adds of a whole population are one product of its decoded alphas with a table, exact in whole
-numbers. Every edge can have an operation without weights, so the smallest possible cost is that of
-the network without its cells' operations.
+The cost of an operation on one edge does not depend on the other edges. So one product of the
+decoded alphas and a cost table gives the parameters and mult-adds of a whole population, exactly,
+in integers. Every edge can have an operation that costs nothing. So the smallest possible cost is
+that of the other parts of the network, such as stem and classifier.
 """
 
 import argparse
@@ -21,17 +21,17 @@ from operations import OPS
 from support import devices, distributed, signals
 from support.files import UserError
 
-# Forward passes of one image, for its latency.
-WARM_UP = 3
-REPETITIONS = 10
+# How latency is measured: forward passes of one image.
+WARM_UP = 3  # forward passes before the first one that counts
+REPETITIONS = 10  # forward passes that count
 
 
 class Cost(NamedTuple):
     """One kind of cost. `--FLAG` sets a budget for it."""
 
-    name: str  # in the history, in pareto.json and in baselines.json
+    name: str  # its field in the history, in pareto.json and in baselines.json
     flag: str
-    unit: str  # after a number, in messages
+    unit: str  # written after the number in messages
     axis: str  # label of a chart's axis
     help: str  # help text of the flag
 
@@ -55,29 +55,30 @@ LATENCY = Cost(
     flag="max_latency",
     unit="ms",
     axis="latency, ms",
-    help="latency budget for the retrained network, in ms: median time of "
-    f"{REPETITIONS} forward passes of one image, on this device and with this many threads",
+    help="latency budget for the retrained network, in ms; latency is the median time of "
+    f"{REPETITIONS} forward passes of one image, on the device and with the number of threads of this run",
 )
 COSTS = (PARAMETERS, MULT_ADDS, LATENCY)
 COUNTED = (PARAMETERS, MULT_ADDS)  # the columns of a cost table; latency has to be measured
 
 
 def count(module: nn.Module, pixels: int) -> torch.Tensor:
-    """Return [parameters, mult-adds], int64, of a module.
+    """Count the parameters and mult-adds of a module; returns int64 [parameters, mult-adds].
 
-    The outputs of all its convolutions have `pixels` pixels.
+    The output of every convolution in the module has `pixels` pixels.
     """
     weights = sum(m.weight.numel() for m in module.modules() if isinstance(m, (nn.Conv2d, nn.Linear)))
     parameters = sum(p.numel() for p in module.parameters())
-    return torch.tensor([parameters, weights * pixels], device="cpu")  # also while modules are made without storage
+    return torch.tensor([parameters, weights * pixels], device="cpu")  # even within torch.device("meta")
 
 
 def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return what `NetworkCIFAR(C, classes, layers, False, genotype)` costs on an image (3, H, W).
+    """Return the cost table of `NetworkCIFAR(C, classes, layers, False, genotype)` for images (3, H, W).
 
-    Returns two int64 tensors whose last axis is [parameters, mult-adds]: (2,) of the network
-    without its cells' operations, and (2, 14, 8, 2) of each operation on each edge, over all cells
-    of the network.
+    The table is two int64 tensors, and the last axis of both is [parameters, mult-adds]:
+    - (2,): the cost of the network without the operations in its cells;
+    - (2, 14, 8, 2): the cost of each operation on each edge of a normal and of a reduction cell,
+      added up over all cells of that kind.
     """
     pools = [("max_pool_3x3", 0), ("max_pool_3x3", 1)] * 4  # operations without weights
     concat = [2, 3, 4, 5]
@@ -89,7 +90,7 @@ def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int
     fixed = count(network.stem, pixels) + count(network.classifier, 1)
     for cell in network.cells:
         fixed += count(cell.preprocess0, pixels) + count(cell.preprocess1, pixels)
-        stride = cell._ops[0].stride  # of the edges from the cell's two inputs: 2 in a reduction cell
+        stride = cell._ops[0].stride  # stride of the edges from the cell's two inputs: 2 in a reduction cell, else 1
         C = cell.channels // len(concat)
         pixels //= stride**2
         for o, name in enumerate(PRIMITIVES):
@@ -102,11 +103,13 @@ def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int
 
 
 class Costs:
-    """The costs of individuals as retrained networks, and the budgets for them.
+    """What the networks of individuals will cost when they are retrained, and the budgets for these costs.
 
-    The networks take images (3, H, W). `space` is a search_space.SearchSpace.
-    `measured` lists the kinds of cost that this search knows: latency only if it has a budget.
-    `limits` holds the budgets by name, None where there is none.
+    The networks take images of `image_shape` (3, H, W). `space` is a search_space.SearchSpace.
+
+    `measured` lists the kinds of cost that this search measures. It includes latency only if
+    latency has a budget. `limits` maps the name of each cost to its budget, or to None if it has no
+    budget.
     """
 
     def __init__(
@@ -128,11 +131,11 @@ class Costs:
 
     @property
     def names(self) -> list[str]:
-        """The names of the costs that this search knows, in the order of `amounts`."""
+        """The names of the costs in `measured`, in the order of the columns that `amounts` returns."""
         return [cost.name for cost in self.measured]
 
     def check(self) -> None:
-        """Raise UserError for a budget that nothing meets, or a network too large to time."""
+        """Raise UserError for a budget that no architecture meets, or a network that is too large to time."""
         if self.args.max_latency:
             advice = "make the network smaller, or leave --max_latency out"
             memory.check({"the network that is timed": 4 * self.fixed[0].item()}, self.device, advice)
@@ -141,19 +144,19 @@ class Costs:
             if limit is not None and limit < smallest:
                 raise UserError(
                     f"--{cost.flag} {limit:g}: no architecture meets this budget, because the smallest network has "
-                    f"{smallest} {cost.unit}; give more"
+                    f"{smallest} {cost.unit}; give a larger budget"
                 )
 
     def counts(self, alphas: torch.Tensor) -> torch.Tensor:
-        """Return parameters and mult-adds, (P, 2) float64 in millions, of raw alphas."""
-        chosen = self.space.encoding.decode(alphas).long()
+        """Return parameters and mult-adds in millions, float64 (P, 2), of raw alphas (P, G, E, O)."""
+        chosen = self.space.encoding.decode(alphas).long()  # (P, G, E, O), 1 for the operations in the network, else 0
         return (self.fixed + torch.einsum("pgeo,geoc->pc", chosen, self.choices)).double() / 1e6
 
     def amounts(self, alphas: torch.Tensor, latency: dict[str, float]) -> torch.Tensor:
-        """Return (P, len(names)) float64, the costs of raw alphas (P, G, E, O).
+        """Return the costs of raw alphas (P, G, E, O), float64 (P, len(names)).
 
-        `latency` holds the milliseconds of cells that have been measured; cells that are not in it
-        are measured and added. Raises Interrupted after a signal.
+        `latency` maps cells to milliseconds. Cells that are missing from `latency` are measured and
+        added to it. Raises Interrupted after a signal.
         """
         counts = self.counts(alphas)
         if LATENCY not in self.measured:
@@ -166,9 +169,10 @@ class Costs:
         return torch.cat([counts, milliseconds], dim=1)
 
     def violation(self, amounts: torch.Tensor) -> torch.Tensor:
-        """Return the violation (P,) float64 of what `amounts` returns, 0 where all budgets are met.
+        """Return the violation of the budgets, float64 (P,); 0 means that all budgets are met.
 
-        It is the sum, over the budgets, of the share by which the cost exceeds the budget.
+        `amounts` is what the method `amounts` returns. The violation adds up, over all budgets, the
+        share by which the cost exceeds the budget: cost / budget - 1.
         """
         limits = torch.tensor([self.limits[name] or float("inf") for name in self.names], dtype=torch.float64)
         return (amounts / limits - 1).clamp(min=0).sum(1)
@@ -177,13 +181,13 @@ class Costs:
     def measure_latency(self, cell: object) -> float:
         """Return the median time, in ms, of forward passes of one image.
 
-        Rank 0 measures for all processes. Raises Interrupted after a signal.
+        Rank 0 measures, and all processes get its result. Raises Interrupted after a signal.
         """
         if signals.stop_requested(self.device):
             raise signals.Interrupted("the measurement of latency")
         median = torch.zeros(1, dtype=torch.float64)
         if distributed.rank() == 0:
-            with torch.random.fork_rng(devices=[]):  # weights are drawn from the global generator
+            with torch.random.fork_rng(devices=[]):  # a new network draws its weights from the global generator
                 network = self.space.network(self.args, cell, self.classes).eval()
             form = devices.memory_format(self.device)
             network = network.to(self.device, memory_format=form)

@@ -1,11 +1,12 @@
-"""The data sets that --dataset names: one entry of DATASETS each, with everything that is known about it.
+"""The data sets that --dataset offers. Everything the program knows about a data set is in its entry in DATASETS.
 
-To add a data set, write a function that loads it, or use folders of images, and add an entry. The
-choices of --dataset in every command follow from the entries.
+To add a data set, add an entry. The entry names a function that loads the images, unless the images
+are in class folders. Every command takes its choices for --dataset from the entries.
 """
 
 import argparse
 import functools
+import importlib.util
 import os
 import socket
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from splits import Files, Images, Split, check_classes, split_train, stratified_
 from support import distributed, seeds
 from support.files import UserError, no_empty_folders
 
-DOWNLOAD_TIMEOUT = 30  # seconds without an answer
+DOWNLOAD_TIMEOUT = 30  # seconds without an answer from the server
 
 
 # ---- loading
@@ -48,20 +49,20 @@ def load_cifar(name: str, root: str | os.PathLike, split: str, workers: int | No
 def download_cifar(name: str, root: str | os.PathLike, kind: type) -> None:
     """Download the files of torchvision's class `kind` to `root`.
 
-    Raises UserError if that fails, or if nothing arrives for DOWNLOAD_TIMEOUT seconds.
+    Raises UserError if the download fails, or if nothing arrives for DOWNLOAD_TIMEOUT seconds.
     """
     archive = Path(root, kind.filename)
     was_there = archive.exists()
     distributed.say(f"{name} is not in {root}: downloading about 170 MB to it")
     timeout = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets none
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)  # torchvision sets no timeout
     try:
         with no_empty_folders(root):
             try:
                 kind(root, download=True)
             except BaseException:
                 if not was_there:
-                    archive.unlink(missing_ok=True)  # it is incomplete
+                    archive.unlink(missing_ok=True)  # an incomplete archive
                 raise
     except (OSError, RuntimeError) as error:
         reason = " ".join(str(error).split())
@@ -76,15 +77,19 @@ def download_cifar(name: str, root: str | os.PathLike, kind: type) -> None:
 def load_digits(root: str | os.PathLike | None, split: str, workers: int | None = None) -> Images:
     """Read the 1,797 handwritten digits that scikit-learn ships: grey, 8x8 pixels.
 
-    They are divided into 1,437 for training and 360 for testing, stratified and always the same.
+    1,437 digits are for training and 360 for testing. The division is stratified, and it is always
+    the same.
     """
-    from sklearn.datasets import load_digits as load_sklearn
-
-    bunch = load_sklearn()
-    grey = torch.from_numpy(np.rint(bunch.images * (255 / 16)).astype(np.uint8))  # its values are 0 to 16
-    images = grey.unsqueeze(1).expand(-1, 3, -1, -1).contiguous()  # (N, 3, 8, 8)
-    classes = [str(name) for name in bunch.target_names]
-    digits = Images(images, torch.from_numpy(bunch.target).long(), classes, "digits")
+    package = importlib.util.find_spec("sklearn")
+    if package is None:
+        raise ModuleNotFoundError("No module named 'sklearn'", name="sklearn")
+    # We read scikit-learn's file ourselves, because importing scikit-learn takes seconds.
+    table = np.loadtxt(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz", delimiter=",")  # (1797, 65)
+    pixels = np.rint(table[:, :64] * (255 / 16)).astype(np.uint8)  # the file's values are 0 to 16
+    grey = torch.from_numpy(pixels).view(-1, 1, 8, 8)
+    images = grey.expand(-1, 3, -1, -1).contiguous()  # (N, 3, 8, 8)
+    labels = torch.from_numpy(table[:, 64]).long()
+    digits = Images(images, labels, [str(digit) for digit in range(10)], "digits")
     order = stratified_order(digits.labels, torch.Generator().manual_seed(0))
     return digits.subset(order[:1437] if split == "train" else order[1437:])
 
@@ -95,8 +100,12 @@ def load_digits(root: str | os.PathLike | None, split: str, workers: int | None 
 class BenchmarkSplit(NamedTuple):
     """How NAS-Bench-201 (Dong & Yang, 2020) divides a data set for a search."""
 
-    keys: tuple[str, str]  # the two lists of its split file: images that train (or validate), and the others
-    # With a seeded split, so many of the test images validate; None halves the training images.
+    # The keys of the two lists in the benchmark's split file. If training images are divided, the
+    # first list trains and the second validates. If test images are divided, the first list
+    # validates.
+    keys: tuple[str, str]
+    # Number of test images that validate if the split is seeded. None: the training images are
+    # halved.
     validation_images: int | None = None
 
 
@@ -104,23 +113,28 @@ class BenchmarkSplit(NamedTuple):
 class DataSet:
     """One choice of --dataset."""
 
-    commands: tuple[str, ...]  # the commands that offer it
-    # load(root, "train" or "test", workers) returns Images; None: folders of images, ROOT/FOLDER/CLASS/.
+    commands: tuple[str, ...]  # the commands that offer the data set
+    # load(root, "train" or "test", workers) returns Images. None: the images are in
+    # ROOT/FOLDER/CLASS/.
     load: Callable[[str, str, int | None], Images] | None = None
-    test_folders: tuple[str, ...] = ("test", "val")  # of folders of images; the first that exists is tested on
-    folder: str = "../data"  # where it is if --data is not given, as in the published commands
+    # Without `load`: possible names of the folder of test images. The first one that exists is
+    # used.
+    test_folders: tuple[str, ...] = ("test", "val")
+    folder: str = "../data"  # default of --data, as in the published commands
     recipe: str | None = "cifar"  # the recipe of train.py; None: "cifar" for small images, else "imagenet"
     normalisation: Normalisation | None = None  # None: measured on the training images
-    nas201_normalisation: Normalisation | None = None  # that of the benchmark, if it is not `normalisation`
+    nas201_normalisation: Normalisation | None = None  # NAS-Bench-201's, if it differs from `normalisation`
     pad: int = 4  # pixels added to each side before the random crop
-    flip: bool = True  # left to right, half of the training images
+    flip: bool = True  # flip a random half of the training images from left to right
     max_cutout: int = 1000  # largest side of the square that cutout erases, in pixels
-    halves_in_file_order: bool = False  # how the DARTS search divides the training images; else stratified
-    nas201_split: BenchmarkSplit | None = None  # None: as in the DARTS search, in halves
+    # Whether the DARTS search divides the training images in file order. Otherwise the order is
+    # random and stratified.
+    halves_in_file_order: bool = False
+    nas201_split: BenchmarkSplit | None = None  # None: a search of NAS-Bench-201 halves the training images
 
 
 def of_bytes(mean: tuple[float, ...], std: tuple[float, ...]) -> Normalisation:
-    """Return a normalisation that is given for pixels in [0, 255], as the benchmark's are."""
+    """Return the normalisation for a mean and std of pixels in [0, 255], which is how NAS-Bench-201 gives them."""
     return Normalisation(tuple(value / 255 for value in mean), tuple(value / 255 for value in std))
 
 
@@ -188,34 +202,35 @@ def offered_by(command: str) -> list[str]:
 
 
 def add_data_arguments(group: argparse._ArgumentGroup, command: str, *, folder: str | None = None) -> None:
-    """Add --dataset, --data and --image_cache of a command.
+    """Add the flags --dataset, --data and --image_cache to a command.
 
-    `folder` is the default of --data; with None it depends on the data set: see `find_folder`.
+    `folder` is the default of --data. If it is None, the default depends on the data set: see
+    `find_folder`.
     """
     names = offered_by(command)
     text = 'data set to use; "folder" is your own images, in DATA/train/CLASS/ and DATA/test/CLASS/'
     group.add_argument("--dataset", default=names[0], choices=names, help=text)
-    text = "folder of the data set; CIFAR is downloaded to it if it is missing"
+    text = "folder of the data set; CIFAR is downloaded to this folder if it is not there"
     if folder is None:
         others = [f"; {DATASETS[name].folder} for {name}" for name in names if DATASETS[name].folder != DataSet.folder]
         text += f" (default: {DataSet.folder}{''.join(others)})"
     group.add_argument("--data", default=folder, metavar="DIR", help=text)
     text = (
-        f"cache the decoded images of a folder in {image_folder.CACHE} next to the class folders, if there are "
-        f"{image_folder.CACHED:,} or more"
+        f"if a folder has {image_folder.CACHED:,} images or more, cache the decoded images in {image_folder.CACHE} "
+        "next to the class folders"
     )
     group.add_argument("--image_cache", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def default_folder(command: str, name: str) -> str:
-    """Return where a data set is by default. Raises UserError if the command does not offer it."""
+    """Return the default folder of a data set. Raises UserError if the command does not offer the data set."""
     if name not in offered_by(command):
         raise UserError(f"unknown data set {name!r:.80}: give one of {', '.join(offered_by(command))}")
     return DATASETS[name].folder
 
 
 def find_folder(name: str, folder: str | None) -> str:
-    """Return the folder of a data set: `folder`, or its own default if that is None."""
+    """Return the folder of a data set: `folder`, or the data set's default folder if `folder` is None."""
     return folder or find(name).folder
 
 
@@ -230,9 +245,10 @@ def load_images(
 ) -> Split:
     """Read the split "train" or "test" of a data set into memory.
 
-    Folders of images: `image_size` resizes and crops to so many pixels a side. Without it, images
-    that are large or of different sizes stay Files. `workers` and `cache`: see
-    `image_folder.read_images`. Raises UserError naming what is missing or unreadable.
+    With `image_size`, the images of a folder are resized and cropped to this many pixels a side.
+    Without `image_size`, images that are large or of different sizes are not read: Files are
+    returned. For `workers` and `cache` see `image_folder.read_images`. Raises UserError, which
+    names the file that is missing or unreadable.
     """
     dataset = find(name)
     if dataset.load is None:
@@ -244,9 +260,10 @@ def load_images(
 
 
 def list_files(name: str, root: str | os.PathLike, split: str, *, image_size: int | None = None) -> Files:
-    """List the split "train" or "test" of folders of images, to be read batch by batch.
+    """List the image files of the split "train" or "test" of a folder, which are then read batch by batch.
 
-    A network sees images of `image_size` pixels a side (default: 224). Raises UserError.
+    The network sees images of `image_size` pixels a side (default: 224). Raises UserError for a
+    data set that is not a folder of images.
     """
     dataset = find(name)
     if dataset.load is not None:
@@ -256,7 +273,7 @@ def list_files(name: str, root: str | os.PathLike, split: str, *, image_size: in
 
 
 def not_a_folder(name: str) -> UserError:
-    """Return the error of a data set of one small size that is to be resized, or read file by file."""
+    """Return the error for --image_size or --recipe imagenet with a data set that is not a folder of images."""
     return UserError(
         f"--image_size and --recipe imagenet are for folders of images, not for {name}: leave them out, or give "
         "--dataset folder"
@@ -266,7 +283,8 @@ def not_a_folder(name: str) -> UserError:
 def stays_on_disk(name: str, image_size: int | None, recipe: str | None) -> bool:
     """Return whether images are read batch by batch (`list_files`) rather than into memory (`load_images`).
 
-    The recipe decides. Without one (None) the data set does, or for your own images their size.
+    `recipe` decides. If it is None, the recipe of the data set decides. Your own images have no
+    such recipe: they stay on disk if `image_size` is large.
     """
     recipe = recipe or find(name).recipe
     if recipe:
@@ -279,9 +297,12 @@ def augmentation(
 ) -> Augmentation:
     """Return how the images of a data set are normalised and augmented.
 
-    `nas201`: as NAS-Bench-201 does. A data set without a normalisation of its own takes the one
-    that was saved with a network ("mean" and "std" in `about`), else ImageNet's for Files, else
-    that of the images `train`.
+    With `nas201`, NAS-Bench-201's normalisation is used if the data set has one.
+
+    A data set without a normalisation of its own uses the first of these that is possible:
+    - the normalisation that was saved with a network, "mean" and "std" in `about`;
+    - ImageNet's normalisation, if `train` are Files;
+    - the mean and standard deviation of the images `train`.
     """
     dataset = find(name)
     normalisation = dataset.normalisation
@@ -300,7 +321,7 @@ def augmentation(
 
 
 class SearchData(NamedTuple):
-    """What a search works on."""
+    """The images of a search, and how they are augmented."""
 
     train: Images
     valid: Images
@@ -308,10 +329,10 @@ class SearchData(NamedTuple):
 
 
 def search_splits(args: argparse.Namespace) -> SearchData:
-    """Read and divide the training images for a search of the DARTS space. Raises UserError.
+    """Read and divide the training images for a search in the DARTS space (S1). Raises UserError.
 
-    `args`: dataset, data, image_size, image_cache, train_portion, train_samples, valid_samples and
-    the seed.
+    Uses these arguments: dataset, data, image_size, image_cache, train_portion, train_samples,
+    valid_samples and the seed.
     """
     images = load_images(args.dataset, args.data, "train", image_size=args.image_size, cache=args.image_cache)
     image_folder.check_in_memory(images)

@@ -1,7 +1,7 @@
 """The genetic algorithm of EvNAS: tournament, crossover, mutation (paper, section 3.3).
 
-It knows nothing of networks. All random numbers come from the generator that is passed in. The
-generator and all results are on the CPU.
+This module does not depend on networks. All random numbers come from the generator that is passed
+in. The generator and all results are on the CPU.
 """
 
 from typing import NamedTuple
@@ -10,13 +10,13 @@ import torch
 
 
 class Variant(NamedTuple):
-    """What one variant of the paper's ablation does. `--variant` names it."""
+    """The settings of one variant in the paper's ablation study. The flag `--variant` selects a variant."""
 
     decoded_in_training: bool  # the shared weights train with decoded alphas, not with raw ones
     decoded_in_fitness: bool  # fitness is measured with decoded alphas, not with raw ones
     crossover: bool  # a child has two parents, not one
     mutation: bool  # a child mutates
-    selection: bool  # each generation is measured and bred from; otherwise it is a fresh random population
+    selection: bool  # a generation is bred from the fittest of the one before; otherwise it is random
 
 
 VARIANTS = {
@@ -40,8 +40,8 @@ def ranks(fitness: torch.Tensor, violation: torch.Tensor | None) -> torch.Tensor
     if violation is None:
         return fitness
     rows = torch.stack([-violation, fitness.to(violation)], dim=1)  # (P, 2)
-    # `unique` sorts the distinct rows by the first column, then by the second. The inverse index
-    # says at which place each individual's row is in that order, which is its rank.
+    # `unique` sorts the distinct rows by the first column, then by the second. The inverse index is
+    # the place of each individual's row in this order. That place is the rank.
     _, rank = rows.unique(dim=0, return_inverse=True)
     return rank
 
@@ -49,39 +49,40 @@ def ranks(fitness: torch.Tensor, violation: torch.Tensor | None) -> torch.Tensor
 def non_dominated(points: torch.Tensor) -> torch.Tensor:
     """Return a mask (N,) of the non-dominated points of (N, K); smaller is better.
 
-    A point is dominated if another one is nowhere worse and somewhere better. Equal points do not
+    A point is dominated if another point is nowhere worse and somewhere better. Equal points do not
     dominate each other.
     """
     nowhere_worse = (points[:, None] <= points).all(-1)  # [i, j]: point i is nowhere worse than point j
-    dominates = nowhere_worse & ~nowhere_worse.T
+    dominates = nowhere_worse & ~nowhere_worse.T  # [i, j]: ... and point j is somewhere worse than point i
     return ~dominates.any(0)
 
 
 def tournament(fitness: torch.Tensor, tsize: int, count: int, generator: torch.Generator) -> torch.Tensor:
-    """Return the winners (count,) of as many tournaments among P individuals.
+    """Hold `count` tournaments among P individuals, and return the numbers (count,) of the winners.
 
-    A winner is the fittest of `tsize` distinct individuals, drawn uniformly from all P. Among
-    equally fit ones the first that was drawn wins, so each of them is equally likely to.
+    A winner is the fittest of `tsize` distinct individuals, which are drawn uniformly from all P.
+    Among equally fit individuals the one that was drawn first wins, so all have the same chance.
     """
-    # Sorting P uniform numbers gives a uniform order of drawing; the first `tsize` enter the
-    # tournament.
+    # The order of P uniform random numbers is a random permutation. Its first `tsize` individuals
+    # enter the tournament.
     draws = torch.rand(count, len(fitness), generator=generator, dtype=torch.float64)
     entrants = draws.argsort(dim=1)[:, :tsize]  # (count, tsize)
-    fittest = fitness[entrants].argmax(dim=1, keepdim=True)  # argmax promises the first of equals
+    fittest = fitness[entrants].argmax(dim=1, keepdim=True)  # in a tie argmax returns the first one
     return entrants.gather(1, fittest).squeeze(1)
 
 
 def crossover(parent1: torch.Tensor, parent2: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return children (N, G, E, O) of pairs of parents.
+    """Return the child of each pair of parents, (N, G, E, O).
 
-    Each of the G * E rows comes whole from parent 1 or 2, with probability 1/2.
+    Each of a child's G * E rows is a copy of the row of parent 1 or of parent 2, with probability
+    1/2 each.
     """
     take_first = torch.rand(parent1.shape[:-1], generator=generator) < 0.5  # (N, G, E)
     return torch.where(take_first.unsqueeze(-1), parent1, parent2)
 
 
 def mutate(alphas: torch.Tensor, mutate_rate: float, generator: torch.Generator) -> torch.Tensor:
-    """Replace rows (O,) of (N, G, E, O) by fresh uniform values in [0, 1).
+    """Replace random rows (O,) of `alphas` (N, G, E, O) by new uniform values in [0, 1).
 
     Each row is replaced with probability `mutate_rate`.
     """
@@ -100,13 +101,15 @@ def next_generation(
     variant: str = "evnas",
     violation: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Breed the next population (P, G, E, O), raw.
+    """Breed the next raw population (P, G, E, O) from `alphas`, a raw population of the same shape.
 
-    It is bred from a raw population of the same shape and its fitness (P,), in any order. The
-    `num_elites` fittest come first, unchanged and best first, then the children of tournament
-    winners. `variant` is a row of VARIANTS; one without selection returns a fresh uniform
-    population and needs no fitness. `violation` (P,) says by how much individuals exceed the
-    budgets, 0 where they meet them; see `ranks`.
+    The new population begins with the `num_elites` fittest individuals, unchanged and best first.
+    The children of tournament winners follow. `fitness` (P,) is the fitness of `alphas`, which need
+    not be sorted. `violation` (P,) says by how much individuals exceed the budgets; it is 0 for
+    individuals that meet them. See `ranks`.
+
+    `variant` is a key of VARIANTS. A variant without selection returns a new uniform random
+    population and needs no fitness.
 
     Raises ValueError for sizes that do not fit the population, and KeyError for a variant that does
     not exist.

@@ -1,7 +1,7 @@
 """Export a retrained network to a file that needs none of this code: a torch.export or an ONNX file.
 
-The file takes any number of images and returns logits. Before it is kept, it is loaded again and
-compared with the network on test images.
+The exported file takes a batch of any size and returns logits. Before the file is kept, it is
+loaded again, and its logits are compared with the network's on test images.
 
 Example: python export.py runs/eval-EXP-20260101-120000 --format onnx --normalize
 """
@@ -30,22 +30,24 @@ from support import distributed, provenance
 from support.files import UserError, atomic_write, read_bytes, read_json
 
 ANY_BATCH = {"images": {0: torch.export.Dim("batch", max=2**31 - 1)}}  # some versions of torch need a maximum
-TOLERANCE = 1e-5  # as a share of the largest logit, in float32
+TOLERANCE = 1e-5  # largest difference of logits that is allowed, as a share of the largest logit, in float32
 SAMPLES = 16  # test images on which the file is compared with the network
 
 
 class Logits(nn.Module):
-    """A network without what only training needs: images (B, 3, H, W) to logits (B, num_classes).
+    """A network for inference, without the parts that only training needs.
 
-    With `mean` and `std`, of three channels, it takes pixels in [0, 1] and normalises them. Without,
-    it takes normalised images.
+    It computes logits (B, num_classes) from images (B, 3, H, W). With the `mean` and `std` of the
+    three channels, it takes pixels in [0, 1] and normalises them. Without `mean` and `std`, it
+    takes normalised images.
     """
 
     def __init__(self, network: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None):
         super().__init__()
         self.network = copy.deepcopy(network)
-        # Our Classifier switches autocast off. That would become part of the file, and some versions of
-        # torch and ONNX cannot read it. A plain Linear computes the same in float32.
+        # Our Classifier switches autocast off. Exporting would write the switch into the file, and
+        # some versions of torch and ONNX cannot read it. A plain Linear computes the same logits in
+        # float32.
         classifier = network.classifier
         self.network.classifier = nn.Linear(classifier.in_features, classifier.out_features)
         self.network.classifier.load_state_dict(classifier.state_dict())
@@ -67,7 +69,7 @@ class Logits(nn.Module):
 def to_torch(module: Logits, x: Tensor, metadata: dict) -> bytes:
     """Return the bytes of a torch.export file.
 
-    Its metadata.json holds `metadata`. `x` is an example of the images (B, 3, H, W).
+    `metadata` becomes the file's metadata.json. `x` is an example batch of images (B, 3, H, W).
     """
     program = torch.export.export(module, (x,), dynamic_shapes=ANY_BATCH, strict=False)
     content = io.BytesIO()
@@ -82,9 +84,9 @@ def run_torch(path: str | Path, x: Tensor) -> Tensor:
 
 
 def to_onnx(module: Logits, x: Tensor, metadata: dict) -> bytes:
-    """Return the bytes of an ONNX file; the values of `metadata` are properties of the model, as JSON.
+    """Return the bytes of an ONNX file. Each value of `metadata` becomes a property of the model, as JSON.
 
-    `x` is an example of the images (B, 3, H, W). Raises UserError if a package is not installed.
+    `x` is an example batch of images (B, 3, H, W). Raises UserError if a package is not installed.
     """
     packages = ("onnx", "onnxscript", "onnxruntime")
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
@@ -110,13 +112,13 @@ def run_onnx(path: str | Path, x: Tensor) -> Tensor:
     """Return the logits that an ONNX file computes for images (B, 3, H, W)."""
     import onnxruntime
 
-    # From bytes, because onnxruntime takes no path that is not UTF-8.
+    # onnxruntime does not accept a path that is not UTF-8, so we pass the content of the file.
     session = onnxruntime.InferenceSession(read_bytes(path), providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(["logits"], {"images": x.numpy()})[0])
 
 
 class Format(NamedTuple):
-    """A file format."""
+    """A file format: how to write a file and how to run it."""
 
     file: str  # default name of the file
     write: Callable[[Logits, Tensor, dict], bytes]
@@ -135,10 +137,10 @@ def relative_error(logits: Tensor, expected: Tensor) -> float:
 
 
 def sample_images(root: str | None, saved: SavedWeights) -> Tensor:
-    """Return up to 16 test images (B, 3, H, W), normalised, of the data set that the network was retrained on.
+    """Return up to 16 normalised test images (B, 3, H, W) of the data set that the network was retrained on.
 
-    `root` is the folder of the data set; if it is None, it is taken from the run's args.json. Raises
-    UserError if neither says where the data set is.
+    `root` is the folder of the data set. If it is None, the folder is taken from the run's
+    args.json. Raises UserError if args.json does not name the folder.
     """
     path, about = saved
     if root is None and about.get("dataset") != "digits":
@@ -154,14 +156,15 @@ def sample_images(root: str | None, saved: SavedWeights) -> Tensor:
 
 
 def saved_data_folder(weights: Path) -> str:
-    """Return --data of the run that these weights belong to. Raises UserError if it is not known."""
+    """Return the value of --data in the run that these weights belong to. Raises UserError if it was not saved."""
     file = weights.parent.parent / "args.json"
     content = read_json(file) if file.is_file() else None
     args = content.get("args") if isinstance(content, dict) else None
     folder = args.get("data") if isinstance(args, dict) else None
     if not isinstance(folder, str):
         raise UserError(
-            f"{file} does not say where the test images are, which the exported file is checked on: give --data DIR"
+            f"{file} does not say where the data set is, and the data set's test images are needed to check the "
+            "exported file: give --data DIR"
         )
     return folder
 
@@ -171,15 +174,15 @@ def saved_data_folder(weights: Path) -> str:
 
 def make_parser() -> Parser:
     parser = Parser(prog="export.py", description=__doc__)
-    text = "directory of a retraining, whose last weights are exported, or a weights file in it"
+    text = "directory of a retraining (its last weights are exported), or a weights file in this directory"
     parser.add_argument("run", metavar="RUN_DIR", help=text)
     text = "torch: a file for torch.export.load; onnx: a file for ONNX Runtime and other engines"
     parser.add_argument("--format", required=True, choices=FORMATS, help=text)
-    text = "put the normalisation into the file, which then takes pixels in [0, 1] instead of normalised images"
+    text = "put the normalisation into the file, so that it takes pixels in [0, 1] instead of normalised images"
     parser.add_argument("--normalize", action="store_true", help=text)
     text = "file to write (default: network.pt2 or network.onnx in RUN_DIR)"
     parser.add_argument("--output", metavar="FILE", help=text)
-    text = "folder of the data set, whose test images the file is checked on (default: where it was in training)"
+    text = "folder of the data set; the file is checked on its test images (default: the folder used in training)"
     parser.add_argument("--data", metavar="DIR", help=text)
     return parser
 
@@ -221,7 +224,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         file.write(content)
         file.flush()
         errors = [relative_error(chosen.run(file.name, x[:n]), expected[:n]) for n in (len(x), 1)]
-        if not all(error <= TOLERANCE for error in errors):  # not if it is NaN
+        if not all(error <= TOLERANCE for error in errors):  # written so that NaN fails too
             raise UserError(
                 f"{path} is not written: its logits differ from the network's by {max(errors):.0e} of the largest "
                 f"logit, and at most {TOLERANCE:.0e} is allowed. Try another version of torch or the other --format"

@@ -1,4 +1,4 @@
-"""BatchNorm, depthwise convolutions and pools computed faster, for the fast paths of both search spaces."""
+"""Faster BatchNorm, depthwise convolutions and pools, for the fast paths of both search spaces."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -12,7 +12,8 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from operations import average_pool, depthwise_conv, in_low_precision_on_cpu, neighbour_mean, on_cpu, split_phases
 from support.devices import memory_format
 
-# Without gradients, a CPU computes batch statistics from parts of about this many pixels.
+# Without gradients, batch statistics on a CPU are computed from parts of the batch of about this
+# many pixels: see `batch_norm_stats`.
 PIXELS_PER_PART = 2**14
 
 
@@ -22,11 +23,12 @@ PIXELS_PER_PART = 2**14
 def concatenate(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate along channels: k tensors (B, C, H, W) -> (B, k C, H, W).
 
-    The gradients of the parts are dense, in the layout that the layers before them expect.
+    The gradient of each part is dense, in the layout that the layer before it expects.
     """
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return Concatenate.apply(*tensors)
-    # Compiled without gradients, a Function of two tensors would return one of its inputs.
+    # If `Concatenate.apply` of two tensors is compiled without gradients, it returns one of its
+    # inputs.
     return torch.cat(tensors, dim=1)
 
 
@@ -54,7 +56,7 @@ def every_second(x: Tensor, first: int) -> Tensor:
 
 
 class NormUpdate(NamedTuple):
-    """The batch statistics by which a BatchNorm's running statistics move."""
+    """The batch statistics with which a BatchNorm's running statistics are updated."""
 
     norm: nn.BatchNorm2d
     mean: Tensor  # (C,)
@@ -63,10 +65,10 @@ class NormUpdate(NamedTuple):
 
 
 def batch_norm(x: Tensor, norm: nn.BatchNorm2d, updates: list[NormUpdate] | None) -> Tensor:
-    """Apply a BatchNorm module to x (B, C, H, W) without moving its running statistics.
+    """Apply a BatchNorm module to x (B, C, H, W) without updating the module's running statistics.
 
-    With a list `updates`, normalise with the batch's statistics and append them to the list, for
-    `move_statistics`. With `updates` None, normalise with the running statistics.
+    If `updates` is a list, x is normalised with the batch statistics, and they are appended to the
+    list for `move_statistics`. If `updates` is None, x is normalised with the running statistics.
     """
     if updates is None:
         return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
@@ -85,11 +87,11 @@ def batch_norm_stats(
 
     On a CPU, torch sums a channels-last tensor in one float32 accumulator, so the variance of a
     large batch has an error of 1e-5. Without gradients we give torch smaller parts of the batch and
-    combine their statistics. With gradients see `ExactBatchNormCPU`.
+    combine the statistics of the parts. With gradients we use `ExactBatchNormCPU`.
     """
     if not on_cpu(x):
         return torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler would fuse the parts again
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a compiler would fuse the parts of the batch again
         return ExactBatchNormCPU.apply(x, scale, shift, eps)
     images_per_part = max(1, PIXELS_PER_PART // x[0, 0].numel())
     parts = x.to(torch.promote_types(x.dtype, torch.float32)).split(images_per_part)
@@ -103,15 +105,18 @@ def batch_norm_stats(
     variances = torch.stack(part_variances)  # (parts, C)
     shares = means.new_tensor([len(part) / len(x) for part in parts]).unsqueeze(1)  # (parts, 1)
     mean = (shares * means).sum(0)
+    # The variance of the batch is the mean variance within the parts plus the variance of their
+    # means.
     variance = (shares * (variances + (means - mean).square())).sum(0)
     y = F.batch_norm(x, mean, variance, scale, shift, False, eps=eps)
     return y, mean, torch.rsqrt(variance + eps)
 
 
 class ExactBatchNormCPU(torch.autograd.Function):
-    """`batch_norm_stats` with gradients, which computes the variance as the mean squared deviation.
+    """`batch_norm_stats` with gradients; the variance is computed as the mean squared deviation.
 
-    In training it has to be this precise: a tiny error can flip a ReLU, which shows in a gradient.
+    Training needs this precision: a tiny error can turn a ReLU on or off, which changes the
+    gradients visibly.
     """
 
     @staticmethod
@@ -140,10 +145,10 @@ class ExactBatchNormCPU(torch.autograd.Function):
 
 @torch.no_grad()
 def move_statistics(updates: Iterable[NormUpdate]) -> None:
-    """Move running statistics as BatchNorm modules do in training, all of them in few kernels.
+    """Update running statistics as BatchNorm modules do in training, with few kernels for all modules.
 
-    Updates of BatchNorms without running statistics are ignored. The others have the same momentum
-    and eps.
+    BatchNorms without running statistics are skipped. All other BatchNorms must have the same
+    momentum and eps.
     """
     updates = [update for update in updates if update.norm.running_mean is not None]
     norms = [update.norm for update in updates]
@@ -159,8 +164,9 @@ def move_statistics(updates: Iterable[NormUpdate]) -> None:
 def split_update(norms: list[nn.BatchNorm2d], mean: Tensor, inverse_std: Tensor, count: int) -> Iterator[NormUpdate]:
     """Yield the update of each of k BatchNorms that were computed as one, from their joint statistics.
 
-    If they normalised the same C channels, `mean` is (C,) and applies to all. If they normalised
-    k C concatenated channels, `mean` is (k C,) and each gets its part.
+    If all k BatchNorms normalised the same C channels, `mean` is (C,) and applies to each
+    BatchNorm. If the input was k * C concatenated channels, `mean` is (k * C,) and each BatchNorm
+    gets C values.
     """
     same_channels = len(mean) == norms[0].num_features
     means = [mean] * len(norms) if same_channels else mean.chunk(len(norms))
@@ -173,19 +179,21 @@ def split_update(norms: list[nn.BatchNorm2d], mean: Tensor, inverse_std: Tensor,
 
 
 def fast_average_pool(x: Tensor, stride: int = 1) -> Tensor:
-    """Compute `average_pool` by the way that is fastest on the device: on a CPU, as a depthwise convolution."""
+    """Compute `average_pool` in the fastest way for the device: on a CPU, as a depthwise convolution."""
     return neighbour_mean(x, stride) if on_cpu(x) else average_pool(x, stride)
 
 
 def depthwise(x: Tensor, kernel: Tensor, dilation: int = 1, even: Tensor | None = None) -> Tensor:
-    """Convolve each channel of x (B, C, H, W) with its own kernel, one of (C, 1, k, k).
+    """Convolve each channel of x (B, C, H, W) with its own kernel; `kernel` holds all of them, (C, 1, k, k).
 
-    The stride is 1, or 2 if `even` is given, which is every_second(x, 0): -> (B, C, H / 2, W / 2).
+    Without `even` the stride is 1. With `even`, which is every_second(x, 0), the stride is 2 and
+    the result is (B, C, H / 2, W / 2).
     """
     padding = dilation * (kernel.shape[-1] // 2)
     stride = 1 if even is None else 2
     if stride == 2 and dilation == 2:
-        # All pixels that count have even coordinates, since the padding is even too.
+        # Stride, dilation and padding are all even, so only pixels with even coordinates enter the
+        # sums. On these pixels alone, the convolution has stride 1 and dilation 1.
         x = even
         stride = 1
         padding = padding // 2
@@ -198,8 +206,10 @@ def depthwise(x: Tensor, kernel: Tensor, dilation: int = 1, even: Tensor | None 
 class Depthwise(torch.autograd.Function):
     """Depthwise convolution for CPUs, whose backward pass avoids the cases in which oneDNN is slow.
 
-    These are dilation, which becomes dilation 1 on the phases of the image, and kernels wider than
-    3, of which the gradient is computed in two overlapping halves.
+    oneDNN is slow for dilated convolutions and for the gradients of kernels wider than 3. A dilated
+    convolution becomes an undilated one on the phases of the image (see `split_phases`). The
+    gradient of a 5x5 kernel is computed in two halves of three columns each, which share the middle
+    column.
     """
 
     @staticmethod

@@ -1,23 +1,26 @@
-"""The supernet of `model_search` computed faster, on the same modules and parameters.
+"""Compute the supernet of `model_search` faster, with the same modules and parameters.
 
-`forward` trains the supernet, and an `Evaluator` measures many individuals on one batch. Tests hold
-both equal to the reference. What makes them fast:
+`forward` computes the supernet in training, and an `Evaluator` measures many individuals on one
+batch. Tests check that both agree with the reference. This is what makes them fast:
 
-- The layout is channels-last throughout, on CPU and CUDA. `none` is left out.
-- A cell is computed state by state instead of node by node. Each state adds its edges to all later
-  nodes, so ReLU, pools and their BatchNorms run once per state instead of once per edge, and their
-  results are freed before the next state.
-- The scale of a BatchNorm is the mixing weight. Weighted candidates are added up in place.
-- Where a cell reduces, dilated and 1x1 convolutions see only every second pixel, which is sliced
-  once per state. The 1x1 convolutions of all edges out of a state are one convolution.
-- In a search's fitness, the first cell has the same inputs for all individuals. The candidates on
-  the edges out of them are computed once per batch, and the sums of an individual are one matrix
-  product (`SharedCandidates`).
-- On a CPU, depthwise convolutions have a backward pass made of kernels that are fast there
-  (`fast_ops.Depthwise`), and average pools are depthwise convolutions.
+- The memory layout is channels-last everywhere, on CPU and CUDA. The operation `none` is not
+  computed.
+- A cell is computed state by state instead of node by node. Each state adds the results of its
+  outgoing edges to all later nodes. So ReLU, pools and the pools' BatchNorms run once per state
+  instead of once per edge. The results of a state are freed before the next state is computed.
+- The mixing weight of a candidate is the scale of its last BatchNorm. Weighted candidates are added
+  up in place.
+- Where a cell reduces, dilated convolutions and skip_connects need only every second pixel. These
+  pixels are copied once per state. The skip_connects on all edges out of a state are computed as
+  one convolution each for even and for odd pixels.
+- While fitness is measured, the first cell has the same inputs for all individuals. The candidates
+  on the edges out of these inputs are computed once per batch. One matrix product then gives the
+  sums of an individual (`SharedCandidates`).
+- On a CPU, the backward pass of depthwise convolutions consists of kernels that are fast there
+  (`fast_ops.Depthwise`). Average pools are computed as depthwise convolutions.
 
 Shapes: B images, C channels of a cell, E = 14 edges of a cell, O = 8 operations of an edge. States
-are numbered as in the reference: 0 and 1 are a cell's inputs, 2, 3, ... its nodes 0, 1, ...
+are numbered as in the reference: 0 and 1 are a cell's inputs, and 2, 3, ... are its nodes 0, 1, ...
 """
 
 import math
@@ -49,21 +52,24 @@ AVG_POOL = PRIMITIVES.index("avg_pool_3x3")
 SKIP = PRIMITIVES.index("skip_connect")
 POOLS = (MAX_POOL, AVG_POOL)
 FIRST_CONV = SKIP + 1  # this operation and all later ones are separable convolutions
-# Limit for the shared candidates of the first cell. At the paper's sizes and a batch of 1,024 images
-# they take 2,432 MB in float32.
+# Limit for the shared candidates of the first cell. At the paper's sizes and a batch of 1,024
+# images, the candidates take 2,432 MB in float32.
 SHARED_MB = 3072
 
 
 def row(node: int, state: int) -> int:
-    """Return the number of the edge from a state to a node: its row in the alphas and its place in a cell."""
+    """Return the number of the edge from a state to a node: its row in the alphas and its index in `Cell._ops`.
+
+    Node n has n + 2 incoming edges, so n * (n + 3) / 2 edges lead to the nodes before it.
+    """
     return node * (node + 3) // 2 + state
 
 
 def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = False, checkpoint: bool = False) -> Tensor:
     """Compute `network(x, alphas)` in train mode: logits (B, num_classes), with gradients.
 
-    Running statistics move as in the reference. `compile` compiles the cells, and `checkpoint`
-    computes them again in the backward pass instead of keeping their activations.
+    Running statistics are updated as in the reference. `compile` compiles the cells. `checkpoint`
+    computes each cell again in the backward pass instead of keeping its activations.
     """
     updates = []
     cell_of = region_function(mixed_cell, compile, checkpoint)
@@ -72,7 +78,7 @@ def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = Fals
         kernels = outgoing_kernels(cell, "batch")
         states = [h0, h1, *[None] * cell._steps]
         s, moments = cell_of(states, weights, kernels.outgoing, cell._multiplier, kernels.eps)
-        count = s.numel() // s.shape[1]  # all BatchNorms of a cell see as many pixels as its output has
+        count = s.numel() // s.shape[1]  # every BatchNorm in a cell sees as many pixels as the cell's output has
         for state, norms_of_state in enumerate(kernels.norms):
             for number, norms in enumerate(norms_of_state):
                 mean, inverse_std = moments[state][number]
@@ -86,10 +92,11 @@ def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = Fals
 
 
 class Evaluator:
-    """Measures individuals without gradients, with the statistics `bn`: "batch" or "running".
+    """Computes the logits of individuals without gradients.
 
-    It moves no running statistics. It prepares what depends on the network's weights, so make a
-    new one after the weights have changed.
+    `bn` says which BatchNorm statistics are used, "batch" or "running". Running statistics are not
+    updated. An Evaluator prepares tensors from the network's weights when it is made. So make a new
+    one after the weights have changed.
     """
 
     @torch.no_grad()
@@ -103,7 +110,7 @@ class Evaluator:
 
     @torch.no_grad()
     def set_batch(self, x: Tensor) -> None:
-        """Compute what all individuals share on a batch of images (B, 3, H, W)."""
+        """Take a batch of images (B, 3, H, W), and compute the tensors that are the same for all individuals."""
         self.inputs = first_cell_inputs(self.network, x, self.new_updates())
         self.shared.set_inputs(self.inputs.h0, self.inputs.h1)
 
@@ -114,40 +121,48 @@ class Evaluator:
         return cells_logits(self.network, self.inputs, weights, self.searched_cell, self.new_updates())
 
     def searched_cell(self, cell: Cell, h0: Tensor, h1: Tensor, weights: Tensor) -> Tensor:
-        """Compute a cell for its preprocessed inputs, or from the shared candidates where there are any."""
+        """Compute a cell from its preprocessed inputs, or from the shared candidates if the cell has them."""
         outgoing = self.kernels[cell].outgoing
         states = [h0, h1, *[None] * cell._steps]
         if cell is self.shared.cell and self.shared.matrix is not None:
             states = [None, None, *self.shared.sums(weights)]
-            outgoing = outgoing[2:]  # the edges out of the inputs are in the sums already
+            outgoing = outgoing[2:]  # the sums already contain the edges out of the inputs
         return self.cell_of(states, weights, outgoing, cell._multiplier, self.kernels[cell].eps)[0]
 
     def new_updates(self) -> list[NormUpdate] | None:
-        """Return the `updates` of `batch_norm` for the statistics; nothing reads the list."""
+        """Return the argument `updates` of `batch_norm` that selects the statistics `bn`. Nothing reads the list."""
         return [] if self.bn == "batch" else None
 
 
 class SharedCandidates:
-    """The candidates on the edges out of a cell's two inputs, if all individuals have the same inputs.
+    """The candidates on the edges out of a cell's two inputs, for individuals that share these inputs.
 
-    `matrix` has one candidate in each row, flattened (B * C * H * W). It is None if it would take
-    more than SHARED_MB. Some operations are equal on all edges out of an input, because they have
-    no weights there: they have one row per input. The others have one row per edge.
+    `matrix` has one candidate in each row, flattened to B * C * H * W values. `matrix` is None if
+    it would take more than SHARED_MB.
 
-        first_per_edge                     operations with a row per input, before it
-        FIRST_CONV  batch statistics       max_pool, avg_pool, skip_connect
-        SKIP        the same, reducing     max_pool, avg_pool
-        MAX_POOL    running statistics     none: pools on two edges have other running statistics
+    Some operations give the same result on all edges out of an input, because they have no weights.
+    These operations have one row per input. All other operations have one row per edge.
+    `first_per_edge` is the first operation with one row per edge. It depends on the cell and on the
+    BatchNorm statistics:
 
-    This is the matrix for batch statistics, with two nodes instead of four. "in" is the input, "c"
-    one of the four convolutions:
+        statistics    cell            first_per_edge    operations with one row per input
+        batch         not reducing    FIRST_CONV        max_pool, avg_pool, skip_connect
+        batch         reducing        SKIP              max_pool, avg_pool
+        running       any             MAX_POOL          no operation
+
+    With running statistics the pools differ from edge to edge, because a BatchNorm follows each
+    pool.
+
+    The next drawing shows the rows of the matrix from left to right, for batch statistics and two
+    nodes instead of four. "in 0" and "in 1" are the inputs. c3, c5, d3 and d5 are the convolutions:
+    sep_conv and dil_conv with 3x3 and 5x5 kernels.
 
         per input                        | per edge: node 0            | per edge: node 1
         in 0           | in 1            | in 0         | in 1         | in 0         | in 1
         max  avg  skip | max  avg  skip  | c3 c5 d3 d5  | c3 c5 d3 d5  | c3 c5 d3 d5  | c3 c5 d3 d5
 
-    An individual's sums are `mixing @ matrix`. `mixing` has a row for each node, with that node's
-    mixing weights w; the edges of the other nodes have weight 0:
+    The sums of an individual are `mixing @ matrix`. `mixing` has a row for each node. The row holds
+    the mixing weights w of the node's own edges, and 0 for the edges of other nodes:
 
         node 0:  w w w   w w w           | w w w w   w w w w           | 0 0 0 0   0 0 0 0
         node 1:  w w w   w w w           | 0 0 0 0   0 0 0 0           | w w w w   w w w w
@@ -188,16 +203,21 @@ class SharedCandidates:
         ones = next(self.cell.parameters()).new_ones(edges, len(PRIMITIVES), C)
         for state, h in enumerate((h0, h1)):
             for candidate in candidates(h, self.outgoing[state], ones, self.eps, moments={}):
-                # What has one row per input comes once per edge, each time with the same values.
+                # A candidate with one row per input is yielded once per edge, each time with the
+                # same values. So writing its row again does no harm.
                 maps[self.row_of(candidate.edge.node, state, candidate.op)].copy_(candidate.y)
-        # A row has a map's values in the order in which they are in memory, which is not that of its
-        # dimensions. So both views are made by strides; `view` would refuse.
+        # A row holds the values of a feature map in memory order. In channels-last, this is not the
+        # order of the map's dimensions, so `view` would refuse. `as_strided` makes the rows from
+        # the maps here, and the maps from the rows in `sums`.
         self.one_map = maps[0]
         values = maps[0].numel()
         self.matrix = maps[0].as_strided((self.rows, values), (values, 1))
 
     def sums(self, weights: Tensor) -> list[Tensor]:
-        """Return for each node the sum (B, C, H, W) of its edges from the inputs, with weights (E, O)."""
+        """Return, for each node, the weighted sum (B, C, H, W) of its edges from the two inputs.
+
+        `weights` are the mixing weights (E, O).
+        """
         first = self.first_per_edge
         # fmt: off
         nodes = range(self.cell._steps)
@@ -211,12 +231,12 @@ class SharedCandidates:
         # fmt: on
 
 
-# ---- the parts of a cell that `mixed_cell` reads
+# ---- the tensors of a cell that `mixed_cell` reads
 #
-# `mixed_cell` is a function of tensors, not of modules, so that equal cells share one compiled graph.
-# BatchNorms are therefore named by number: each state has a list of them, and `outgoing_of` gives out
-# the numbers. Both the running statistics that `candidates` reads and the batch statistics that it
-# returns are found by this number.
+# `mixed_cell` is a function of tensors, not of modules, so that equal cells share one compiled
+# graph. Therefore it identifies a BatchNorm by a number. Each state has a list of BatchNorms, and
+# `outgoing_of` assigns the numbers. `candidates` uses the number to find running statistics, and to
+# store batch statistics.
 
 
 class Separable(NamedTuple):
@@ -224,24 +244,24 @@ class Separable(NamedTuple):
 
     depthwise: Tensor  # (C, 1, k, k)
     pointwise: Tensor  # (C, C, 1, 1)
-    norm: int
+    norm: int  # number of its BatchNorm
 
 
 class Edge(NamedTuple):
     """An edge out of a state."""
 
-    node: int  # to which it leads
-    row: int  # in the alphas
-    convolutions: list[list[Separable]]  # by operation from FIRST_CONV on: one if dilated, else two
-    pool_norms: list[int] | None  # after each of POOLS; None if the state has them for all its edges
+    node: int  # the node that the edge leads to
+    row: int  # the edge's row in the alphas
+    convolutions: list[list[Separable]]  # for each operation from FIRST_CONV on: one if dilated, else two
+    pool_norms: list[int] | None  # BatchNorm after each of POOLS; None if all edges of the state share them
 
 
 class Skips(NamedTuple):
-    """The skip_connects on all edges out of a state, if they reduce. They are computed as one."""
+    """The skip_connects on all edges out of one input of a reduction cell, which are computed together."""
 
     kernels_1: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_1
     kernels_2: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_2
-    norm: int  # of edges * C channels
+    norm: int  # number of the BatchNorm, of edges * C channels
 
 
 class Outgoing(NamedTuple):
@@ -250,20 +270,20 @@ class Outgoing(NamedTuple):
     state: int
     edges: list[Edge]
     skips: Skips | None  # None if the skip_connects are identities
-    pool_norms: list[int] | None  # after each of POOLS, for all edges; None with running statistics
-    running: list[tuple[Tensor, Tensor]] | None  # (mean, variance) by norm; None with batch statistics
+    pool_norms: list[int] | None  # BatchNorm after each of POOLS, for all edges; None with running statistics
+    running: list[tuple[Tensor, Tensor]] | None  # (mean, variance) by BatchNorm; None with batch statistics
 
 
 class CellKernels(NamedTuple):
-    """The parts of a cell, and the BatchNorm modules that they name by number."""
+    """The tensors of a cell, and the BatchNorm modules that the numbers stand for."""
 
     outgoing: list[Outgoing]  # by state; the last node has no edges out of it
-    norms: list[list[list[nn.BatchNorm2d]]]  # by state and number: the modules that are computed as one
+    norms: list[list[list[nn.BatchNorm2d]]]  # for each state and number, the modules that are computed as one
     eps: float  # of all BatchNorms
 
 
 def outgoing_kernels(cell: Cell, bn: str) -> CellKernels:
-    """Return the parts of a cell for the statistics `bn`, "batch" or "running"."""
+    """Return the tensors of a cell for the statistics `bn`, "batch" or "running"."""
     outgoing = []
     norms = []
     for state in range(1 + cell._steps):
@@ -274,7 +294,10 @@ def outgoing_kernels(cell: Cell, bn: str) -> CellKernels:
 
 
 def outgoing_of(cell: Cell, state: int, bn: str) -> tuple[Outgoing, list[list[nn.BatchNorm2d]]]:
-    """Return the edges out of a state, and its BatchNorms by number: lists of those computed as one."""
+    """Return the edges out of a state, and the BatchNorm modules of these edges.
+
+    Entry i of the second result lists the modules with number i, which are computed as one.
+    """
     nodes = range(max(0, state - 1), cell._steps)
     ops_of_edges = [cell._ops[row(node, state)]._ops for node in nodes]
     norms = []
@@ -283,7 +306,8 @@ def outgoing_of(cell: Cell, state: int, bn: str) -> tuple[Outgoing, list[list[nn
         norms.append(list(modules))
         return len(norms) - 1
 
-    # The BatchNorms after a pool differ between edges only in their running statistics.
+    # The BatchNorms after a pool differ between edges only in their running statistics. So with
+    # batch statistics they are computed as one.
     pool_norms = None
     if bn == "batch":
         pool_norms = [number_of(*(ops[pool][1] for ops in ops_of_edges)) for pool in POOLS]
@@ -306,7 +330,7 @@ def outgoing_of(cell: Cell, state: int, bn: str) -> tuple[Outgoing, list[list[nn
 
 def separables_of(op: Sequence, number_of: Callable[[nn.BatchNorm2d], int]) -> list[Separable]:
     """Return the separable convolutions of an operation, one or two."""
-    layers = list(op.op)
+    layers = list(op.op)  # four for each separable convolution, see `operations.separable`
     separables = []
     for start in range(0, len(layers), 4):
         _, depthwise_conv, pointwise_conv, norm = layers[start : start + 4]
@@ -330,10 +354,10 @@ class Candidate(NamedTuple):
     edge: Edge
     op: int
     y: Tensor
-    is_scaled: bool  # whether y is multiplied by its mixing weight already
+    is_scaled: bool  # whether y has already been multiplied by its mixing weight
 
 
-Moments = dict[int, tuple[Tensor, Tensor]]  # by norm: (mean, inverse standard deviation) of the batch
+Moments = dict[int, tuple[Tensor, Tensor]]  # by BatchNorm: (mean, inverse standard deviation) of the batch
 
 
 def mixed_cell(
@@ -341,11 +365,11 @@ def mixed_cell(
 ) -> tuple[Tensor, list[Moments]]:
     """Compute a cell. Returns its output (B, multiplier * C, H, W) and the batch statistics by state.
 
-    `weights` are the mixing weights (E, O). There are two ways to call it:
-    - `states` are the two preprocessed inputs (B, C, H, W) and None for each node, and `outgoing`
-      has all states;
-    - `states` are None for the inputs and for each node the sum of its edges from them, and
-      `outgoing` has only the nodes.
+    `weights` are the mixing weights (E, O). There are two ways to call `mixed_cell`:
+    - From the inputs: `states` holds the two preprocessed inputs (B, C, H, W), and then None for
+      each node. `outgoing` has all states.
+    - From sums: `states` holds None for both inputs, and then, for each node, the sum of its edges
+      from the inputs. `outgoing` has only the nodes.
     """
     states = list(states)
     all_moments = []
@@ -359,7 +383,7 @@ def mixed_cell(
             node = 2 + candidate.edge.node
             total = states[node]
             if total is None:
-                total = candidate.y  # the first one on an edge is scaled, see `candidates`
+                total = candidate.y  # the first candidate on an edge is already scaled, see `candidates`
             elif candidate.is_scaled:
                 total = total.add_(candidate.y)
             else:
@@ -373,7 +397,7 @@ def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moment
     """Yield all candidates, except `none`, on the edges out of a state h (B, C, H, W).
 
     `scales` (E, O, C) are the mixing weights. The first candidate on each edge is a convolution,
-    which is scaled. The batch statistics are added to `moments`.
+    which is already scaled. The batch statistics are added to `moments`.
     """
 
     def normalise(x: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
@@ -409,7 +433,7 @@ def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moment
             dilation = 2 if len(separables) == 1 else 1
             y = F.conv2d(depthwise(relu, first.depthwise, dilation, even), first.pointwise)
             last = first
-            if len(separables) == 2:  # the second one has stride 1
+            if len(separables) == 2:  # the second convolution has stride 1
                 last = separables[1]
                 y = normalise(y, first.norm).relu_()
                 y = F.conv2d(depthwise(y, last.depthwise), last.pointwise)
@@ -419,19 +443,20 @@ def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moment
         else:
             yield Candidate(edge, SKIP, h, is_scaled=False)
         for k, op in enumerate(POOLS):
-            if edge.pool_norms is None:  # normalised above
+            if edge.pool_norms is None:  # the pools have been normalised above, for all edges
                 yield Candidate(edge, op, pools[k], is_scaled=False)
             else:
                 yield Candidate(edge, op, normalise(pools[k], edge.pool_norms[k], scale[op]), is_scaled=True)
 
 
 def factorized_reduce(even: Tensor, odd: Tensor, kernels_1: Tensor, kernels_2: Tensor, edges: int = 1) -> Tensor:
-    """Compute the FactorizedReduce of several edges at once, up to their BatchNorm.
+    """Compute the FactorizedReduce of several edges at once, without their BatchNorm.
 
     `even` and `odd` (B, C_in, H, W) are the pixels that the two convolutions of each edge see. The
-    kernels are (edges * C / 2, C_in, 1, 1). Returns (B, edges * C, H, W), edge by edge.
+    kernels are (edges * C / 2, C_in, 1, 1). Returns (B, edges * C, H, W), with the channels of the
+    first edge first.
     """
-    first_halves = F.conv2d(even, kernels_1).chunk(edges, dim=1)  # of each edge (B, C / 2, H, W)
+    first_halves = F.conv2d(even, kernels_1).chunk(edges, dim=1)  # for each edge (B, C / 2, H, W)
     second_halves = F.conv2d(odd, kernels_2).chunk(edges, dim=1)
     halves = []
     for first, second in zip(first_halves, second_halves, strict=True):
@@ -439,15 +464,15 @@ def factorized_reduce(even: Tensor, odd: Tensor, kernels_1: Tensor, kernels_2: T
     return torch.cat(halves, dim=1)
 
 
-# ---- the network around the searched cells; `updates` is that of `batch_norm`
+# ---- the network around the searched cells; for `updates` see `fast_ops.batch_norm`
 
 
 class FirstInputs(NamedTuple):
-    """What does not depend on the alphas: preprocessed inputs of the first two cells."""
+    """The preprocessed inputs of the first two cells that do not depend on the alphas."""
 
     h0: Tensor  # (B, C, H, W), of the first cell
     h1: Tensor  # (B, C, H, W), of the first cell
-    h0_next: Tensor | None  # of the second cell, which reads the stem too; None if there is only one
+    h0_next: Tensor | None  # of the second cell, which also reads the stem; None in a network of one cell
 
 
 def first_cell_inputs(network: Network, x: Tensor, updates: list[NormUpdate] | None) -> FirstInputs:
@@ -455,7 +480,7 @@ def first_cell_inputs(network: Network, x: Tensor, updates: list[NormUpdate] | N
     conv, norm = network.stem
     cells = network.cells
     x = x.contiguous(memory_format=memory_format(x.device))
-    s = batch_norm(conv(x), norm, updates).relu_()  # (B, C_stem, H, W), after the ReLU that all readers begin with
+    s = batch_norm(conv(x), norm, updates).relu_()  # (B, C_stem, H, W), after the ReLU of `preprocess`
     h0_next = preprocess(cells[1].preprocess0, s, updates) if len(cells) > 1 else None
     h0 = preprocess(cells[0].preprocess0, s, updates)
     h1 = preprocess(cells[0].preprocess1, s, updates)
@@ -469,7 +494,7 @@ def cells_logits(
     searched_cell: Callable[[Cell, Tensor, Tensor, Tensor], Tensor],
     updates: list[NormUpdate] | None,
 ) -> Tensor:
-    """Return the logits (B, num_classes), for the mixing weights (2, E, O).
+    """Return the logits (B, num_classes) for the mixing weights (2, E, O).
 
     searched_cell(cell, h0, h1, weights (E, O)) computes a cell from its preprocessed inputs.
     """
@@ -478,7 +503,8 @@ def cells_logits(
     for i, cell in enumerate(cells):
         s = searched_cell(cell, h0, h1, weights[int(cell.reduction)])  # (B, multiplier * C, H, W)
         if i + 1 < len(cells):
-            # The next two cells read s. Preprocess it for both now, so that the wide tensor can be freed.
+            # The next two cells read s. Preprocess s for both cells now, so that this wide tensor
+            # can be freed.
             s = s.relu_()
             h0 = h0_next
             h1 = preprocess(cells[i + 1].preprocess1, s, updates)
@@ -488,7 +514,7 @@ def cells_logits(
 
 
 def preprocess(module: nn.Module, s: Tensor, updates: list[NormUpdate] | None) -> Tensor:
-    """Apply a cell's preprocess0 or preprocess1, except for its ReLU, which s has been through."""
+    """Apply a cell's preprocess0 or preprocess1 without its ReLU, which has already been applied to s."""
     if isinstance(module, FactorizedReduce):
         even = every_second(s, 0)
         odd = every_second(s, 1)

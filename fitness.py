@@ -18,17 +18,18 @@ from training import TRAIN_AGAIN
 class Distinct(NamedTuple):
     """The distinct individuals of a population (P, ...).
 
-    `population[first]` holds each of them once, and `population[first][number]` is the population.
+    `population[first]` holds each distinct individual once. `population[first][number]` equals the
+    population.
     """
 
-    first: list[int]  # (D,) where each distinct individual appears first, in order of appearance
-    number: list[int]  # (P,) which of the D each individual is
+    first: list[int]  # (D,) position at which each distinct individual appears first, ascending
+    number: list[int]  # (P,) which of the D distinct individuals each individual equals
 
 
 def unique(alphas: torch.Tensor) -> Distinct:
     """Find the distinct individuals of a population (P, ...) on the CPU.
 
-    Equal means equal in every bit.
+    Two individuals are equal if all their bits are equal.
     """
     numbers: dict[bytes, int] = {}
     first = []
@@ -44,7 +45,11 @@ def unique(alphas: torch.Tensor) -> Distinct:
 
 @contextlib.contextmanager
 def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
-    """Let BatchNorm use "batch" or "running" statistics, and leave its buffers as they are."""
+    """Within this context, every BatchNorm uses "batch" or "running" statistics. No buffer changes.
+
+    In train mode without `track_running_stats`, a BatchNorm uses batch statistics and updates
+    nothing.
+    """
     training = network.training
     tracking = [module for module in network.modules() if getattr(module, "track_running_stats", False)]
     network.train(statistics == "batch")
@@ -59,11 +64,12 @@ def batch_norm_mode(network: nn.Module, statistics: str) -> Iterator[None]:
 
 
 class PlainEvaluator:
-    """Computes individuals as the reference does.
+    """Computes the logits of individuals with the reference network.
 
-    `fast_search.Evaluator` has the same interface and is faster. An evaluator takes a batch of
-    images first and then gives the logits of one individual after the other. The second argument
-    says which BatchNorm statistics are in use; here `batch_norm_mode` has already seen to that.
+    `fast_search.Evaluator` has the same interface and is faster. An evaluator first takes a batch
+    of images, and then returns the logits of one individual after the other. The argument
+    `statistics` is not used here, because `batch_norm_mode` has already selected the BatchNorm
+    statistics.
     """
 
     def __init__(self, network: nn.Module, statistics: str):
@@ -93,8 +99,8 @@ def measure_fitness(
 
     `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is
     loaded and augmented once and shown to all individuals, so they are compared on the same images.
-    Equal alphas are measured once. Several processes share the individuals, and each of them
-    returns all figures.
+    Equal alphas are measured once. Several processes divide the individuals among themselves, and
+    each process returns the fitness of all individuals.
 
     Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an
     individual has logits that are not finite.

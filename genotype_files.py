@@ -1,7 +1,7 @@
-"""Read and write cells: genotype.json, and the genotype.pickle of the published scripts. No torch here.
+"""Read and write cells: genotype.json, and the genotype.pickle of the published scripts.
 
-Files come from strangers. Nothing in a file is executed, and a cell is checked entry by entry
-before anything is built from it.
+Files can come from strangers. Nothing in a file is executed, and every entry of a cell is checked
+before anything is built from the cell. This module does not import torch.
 """
 
 import pickle
@@ -28,19 +28,19 @@ def load(path: str | Path) -> Cell:
         is_arch = isinstance(value, dict) and set(value) == {"arch"}
         return from_json(value["arch"] if is_arch else value, path)
     allowed = {("genotypes", "Genotype"): Genotype, ("builtins", "range"): range}
-    # BUILD could set attributes of the class Genotype. Dictionaries and sets hash their keys, which
-    # can take for ever with nested tuples.
+    # The opcode BUILD could set attributes of the class Genotype. Dictionaries and sets hash their
+    # keys, and hashing nested tuples can take forever.
     refused = ("BUILD", "DICT", "EMPTY_DICT", "EMPTY_SET", "FROZENSET")
     return validate(restricted_unpickle(read_bytes(path), allowed, path, refused), path)
 
 
 def save(cell: Cell, path: str | Path) -> None:
-    """Write a cell as JSON or, where `path` ends in .pickle, as a pickle for the published scripts."""
+    """Write a cell as JSON if `path` ends in .json, else as a pickle for the published scripts."""
     if str(path).endswith(".json"):
         write_json(path, {"arch": cell} if isinstance(cell, str) else to_dict(cell))
         return
     with atomic_write(path) as file:
-        pickle.dump(cell, file, protocol=3)  # Python 3.6 reads it
+        pickle.dump(cell, file, protocol=3)  # Python 3.6 can read this protocol
 
 
 def files_in(run_dir: str | Path) -> list[Path]:
@@ -52,6 +52,8 @@ def files_in(run_dir: str | Path) -> list[Path]:
 def file_in(run_dir: str | Path) -> Path:
     """Return the genotype file of a run, preferably the JSON file. Raises UserError if there is none."""
     paths = files_in(run_dir)
+    if not Path(run_dir).is_dir():
+        raise UserError(f"{run_dir}: there is no such run directory")
     if not paths:
         raise UserError(
             f"{run_dir} has neither {' nor '.join(FILES)}: it is not a run directory, "
@@ -64,7 +66,7 @@ def file_in(run_dir: str | Path) -> Path:
 
 
 def to_json(cell: Cell) -> dict | str:
-    """Return the JSON form of a cell; an arch string is its own."""
+    """Return the JSON form of a cell. For an arch string, this is the string itself."""
     return cell if isinstance(cell, str) else to_dict(cell)
 
 
@@ -94,9 +96,9 @@ def from_dict(value: object, source: str | Path = "genotype") -> Genotype:
 
 
 def validate(genotype: object, source: str | Path = "genotype") -> Genotype:
-    """Return the genotype, made of plain lists and tuples.
+    """Check a genotype, and return it as plain lists and tuples.
 
-    Raises UserError, which says which entry of `source` is impossible.
+    Raises UserError, which names the impossible entry of `source`.
     """
     if not (isinstance(genotype, tuple) and len(genotype) == 4):
         raise UserError(f"{source}: a genotype has the four parts {', '.join(Genotype._fields)}")
@@ -109,7 +111,7 @@ def validate(genotype: object, source: str | Path = "genotype") -> Genotype:
 
 
 def validate_pairs(pairs: object, where: str) -> list[tuple[str, int]]:
-    """Return the (operation, input) pairs of a cell as a list of tuples. Raises UserError."""
+    """Check the (operation, input) pairs of a cell, and return them as a list of tuples. Raises UserError."""
     if not isinstance(pairs, (list, tuple)) or not 2 <= len(pairs) <= MOST_PAIRS or len(pairs) % 2:
         raise UserError(f"{where} must be a list of (operation, input) pairs, two for each node")
     for i, pair in enumerate(pairs):
@@ -128,10 +130,10 @@ def validate_pairs(pairs: object, where: str) -> list[tuple[str, int]]:
 
 
 def validate_concat(concat: object, nodes: int, where: str) -> list[int]:
-    """Return the list of nodes that make up the output of a cell with `nodes` nodes. Raises UserError."""
+    """Check which nodes make up the output of a cell with `nodes` nodes, and return their list. Raises UserError."""
     possible = range(2, nodes + 2)
     if isinstance(concat, range):
-        concat = list(concat[: nodes + 1])  # one too many is enough to refuse it; a range can be huge
+        concat = list(concat[: nodes + 1])  # a range can be huge; one entry too many is enough to refuse it
     if not isinstance(concat, (list, tuple)) or not 0 < len(concat) <= nodes:
         raise UserError(f"{where} must list some of the nodes 2 to {possible[-1]}")
     if any(type(node) is not int or node not in possible for node in concat) or len(set(concat)) < len(concat):
@@ -141,7 +143,7 @@ def validate_concat(concat: object, nodes: int, where: str) -> list[int]:
 
 
 def shortened(value: object) -> str:
-    """Return `value` as text for a message. A hostile file can hold nested values whose repr never ends."""
+    """Return `value` as a short text for a message. A hostile file can hold nested values whose repr never ends."""
     if isinstance(value, str):
         return repr(value[:80])
     if value is None or isinstance(value, float):

@@ -1,9 +1,9 @@
-"""Cells of the DARTS search space (S1): the Genotype type and the named cells. No torch here.
+"""Cells of the DARTS search space (S1): the Genotype type and the named cells.
 
 A cell is a list of (operation, input) pairs, two for each intermediate node. Input 0 is the output
 of the cell before the last one (k-2), input 1 is the output of the last cell (k-1), and inputs 2
 and up are the earlier nodes of the same cell. The cell's output concatenates the nodes that
-`*_concat` lists.
+`*_concat` lists. This module does not import torch.
 """
 
 from typing import NamedTuple
@@ -20,9 +20,10 @@ class Genotype(NamedTuple):
     reduce_concat: list[int]
 
 
-Cell = Genotype | str  # of the DARTS space, or an arch string of NAS-Bench-201
+Cell = Genotype | str  # a Genotype of the DARTS space, or an arch string of NAS-Bench-201
 
-# The order is part of the method: it is the last axis of the architecture parameters.
+# The order of the operations is part of the method: it is their order on the last axis of the
+# alphas.
 PRIMITIVES = "none max_pool_3x3 avg_pool_3x3 skip_connect sep_conv_3x3 sep_conv_5x5 dil_conv_3x3 dil_conv_5x5".split()
 OPERATIONS = [*PRIMITIVES, "sep_conv_7x7", "conv_7x1_1x7"]  # the last two occur only in NASNet and AmoebaNet
 

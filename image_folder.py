@@ -1,6 +1,6 @@
-"""Folders of images: which files are images, which folders are classes, and reading them into memory.
+"""Folders of images: find the class folders and their images, and read the images into memory.
 
-Training, tests and predictions all use this one rule for which files are images.
+Training, tests and predictions all use the same rule for which files are images: see `list_folder`.
 """
 
 import collections
@@ -24,12 +24,13 @@ from support import distributed
 from support.files import UserError
 from support.images import SUFFIXES, load_cache, open_image, save_cache, to_rgb, to_size
 
-SMALL = 64  # pixels a side; smaller images are kept in memory and get the CIFAR recipe
-COUNTED = 1000  # folders in which unread images are counted; a link may lead to a whole disk
-CACHED = 5_000  # images; larger splits are cached once they are decoded
+SMALL = 64  # pixels a side; images up to this size are kept in memory and get the CIFAR recipe
+COUNTED = 1000  # most folders that are searched for images to count; a link may lead to a whole disk
+CACHED = 5_000  # splits of at least this many images are cached after they have been decoded
 CACHE = ".evnas-images.npz"  # the cache file, next to the class folders
 SAMPLED = 100  # image headers read to tell small images from large ones
-# Share of a folder's images. If as many have one small size, an image of another size is a mistake.
+# If at least this share of a folder's images has one small size, an image of another size is an
+# error.
 SAME_SIZE = 0.9
 
 
@@ -37,27 +38,27 @@ FolderId = tuple[int, int]  # device and inode
 
 
 class Listing(NamedTuple):
-    """What is directly in a folder, without hidden names (`.name`), in the order of names."""
+    """The entries directly in a folder, sorted by name, without hidden names (`.name`)."""
 
     images: list[Path]  # files, and links to files, with the suffix of an image
     folders: list[Path]  # folders, and links to folders
     others: list[Path]  # other files
-    unreadable: dict[Path, str]  # links that lead nowhere and are not in `images`: error messages
+    unreadable: dict[Path, str]  # {broken link: error message}, for links that are not in `images`
 
 
 class Nested(NamedTuple):
-    """A folder inside a class folder, and how many images are in it and the folders below it."""
+    """A folder inside a class folder, with the number of images in this folder and in all folders below it."""
 
     folder: Path
     images: int
-    complete: bool  # False if some of these folders were not read, so that there may be more
+    complete: bool  # False if some of these folders were not read, so there may be more images
 
 
 def list_folder(folder: Path) -> Listing:
-    """Return what is directly in a folder: the rule that decides which of its files are images.
+    """Return the content of a folder. This function decides which files are images.
 
-    Nothing is opened: a file is an image if its name says so. Raises UserError if the folder cannot
-    be read.
+    A file is an image if its name has the suffix of an image. No file is opened. Raises UserError
+    if the folder cannot be read.
     """
     listing = Listing([], [], [], {})
     try:
@@ -73,7 +74,7 @@ def list_folder(folder: Path) -> Listing:
         elif path.suffix.lower() in SUFFIXES:
             listing.images.append(path)
         elif entry.is_symlink() and not os.path.exists(path):
-            # It may be a folder of images on a disk that is not mounted.
+            # The link may lead to a folder of images on a disk that is not mounted.
             try:
                 status(path)
             except UserError as error:
@@ -87,8 +88,8 @@ def walk(folder: Path, visited: set[FolderId] | None = None) -> Iterator[Listing
     """Yield the Listing of a folder, and of each folder below it.
 
     Links to folders are followed. Each folder is listed once, however many links lead to it, so
-    loops end. Folders in `visited` are not listed; those that are listed are added to it. The
-    Listing of a folder that cannot be read has only `unreadable` in it.
+    loops end. Folders in `visited` are skipped, and every folder that is listed is added to
+    `visited`. If a folder cannot be read, its Listing is empty except for `unreadable`.
     """
     visited = set() if visited is None else visited
     waiting = collections.deque([Path(folder)])
@@ -107,7 +108,7 @@ def walk(folder: Path, visited: set[FolderId] | None = None) -> Iterator[Listing
 
 
 def status(path: Path) -> os.stat_result:
-    """Return the status of a file or folder, links followed. Raises UserError if it has none."""
+    """Return the os.stat of a file or folder, following links. Raises UserError if the system gives none."""
     try:
         return os.stat(path)
     except OSError as error:
@@ -115,12 +116,12 @@ def status(path: Path) -> os.stat_result:
 
 
 def cannot_read(path: Path, error: OSError) -> UserError:
-    """Return the error of a file or folder that the system cannot read."""
+    """Return the error for a file or folder that the system cannot read."""
     return UserError(f"cannot read {path}: {error.strerror}. Restore or remove it.")
 
 
 def identity(folder: Path) -> FolderId:
-    """Return what two paths have in common if, and only if, they lead to the same folder. Raises UserError."""
+    """Return the identity of a folder, which is the same for all paths to this folder. Raises UserError."""
     about = status(folder)
     return about.st_dev, about.st_ino
 
@@ -131,12 +132,12 @@ def identity(folder: Path) -> FolderId:
 def read_classes(folder: Path) -> dict[str, list[Path]]:
     """Return {name: images} of the class folders in `folder`, both in the order of names.
 
-    The images of a class are directly in its folder. Images next to the class folders, and in
-    folders inside them, are not read: a line counts each kind. Raises UserError for a class without
-    images, and for two classes that are the same folder or have the same name.
+    The images of a class are directly in its folder. Images next to the class folders, and images
+    in folders inside class folders, are not read. A note is printed for each kind. Raises UserError
+    for a class without images, and for two classes that are the same folder or have the same name.
     """
     top = list_folder(folder)
-    if top.unreadable:  # a class may be missing
+    if top.unreadable:  # an unreadable link may be a class folder
         raise UserError(next(iter(top.unreadable.values())))
     if not top.folders:
         found = f", only {counted(len(top.images), 'image')}" if top.images else ""
@@ -159,7 +160,7 @@ def read_classes(folder: Path) -> dict[str, list[Path]]:
 
 
 def count_below(folder: Path, visited: set[FolderId]) -> Nested:
-    """Count the images in a folder and in those below it, in up to COUNTED folders. `visited`: see `walk`."""
+    """Count the images in a folder and in the folders below it, up to COUNTED folders. For `visited` see `walk`."""
     listings = list(itertools.islice(walk(folder, visited), COUNTED + 1))
     images = sum(len(listing.images) for listing in listings[:COUNTED])
     unreadable = any(listing.unreadable for listing in listings)
@@ -167,7 +168,7 @@ def count_below(folder: Path, visited: set[FolderId]) -> Nested:
 
 
 def no_images(class_folder: Path, inside: list[Nested]) -> UserError:
-    """Return the error of a class without images; its images may be in a folder inside its folder."""
+    """Return the error for a class without images. The message names the folder in `inside` with the most images."""
     largest = max(inside, key=lambda nested: nested.images, default=None)
     if largest and largest.images:
         hint = f"; {largest.folder} has {counted(largest.images, 'image')}: move them up into the class folder"
@@ -177,10 +178,10 @@ def no_images(class_folder: Path, inside: list[Nested]) -> UserError:
 
 
 def report_not_read(folder: Path, stray: list[Path], nested: list[Nested], others: list[Path]) -> None:
-    """Print a line for each kind of files in a split's folder that are not read.
+    """Print a note for each kind of file in a split's folder that is not read.
 
-    These are files that are not images (`others`), images next to the class folders (`stray`), and
-    folders inside class folders (`nested`).
+    The kinds are files that are not images (`others`), images next to the class folders (`stray`),
+    and images in folders inside class folders (`nested`).
     """
     start = f"note: not read in {folder}:"
     if others:
@@ -199,14 +200,14 @@ def report_not_read(folder: Path, stray: list[Path], nested: list[Nested], other
 
 
 def counted(number: int, noun: str) -> str:
-    """Return "1 image" or "2 images"."""
+    """Return a number with its noun in the singular or plural, such as "1 image" or "2 images"."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def check_class_folders(folder: Path, class_folders: list[Path]) -> None:
     """Raise UserError if two class folders are the same folder, or have names that differ only in Unicode form.
 
-    Other names that look alike get a note.
+    For other names that look alike, a note is printed.
     """
     by_identity = {}
     by_form = {}
@@ -234,9 +235,9 @@ def check_class_folders(folder: Path, class_folders: list[Path]) -> None:
 
 
 def list_files(root: str | os.PathLike, folders: Sequence[str]) -> Files:
-    """List the images of the first of ROOT/FOLDER/CLASS/ that exists, for FOLDER in `folders`.
+    """List the images in ROOT/FOLDER/CLASS/, where FOLDER is the first of `folders` that exists.
 
-    Classes are in the order of their names. Nothing is decoded. Raises UserError.
+    Classes are sorted by name. No image is decoded. Raises UserError.
     """
     root = Path(root)
     if not root.is_dir():
@@ -272,10 +273,11 @@ def list_files(root: str | os.PathLike, folders: Sequence[str]) -> Files:
 def read_images(files: Files, *, resize: bool, workers: int | None = None, cache: bool = True) -> Split:
     """Read a folder's images into memory.
 
-    With `resize` they are scaled and cropped to `files.image_size`. Without it they keep their
-    size, and `files` is returned unchanged if they are large or of different sizes. `workers`
-    threads decode them (default: one per core). With `cache`, splits of CACHED images or more are
-    decoded only once: see `read_cached`. Raises UserError for an unreadable image.
+    With `resize`, the images are scaled and cropped to `files.image_size`. Without `resize`, they
+    keep their size; if they are large or of different sizes, `files` is returned unchanged.
+    `workers` threads decode the images (default: one per core). With `cache`, splits of CACHED
+    images or more are decoded only once: see `read_cached`. Raises UserError for an unreadable
+    image.
     """
     read = read_resized if resize else read_small
     if cache and len(files) >= CACHED:
@@ -284,9 +286,10 @@ def read_images(files: Files, *, resize: bool, workers: int | None = None, cache
 
 
 def read_small(files: Files, workers: int | None = None) -> Split:
-    """Return the images in memory if all are small and of one size, else `files` unchanged.
+    """Read the images into memory if all are small and of one size, else return `files` unchanged.
 
-    If nearly all have one size, those of another are taken for a mistake: raises UserError.
+    If nearly all images have one small size, an image of another size is an error: raises
+    UserError.
     """
     sizes = sample_sizes(files)
     if mostly_large(sizes):
@@ -309,10 +312,10 @@ def read_small(files: Files, workers: int | None = None) -> Split:
 
 
 def sample_sizes(files: Files) -> list[tuple[int, int]]:
-    """Return (width, height) of up to SAMPLED images, drawn at random but always the same.
+    """Return (width, height) of up to SAMPLED images. They are drawn at random, but always the same.
 
-    The headers say them, so that a million photographs need not be decoded to see that they are
-    large.
+    Only the headers of the files are read. So a million photographs need not be decoded to find out
+    that they are large.
     """
     order = torch.randperm(len(files), generator=torch.Generator().manual_seed(0))
     return [open_image(files.paths[i], lambda image: image.size) for i in order[:SAMPLED].tolist()]
@@ -324,12 +327,12 @@ def mostly_large(sizes: list[tuple[int, int]]) -> bool:
 
 
 def pixels_if_small(image: Image.Image) -> np.ndarray | None:
-    """Return the pixels of an opened image, uint8 (H, W, 3); None, without decoding it, if it is large."""
+    """Return the pixels of an opened image, uint8 (H, W, 3). If the image is large, return None without decoding it."""
     return np.asarray(to_rgb(image)) if max(image.size) <= SMALL else None
 
 
 def common_shape(arrays: list[np.ndarray | None]) -> tuple[int, int, int] | None:
-    """Return the shape (H, W, 3) of nearly all arrays (a share of SAME_SIZE), or None if there is none."""
+    """Return the shape (H, W, 3) that at least a share SAME_SIZE of the arrays has, or None without such a shape."""
     shapes = collections.Counter(None if array is None else array.shape for array in arrays)
     ((shape, count),) = shapes.most_common(1)
     return shape if count >= SAME_SIZE * len(arrays) else None
@@ -353,13 +356,16 @@ def check_fits(count: int, height: int, width: int) -> None:
 
 
 def read_all(paths: list[Path], use: Callable[[Image.Image], Any], workers: int | None) -> list:
-    """Return `use` of each opened image, in order. `workers` threads decode (default: one per core)."""
-    with ThreadPool(workers) as pool:  # decoding releases the interpreter lock
+    """Open each image and return the results of use(image), in order.
+
+    `workers` threads decode the images (default: one per core).
+    """
+    with ThreadPool(workers) as pool:  # threads run in parallel, because decoding releases the interpreter lock
         return pool.map(lambda path: open_image(path, use), paths, chunksize=256)
 
 
 def to_images(files: Files, arrays: list[np.ndarray]) -> Images:
-    """Make the Images of `files` from the pixels of each, uint8 (H, W, 3)."""
+    """Make the Images of `files`. `arrays` has the pixels of each file, uint8 (H, W, 3)."""
     images = torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()  # (N, 3, H, W)
     return Images(images, files.labels, files.classes, files.source)
 
@@ -388,11 +394,11 @@ def size_on_disk(path: Path) -> str:
 
 
 def read_cached(files: Files, read: Callable[[Files, int | None], Split], workers: int | None) -> Split:
-    """Return read(files, workers), from a cache file next to the class folders if that is there.
+    """Return read(files, workers), or take the images from the cache file next to the class folders.
 
-    `read` is `read_small` or `read_resized`; if it returns Images, they are cached. A cache file
-    that is damaged or made from other files is ignored, and a folder that cannot be written gets
-    none.
+    `read` is `read_small` or `read_resized`. If `read` returns Images, they are cached. A cache
+    file that is damaged or made from other files is ignored. If the folder cannot be written,
+    nothing is cached.
     """
     path = files.paths[0].parents[1] / CACHE
     key = fingerprint(files, read)
@@ -407,7 +413,7 @@ def read_cached(files: Files, read: Callable[[Files, int | None], Split], worker
 
 
 def fingerprint(files: Files, read: Callable) -> bytes:
-    """Return a digest of the names, sizes and times of a split's files, and of the function that reads them."""
+    """Return a digest of the names, sizes and times of a split's files, and of how the files are read."""
     digest = hashlib.sha256(f"{read.__name__} {files.image_size}\n".encode())
     for path in files.paths:
         about = status(path)

@@ -40,10 +40,10 @@ ALLOWED = {
 def load_imagenet16(root: str | os.PathLike, split: str, workers: int | None = None) -> Images:
     """Read a split: "train", 151,700 images, or "test", the 6,000 validation images.
 
-    `root` has the eleven files of the 16x16 download. The first call checks the MD5 of each, picks
-    the 120 classes, and writes a cache next to the files if it can. Later calls read the cache
-    until the size or the time of a file changes. `workers` threads read the files. Raises UserError
-    naming the file.
+    `root` has the eleven files of the 16x16 download. The first call checks the MD5 sum of each
+    file, picks the 120 classes, and writes a cache next to the files if possible. Later calls read
+    the cache until the size or the time of a file changes. `workers` threads read the files. Raises
+    UserError, which names the file.
     """
     root = Path(root)
     arrays = read_splits(root, workers)
@@ -54,7 +54,7 @@ def load_imagenet16(root: str | os.PathLike, split: str, workers: int | None = N
 
 
 def read_splits(root: Path, workers: int | None) -> dict[str, np.ndarray]:
-    """Read {"train_images": uint8 (N, 3, 16, 16), "train_labels": int64 (N,)}, and the same of "test"."""
+    """Read both splits: "train_images", uint8 (N, 3, 16, 16), "train_labels", int64 (N,), and those of "test"."""
     try:
         status = [(root / name).stat() for name in MD5]
     except OSError as error:

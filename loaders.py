@@ -1,8 +1,9 @@
-"""Loaders: an epoch of batches of augmented images.
+"""Loaders, which iterate over the batches of augmented images of an epoch.
 
 Small images are kept as uint8 tensors on the training device and are augmented a batch at a time.
 Every random number comes from one CPU generator, so the batches are the same on every device. Large
-images (ImageNet) are read and augmented by worker processes, each image under a seed of its own.
+images (ImageNet) are read and augmented by worker processes. Each image is augmented with its own
+seed.
 """
 
 import os
@@ -40,8 +41,8 @@ def make_loader(
 ) -> "Loader | FileLoader":
     """Return the loader for a split: a Loader for Images, a FileLoader for Files.
 
-    Batches larger than the split are cut to it. Only a Loader uses `cutout`, only a FileLoader
-    `workers`; see these classes for the arguments.
+    If `batch_size` is larger than the split, a batch holds the whole split. Only a Loader uses
+    `cutout`, and only a FileLoader uses `workers`. The two classes explain the arguments.
     """
     batch_size = min(batch_size, len(split))
     settings = dict(generator=generator, augment=augment, shared=shared)
@@ -51,10 +52,11 @@ def make_loader(
 
 
 class Batches:
-    """What both loaders have: the size of the split and of its batches, and this process's share of each batch.
+    """Base class of both loaders: the size of the split and of its batches, and this process's share of each batch.
 
-    Under torchrun each process gets its share of every batch, or with `shared=False` all of it.
-    The next epoch leaves out its first `skip` batches but draws the same random numbers.
+    Under torchrun each process gets its share of every batch. With `shared=False` each process gets
+    the whole batch. The next epoch leaves out its first `skip` batches, but draws the random
+    numbers of all batches.
     """
 
     skip = 0
@@ -70,11 +72,11 @@ class Batches:
         self.image_shape = (3, *split.image_size)
 
     def __len__(self) -> int:
-        return -(-self.size // self.batch_size)
+        return -(-self.size // self.batch_size)  # rounded up
 
     @property
     def full_batch(self) -> int:
-        """How many images of a full batch this process gets."""
+        """The number of images of a full batch that this process gets."""
         return len(range(self.batch_size)[self.share_of(self.batch_size)])
 
     def share_of(self, count: int) -> slice:
@@ -88,7 +90,7 @@ class Batches:
         return slice(distributed.rank(), None, distributed.world_size())
 
     def shares(self) -> Iterator[range]:
-        """Yield, for each batch of the next epoch, the places of this process's images in the epoch's order."""
+        """Yield, for each batch of the next epoch, the positions of this process's images in the epoch's order."""
         first = self.skip * self.batch_size
         self.skip = 0
         for start in range(first, self.size, self.batch_size):
@@ -99,9 +101,9 @@ class Batches:
 class Loader(Batches):
     """Batches of images in memory: x float32 (B, 3, H, W), normalised, in the layout of the device; y int64 (B,).
 
-    With `augment`, each image gets its own crop and flip, and a cutout of `cutout` pixels a side if
-    that is not 0. The random numbers of an epoch are drawn from `generator` (CPU) when its
-    iteration starts. Without a generator the images come in order.
+    With `augment`, each image gets its own crop and flip. If `cutout` is not 0, each image also
+    gets a cutout of this many pixels a side. The random numbers of an epoch are drawn from
+    `generator` (CPU) when its iteration starts. Without a generator the images come in order.
     """
 
     def __init__(
@@ -133,7 +135,7 @@ class Loader(Batches):
 
     @property
     def memory(self) -> int:
-        """Bytes of the images on the device."""
+        """The number of bytes that the images take on the device."""
         return self.windows.untyped_storage().nbytes()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -144,7 +146,7 @@ class Loader(Batches):
             yield self.batch(images, draws and draws.of(places)), self.labels[images]
 
     def draw_epoch(self) -> tuple[torch.Tensor, augmenting.Draws | None]:
-        """Draw the order of the images, int64 (N,), and, in training, the random numbers that augment them."""
+        """Draw the order of the images, int64 (N,), and, with `augment`, the random numbers that augment them."""
         device = self.labels.device
         order = torch.arange(self.size)
         if self.generator is not None:
@@ -156,7 +158,7 @@ class Loader(Batches):
         return order.to(device), draws
 
     def batch(self, images: torch.Tensor, draws: augmenting.Draws | None) -> torch.Tensor:
-        """Return the inputs (B, 3, H, W) of `images`, int64 (B,), augmented if there are draws for them."""
+        """Return the inputs (B, 3, H, W) for the indices `images`, int64 (B,), augmented if `draws` is given."""
         if draws is None:
             x = self.windows[images, 0, 0]  # (B, 3, H, W) uint8
         else:
@@ -172,12 +174,12 @@ class Loader(Batches):
 class FileLoader(Batches):
     """Batches (x, y) of image files with the ImageNet transforms, read by `workers` processes.
 
-    The order of an epoch, and a seed for the augmentation of each image, are drawn from `generator`
-    when its iteration starts, so the batches do not depend on the number of workers. Batches that
-    are left out (`skip`) are not read.
+    When the iteration of an epoch starts, `generator` draws the order of the images, and a seed for
+    the augmentation of each image. So the batches do not depend on the number of workers. Batches
+    that are left out (`skip`) are not read.
     """
 
-    memory = 0  # bytes of images that are kept on the device
+    memory = 0  # bytes of the images that are kept on the device
 
     def __init__(
         self,
@@ -204,7 +206,7 @@ class FileLoader(Batches):
             collate_fn=partial(collate, self.image_shape),
             pin_memory=device.type == "cuda",
             persistent_workers=workers > 0,
-            generator=torch.Generator(),  # without it the loader would draw from the global generator
+            generator=torch.Generator(),  # without `generator`, a DataLoader draws from the global one
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -218,8 +220,9 @@ class FileLoader(Batches):
         try:
             batches = iter(self.loader)
             if threading.current_thread() is threading.main_thread():
-                # torch reports a lost worker by raising an exception wherever this process is at that moment. We
-                # notice it below, at the next batch.
+                # torch reports a lost worker with a signal handler, which raises an exception
+                # wherever this process is at that moment. We switch the handler off, so that the
+                # exception comes from the next batch and is caught below.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 if isinstance(batch, UserError):
@@ -241,7 +244,7 @@ class FileLoader(Batches):
 
 
 class Samples(torch.utils.data.Dataset):
-    """The images of a split, each transformed under the seed that it is asked for with."""
+    """The images of a split. An item is asked for by (index, seed): this seed is used to transform the image."""
 
     def __init__(self, split: Files, transform: Transform) -> None:
         self.split = split
@@ -259,7 +262,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def leave_process_group(worker: int) -> None:
-    """Put a worker process into a process group of its own, so that Ctrl-C and torchrun's signals do not reach it."""
+    """Move a worker process to its own process group, so that Ctrl-C and torchrun's signals do not reach it."""
     os.setpgrp()
 
 
@@ -275,10 +278,10 @@ def collate(image_shape: tuple[int, int, int], samples: list) -> Batch | UserErr
 
 
 def check_descriptors(workers: int) -> None:
-    """Raise the limit on open files to what `workers` need; without enough of them, loading would wait for ever.
+    """Raise the limit on open files to the number that `workers` processes need. With fewer, loading would hang.
 
-    A training and a test loader together needed 12 and 10 files per worker when we measured it.
-    Raises UserError if the system does not allow as many.
+    When we measured it, a training and a test loader together needed 12 files, and 10 more for each
+    worker. Raises UserError if the system does not allow that many.
     """
     needed = len(os.listdir("/dev/fd")) + 24 + 10 * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -292,7 +295,7 @@ def check_descriptors(workers: int) -> None:
 
 
 def check_batch(batch_size: int, train: Split, auxiliary: bool = False) -> None:
-    """Raise UserError if training batches cannot be filled, or have too few values for BatchNorm."""
+    """Raise UserError if the split is smaller than a training batch, or a batch has too few values for BatchNorm."""
     if batch_size > len(train):
         raise UserError(
             f"--batch_size {batch_size} is larger than the training split of {len(train)} images: make it smaller"
@@ -303,8 +306,9 @@ def check_batch(batch_size: int, train: Split, auxiliary: bool = False) -> None:
 def check_statistics(flag: str, batch_size: int, split: Split, processes: int = 1, auxiliary: bool = False) -> None:
     """Raise UserError if BatchNorm would take statistics from one value per channel: one pixel of one image.
 
-    `flag` is the name of the batch size on the command line. After all its reductions a network has
-    one pixel left of the smallest images; the auxiliary head has one of any.
+    `flag` is the name of the batch size on the command line. After its last reduction, a network
+    has only one pixel left of the smallest images that it can take. The auxiliary head has only one
+    pixel left of every image.
     """
     last = len(split) % batch_size or batch_size
     smallest = [4, 4] if isinstance(split, Images) else [32, 32]

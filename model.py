@@ -1,7 +1,7 @@
-"""The network of one cell of the DARTS search space, as it is retrained and tested.
+"""The networks that are retrained and tested: stacks of one cell of the DARTS search space (S1).
 
-There are two: `NetworkCIFAR` for small images and `NetworkImageNet` for large ones. Both stack the
-same cells; they differ in the stem, which sees the pixels first, and in the auxiliary head.
+`NetworkCIFAR` is for small images and `NetworkImageNet` for large ones. Both stack the same cells.
+They differ in the stem, which comes before the cells, and in the auxiliary head.
 
 Shapes: B images, C channels, H x W pixels. C doubles and H, W halve at each reduction cell.
 """
@@ -23,7 +23,7 @@ from support.devices import region_function
 class Cell(nn.Module):
     """A cell: each node is the sum of two operations, and the output concatenates some of the nodes.
 
-    The inputs s0 and s1 are the outputs of the cell before the last one and of the last one.
+    The input s1 is the output of the previous cell, and s0 is the output of the cell before that.
     """
 
     def __init__(
@@ -41,15 +41,15 @@ class Cell(nn.Module):
         self._inputs = [source for _, source in pairs]
         self._ops = nn.ModuleList()
         for operation, source in pairs:
-            stride = 2 if reduction and source < 2 else 1  # nodes of a reduction cell are small already
+            stride = 2 if reduction and source < 2 else 1  # the nodes of a reduction cell already have half the size
             self._ops.append(OPS[operation](C, stride, affine=True))
-        self.channels = len(self._concat) * C  # of the output
+        self.channels = len(self._concat) * C  # channels of the output
 
     def forward(self, s0: Tensor, s1: Tensor, drop_path: Tensor | None = None) -> Tensor:
         """Return the cell's output (B, channels, H', W'), where H' and W' are half of H and W in a reduction cell.
 
         `drop_path` (operations, B, 1, 1, 1) holds a factor for each operation and image, see
-        `draw_drop_path`; None drops nothing.
+        `draw_drop_path`. None drops nothing.
         """
         s0 = self.preprocess0(s0)                                   # (B, C, H, W)
         s1 = self.preprocess1(s1)                                   # (B, C, H, W)
@@ -67,7 +67,7 @@ class Cell(nn.Module):
 
 
 def draw_drop_path(cells: nn.ModuleList | list[Cell], B: int, prob: float) -> tuple[Tensor, ...]:
-    """Draw which operations are dropped for which images; return the factors (operations, B, 1, 1, 1) of each cell.
+    """Draw which operations are dropped for which images. Returns the factors (operations, B, 1, 1, 1) of each cell.
 
     A factor is 0 with probability `prob`. Otherwise it is 1 / (1 - prob), so that the mean stays 1.
     """
@@ -80,17 +80,18 @@ def draw_drop_path(cells: nn.ModuleList | list[Cell], B: int, prob: float) -> tu
 def auxiliary_head(C: int, num_classes: int, imagenet: bool) -> nn.Sequential:
     """Make the auxiliary classifier, whose loss helps to train the lower cells.
 
-    It takes the features after the second reduction cell, which must be 8x8 (CIFAR) or 7x7 (ImageNet).
+    It takes the features after the second reduction cell, which must be 8x8 (CIFAR) or 7x7
+    (ImageNet).
     """
     stride = 2 if imagenet else 3
     features = nn.Sequential(
-        nn.ReLU(),                                                  # not in place: s1 is still needed
+        nn.ReLU(),                                                  # not in place, because the next cells need s1
         nn.AvgPool2d(5, stride=stride, count_include_pad=False),    # (B, C, 2, 2)
         nn.Conv2d(C, 128, 1, bias=False),                           # (B, 128, 2, 2)
         nn.BatchNorm2d(128),
         nn.ReLU(),
         nn.Conv2d(128, 768, 2, bias=False),                         # (B, 768, 1, 1)
-        *([] if imagenet else [nn.BatchNorm2d(768)]),               # none in the published ImageNet network
+        *([] if imagenet else [nn.BatchNorm2d(768)]),               # the published ImageNet network has none
         nn.ReLU(),
     )
     return nn.Sequential(OrderedDict(features=features, flatten=nn.Flatten(), classifier=Classifier(768, num_classes)))
@@ -99,12 +100,13 @@ def auxiliary_head(C: int, num_classes: int, imagenet: bool) -> nn.Sequential:
 class _Network(nn.Module):
     """What both networks share: the cells after the stem, the auxiliary head and the classifier."""
 
-    drop_path_prob = 0.0  # of an operation and an image; the training loop raises it from epoch to epoch
+    drop_path_prob = 0.0  # for each operation and image; the training loop raises it from epoch to epoch
 
     def _add_cells(
         self, C_stem: int, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype, imagenet: bool
     ) -> None:
-        # ImageNet's stem ends in a stride of 2, so its first cell counts as following a reduction.
+        # ImageNet's stem ends with a stride of 2, so the first cell is made like a cell after a
+        # reduction.
         self.cells = make_cells(partial(Cell, genotype), C_stem, C, layers, reduction_prev=imagenet)
         self._auxiliary_cell = 2 * layers // 3  # the second reduction cell
         self.auxiliary_head = None
@@ -118,8 +120,8 @@ class _Network(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         cell_of = region_function(Cell.forward, compile, checkpoint)
         drop_path = [None] * len(self.cells)
-        # A compiled network draws factors even where all of them are 1, so that the first epoch, whose
-        # probability is 0, uses the same graphs as the later ones.
+        # In the first epoch the probability is 0. A compiled network draws factors even then, so
+        # that the first epoch uses the same graphs as the later epochs.
         if self.training and (self.drop_path_prob > 0 or compile):
             drop_path = draw_drop_path(self.cells, len(s0), self.drop_path_prob)
 
@@ -139,8 +141,9 @@ class NetworkCIFAR(_Network):
     the auxiliary head, which needs images of 32 x 32.
 
     `forward(x)` returns (logits, logits_aux), each (B, num_classes); logits_aux is None unless the
-    network is training and has the head. `compile` and `checkpoint` are those of `region_function`.
-    Compiled cells that are equal share a graph: the 20 cells of EvNAS-A need nine.
+    network is training and has the auxiliary head. For `compile` and `checkpoint` see
+    `support.devices.region_function`. Equal cells share a compiled graph: the 20 cells of EvNAS-A
+    need nine graphs.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):
@@ -156,7 +159,8 @@ class NetworkCIFAR(_Network):
 class NetworkImageNet(_Network):
     """The network for large images (B, 3, H, W), H and W multiples of 32: ImageNet has 224 x 224.
 
-    Its arguments and results are those of NetworkCIFAR. The auxiliary head needs images of 224 x 224.
+    The arguments and results are the same as those of NetworkCIFAR. The auxiliary head needs images
+    of 224 x 224.
     """
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype):

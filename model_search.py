@@ -1,7 +1,7 @@
 """The supernet of the DARTS search space (S1): every candidate operation runs in every forward pass.
 
-This is the reference, written for reading. `fast_search.py` computes the same faster, on the same
-modules, and tests hold it equal to this file.
+This file is the reference implementation, written to be read. `fast_search.py` computes the same
+logits faster, with the same modules. Tests check that both implementations agree.
 
 Shapes: B images, C channels of a cell, E = 14 edges of a cell, O = 8 operations of an edge.
 """
@@ -33,7 +33,7 @@ class MixedOp(nn.Module):
 
 
 class Cell(nn.Module):
-    """A cell of two inputs and `steps` nodes. Each node adds up its edges from all earlier states.
+    """A cell with two inputs and `steps` nodes. Each node adds up its edges from all earlier states.
 
     The output is the concatenation of the last `multiplier` nodes. States are numbered: 0 and 1 are
     the inputs, and 2, 3, ... are the nodes.
@@ -51,7 +51,7 @@ class Cell(nn.Module):
     ):
         super().__init__()
         self.reduction = reduction
-        self.channels = multiplier * C  # of the output
+        self.channels = multiplier * C  # channels of the output
         self._steps = steps
         self._multiplier = multiplier
         if reduction_prev:  # s0 comes from before the previous cell, so it has twice the resolution
@@ -59,13 +59,13 @@ class Cell(nn.Module):
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
-        self._ops = nn.ModuleList()  # the edges, node by node, and by input within a node
+        self._ops = nn.ModuleList()  # the edges, node by node, and sorted by input within a node
         for node in range(steps):
             for state in range(2 + node):
                 self._ops.append(MixedOp(C, stride=2 if reduction and state < 2 else 1))
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
-        """Compute the cell for the outputs s0, s1 of the two cells before it, with weights (E, O)."""
+        """Return the cell's output. s0 and s1 are the outputs of the two previous cells; weights are (E, O)."""
         # fmt: off
         states = [self.preprocess0(s0), self.preprocess1(s1)]    # each (B, C, H, W)
         edge = 0
@@ -82,9 +82,10 @@ class Cell(nn.Module):
 class Network(nn.Module):
     """The supernet: `forward(x, alphas)` returns logits (B, num_classes).
 
-    x are images (B, 3, H, W) with H and W multiples of 4. `alphas` (2, E, O) are raw or decoded:
-    alphas[0] is for the normal cells and alphas[1] for the reduction cells, and the softmax over
-    operations is computed here. Cells layers // 3 and 2 * layers // 3 are the reduction cells.
+    `x` holds images (B, 3, H, W), where H and W are multiples of 4. `alphas` (2, E, O) are raw or
+    decoded: alphas[0] is for the normal cells and alphas[1] for the reduction cells. The network
+    computes the softmax over operations. Cells layers // 3 and 2 * layers // 3 are the reduction
+    cells.
     """
 
     def __init__(

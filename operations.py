@@ -4,8 +4,8 @@
 (B, C, H / stride, W / stride). No convolution has a bias. The modules have the same names as in the
 published checkpoints, so published weights can be loaded.
 
-Some operations are more than one line because a PyTorch kernel is wrong in some setting. The
-comments there name the bug, and `benchmarks/conformance.py` shows it.
+Some operations take extra code to avoid a bug in a PyTorch kernel. The comments there describe the
+bug, and `benchmarks/conformance.py` demonstrates it.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ OPS: dict[str, Callable[[int, int, bool], nn.Module]] = {
 
 
 class Sequence(nn.Module):
-    """Modules applied one after another. Their common name is `op`, as in the published checkpoints."""
+    """Modules that are applied one after another. They are in the attribute `op`, as in the published checkpoints."""
 
     def __init__(self, *modules: nn.Module):
         super().__init__()
@@ -67,7 +67,7 @@ class ReLUConvBN(Sequence):
 
 
 def separable(C: int, kernel_size: int, stride: int, dilation: int, affine: bool) -> list[nn.Module]:
-    """Return ReLU, depthwise convolution, 1x1 convolution and BatchNorm."""
+    """Return the layers of a separable convolution: ReLU, depthwise convolution, 1x1 convolution, BatchNorm."""
     padding = dilation * (kernel_size // 2)
     return [
         nn.ReLU(),
@@ -78,7 +78,7 @@ def separable(C: int, kernel_size: int, stride: int, dilation: int, affine: bool
 
 
 def sep_conv(C: int, kernel_size: int, stride: int, affine: bool) -> nn.Module:
-    """Make a separable convolution applied twice. Only the first one has the stride."""
+    """Make two separable convolutions in a row. Only the first one has the stride."""
     return Sequence(*separable(C, kernel_size, stride, 1, affine), *separable(C, kernel_size, 1, 1, affine))
 
 
@@ -127,7 +127,8 @@ class FactorizedReduce(nn.Module):
         C_in = self.conv_1.in_channels
         # fmt: off
         x = torch.relu(x)                                          # (B, C_in, H, W)
-        # This is x[:, :, 1:, 1:]. A slice would lose the channels-last layout of its gradient.
+        # Negative padding crops, so this is x[:, :, 1:, 1:]. The gradient of a slice would not be
+        # channels-last.
         shifted = F.pad(x, (-1, 0, -1, 0))                         # (B, C_in, H - 1, W - 1)
         even = halving_conv(x, self.conv_1.weight, C_in)           # (B, C_out / 2, H / 2, W / 2)
         odd = halving_conv(shifted, self.conv_2.weight, C_in)      # (B, C_out / 2, H / 2, W / 2)
@@ -138,8 +139,9 @@ class FactorizedReduce(nn.Module):
 def halving_conv(x: Tensor, kernel: Tensor, C_in: int) -> Tensor:
     """Apply a 1x1 convolution with stride 2: (B, C_in, H, W) -> (B, C_out, H / 2, W / 2).
 
-    With few channels we take every second pixel first. On a CPU the gradient of the kernel writes
-    beyond its memory for channels-last images of fewer than 8 or 16 channels (oneDNN issue 6035).
+    With few channels we first copy every second pixel, to avoid a bug. For channels-last images
+    with fewer than 8 or 16 channels, the kernel's gradient on a CPU writes beyond its memory
+    (oneDNN issue 6035).
     """
     if C_in < 16:
         return F.conv2d(x[:, :, ::2, ::2], kernel)
@@ -147,7 +149,7 @@ def halving_conv(x: Tensor, kernel: Tensor, C_in: int) -> Tensor:
 
 
 class AveragePool(nn.AvgPool2d):
-    """A 3x3 average pool that ignores the padding. See `average_pool` for how it is computed."""
+    """A 3x3 average pool that ignores the padding. It is computed by `average_pool`."""
 
     def __init__(self, stride: int):
         super().__init__(3, stride=stride, padding=1, count_include_pad=False)
@@ -157,7 +159,10 @@ class AveragePool(nn.AvgPool2d):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """A convolution of each channel with its own kernel. See `depthwise_conv` for how it is computed."""
+    """A convolution of each channel with its own kernel.
+
+    Where PyTorch's gradient is wrong, `depthwise_conv` computes the convolution in another way.
+    """
 
     def __init__(self, C: int, kernel_size: int, stride: int, padding: int, dilation: int):
         super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
@@ -168,7 +173,7 @@ class DepthwiseConv(nn.Conv2d):
         return super().forward(x)  # (B, C, H / stride, W / stride)
 
 
-# ---- what networks are made of, besides operations
+# ---- the other parts of networks
 
 
 class Classifier(nn.Linear):
@@ -222,7 +227,7 @@ def on_cpu(x: Tensor) -> bool:
 
 
 def average_pool(x: Tensor, stride: int = 1) -> Tensor:
-    """Average each pixel's 3x3 neighbours, padding not counted: -> (B, C, H / stride, W / stride)."""
+    """Average the 3x3 pixels around each pixel, without the padding. Returns (B, C, H / stride, W / stride)."""
     if on_cpu(x) or not torch.is_grad_enabled():
         return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=False)
     return SoundAveragePool.apply(x, stride)
@@ -232,7 +237,7 @@ class SoundAveragePool(torch.autograd.Function):
     """`average_pool` with a backward pass in the layout NCHW.
 
     On CUDA, PyTorch's own backward pass is wrong in channels-last for every padded pool, up to the
-    fix of July 2026 (pytorch/pytorch issue 188344). Its forward pass is right in both layouts.
+    fix of July 2026 (pytorch/pytorch issue 188344). The forward pass is right in both layouts.
     """
 
     @staticmethod
@@ -245,14 +250,14 @@ class SoundAveragePool(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors
         stride = (ctx.stride, ctx.stride)
-        like_x = x.new_empty(x.shape)  # in NCHW; the backward pass reads only the shape of x
+        like_x = x.new_empty(x.shape)  # in NCHW; the backward pass uses only the shape of x
         settings = ((3, 3), stride, (1, 1), False, False, None)  # no ceil_mode, no padding counted, no divisor
         grad_x = torch.ops.aten.avg_pool2d_backward(grad.contiguous(), like_x, *settings)
         return grad_x.contiguous(memory_format=memory_format(x.device)), None
 
 
 def neighbour_mean(x: Tensor, stride: int = 1) -> Tensor:
-    """Compute `average_pool` as a depthwise convolution: the sum of neighbours, divided by their number."""
+    """Compute `average_pool` with a depthwise convolution: the sum of the neighbours, divided by their number."""
     C = x.shape[1]
     ones = x.new_ones(1, 1, *x.shape[2:])
     count = F.avg_pool2d(ones, 3, stride, padding=1, divisor_override=1)  # (1, 1, H / stride, W / stride)
@@ -260,11 +265,12 @@ def neighbour_mean(x: Tensor, stride: int = 1) -> Tensor:
 
 
 def depthwise_conv(x: Tensor, kernel: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    """Convolve each channel of x (B, C, H, W) with its own kernel, one of (C, 1, k, k).
+    """Convolve each channel of x (B, C, H, W) with its own kernel; `kernel` holds all of them, (C, 1, k, k).
 
-    If the gradient of a dilated convolution is broken (see `has_broken_gradient`), compute an
-    undilated one instead: with stride 2 on every second pixel, else on each of the four phases of
-    the image (see `split_phases`). Both compute the same sums.
+    PyTorch's gradient of a dilated convolution can be wrong, see `has_broken_gradient`. In that
+    case we compute an undilated convolution with the same result. With stride 2, the undilated
+    convolution runs on every second pixel. With stride 1, it runs on each of the four phases of the
+    image (`split_phases`).
     """
     C = len(kernel)
     if not has_broken_gradient(x, dilation):
@@ -273,7 +279,7 @@ def depthwise_conv(x: Tensor, kernel: Tensor, stride: int, padding: int, dilatio
         return F.conv2d(x[:, :, ::2, ::2], kernel, padding=padding // 2, groups=C)
     H, W = x.shape[2:]
     # fmt: off
-    x = F.pad(x, (0, W % 2, 0, H % 2))                           # even sides; zeros, as the padding is
+    x = F.pad(x, (0, W % 2, 0, H % 2))                           # make H and W even, with zeros like the padding's
     phases = split_phases(x)                                     # (4 B, C, H / 2, W / 2)
     y = F.conv2d(phases, kernel, padding=padding // 2, groups=C)
     return join_phases(y)[..., :H, :W]                           # (B, C, H, W)
@@ -283,8 +289,8 @@ def depthwise_conv(x: Tensor, kernel: Tensor, stride: int, padding: int, dilatio
 def has_broken_gradient(x: Tensor, dilation: int) -> bool:
     """Return whether PyTorch computes a wrong gradient for a depthwise convolution of x.
 
-    In bfloat16 on some CPUs the gradient of the kernel is garbage with dilation 2, from 32x32
-    pixels on (oneDNN in PyTorch 2.14, see docs/conformance.md).
+    In bfloat16 on some CPUs, the gradient of a kernel with dilation 2 is wrong for images of 32x32
+    pixels or more (oneDNN in PyTorch 2.14, see docs/conformance.md).
     """
     return dilation == 2 and torch.is_grad_enabled() and in_low_precision_on_cpu(x)
 
@@ -298,8 +304,9 @@ def in_low_precision_on_cpu(x: Tensor) -> bool:
 def split_phases(x: Tensor) -> Tensor:
     """Cut images (B, C, H, W) into their four phases (4 B, C, H / 2, W / 2).
 
-    A phase has every second row and every second column. Pixels at distance 2 become neighbours, so
-    a convolution with dilation 2 becomes one with dilation 1.
+    A phase has every second row and every second column of the image. Pixels at distance 2 in the
+    image are neighbours in a phase. So a convolution with dilation 2 on the image is one with
+    dilation 1 on each phase.
     """
     B, C, H, W = x.shape
     # fmt: off

@@ -20,13 +20,13 @@ from support import devices, distributed
 from support.files import UserError
 from support.images import SUFFIXES
 
-BEST = 5  # classes that are printed of each image
+BEST = 5  # number of classes that are printed for each image
 
 
 def images_in(path: str) -> tuple[list[Path], list[str]]:
-    """Return the images that an argument names, sorted by path, and a message for each folder that is unreadable.
+    """Return the images in `path`, sorted, and an error message for each folder that cannot be read.
 
-    The argument is an image file, with any suffix, or a folder that is searched to any depth: see
+    `path` is an image file with any suffix, or a folder, which is searched to any depth: see
     `image_folder.walk`. Raises UserError for a folder without images.
     """
     if not os.path.isdir(path):
@@ -35,7 +35,7 @@ def images_in(path: str) -> tuple[list[Path], list[str]]:
     images = sorted(image for listing in listings for image in listing.images)
     unreadable = [message for listing in listings for message in listing.unreadable.values()]
     if not images:
-        reason = unreadable[0] if unreadable else f"their names end in {', '.join(SUFFIXES)}"
+        reason = unreadable[0] if unreadable else f"the name of an image ends in {', '.join(SUFFIXES)}"
         raise UserError(f"folder {path} has no images: {reason}")
     return images, unreadable
 
@@ -51,9 +51,9 @@ def predict(
 ) -> Iterator[tuple[str | Path, list[tuple[str, float]]]]:
     """Yield the path of each image and its best classes, as (class, probability), the most probable first.
 
-    `network` and `transform` are what `retrained.load` returns; the network is already on `device`.
-    If an image cannot be read, `skip` is called with the message and the next image follows; without
-    `skip`, UserError is raised. Raises UserError if the logits of an image are not finite.
+    `network` and `transform` are what `retrained.load` returns. The network must be on `device`. If
+    an image cannot be read, `skip` is called with the error message, and the next image follows.
+    Without `skip`, UserError is raised. Raises UserError if the logits of an image are not finite.
     """
     for path in paths:
         try:
@@ -73,11 +73,11 @@ def predict(
 
 def make_parser() -> Parser:
     parser = Parser(prog="predict.py", description=__doc__)
-    text = "directory of a retraining, whose last weights are used, or a weights file in it"
+    text = "directory of a retraining (its last weights are used), or a weights file in this directory"
     parser.add_argument("run", metavar="RUN_DIR", help=text)
     text = "image files, or folders that are searched for images to any depth"
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=text)
-    text = "print one JSON object for each image, to read it in another program"
+    text = "print one JSON object for each image, for other programs to read"
     parser.add_argument("--json", action="store_true", help=text)
     devices.add_device_arguments(parser)
     parser.set_defaults(amp=False, compile=False)

@@ -1,7 +1,8 @@
 """The recipes for retraining a cell: the paper's two (EvNAS, section 4) and NAS-Bench-201's.
 
-A recipe holds the defaults of `train.py` and says which network is built and how its images are read:
-`cifar` for small images in memory, `imagenet` for large image files, `nas201` for arch strings.
+A recipe holds the defaults of `train.py`. It also decides which network is built and how the images
+are read: `cifar` for small images in memory, `imagenet` for large image files, `nas201` for arch
+strings.
 """
 
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ class Recipe:
     epochs: int
     init_channels: int
     layers: int  # cells; for nas201, cells in each of the three stages
-    drop_path_prob: float  # reached at the end of training
+    drop_path_prob: float  # the probability at the end of training
     label_smooth: float
     seed: int
     report_freq: int = 50  # steps

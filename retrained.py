@@ -17,12 +17,14 @@ from PIL import Image
 from torch import nn
 
 import augment
+import class_results
 import datasets
 import genotype_files
 import genotypes
 import image_folder
 import loaders
 import nas201.model
+import remembered
 import shared_flags
 import splits
 import utils
@@ -47,7 +49,7 @@ GENOTYPE = "file with a cell, genotype.json or genotype.pickle"
 
 
 class CellChoice(NamedTuple):
-    """A cell, and the flag or file that names it."""
+    """A cell, and the flag or file that the cell comes from."""
 
     cell: Cell
     source: str | Path
@@ -56,8 +58,8 @@ class CellChoice(NamedTuple):
 def choose_cell(args: argparse.Namespace, dir_first: bool = False) -> CellChoice:
     """Return the cell that --genotype, --arch or --dir names. Raises UserError.
 
-    As in the published scripts, --arch takes precedence over the cell in --dir when testing. With
-    `dir_first`, as in retraining, the cell in --dir takes precedence.
+    As in the published scripts, --arch takes precedence over the cell in --dir in a test. With
+    `dir_first`, which retraining uses, the cell in --dir takes precedence over --arch.
     """
     if args.arch and args.genotype:
         raise UserError("--arch and --genotype both name a cell: leave one out")
@@ -77,15 +79,15 @@ def parse_arch(text: str) -> Cell:
     arch = text.strip()
     if not arch.startswith("|"):
         return genotypes.get(arch)
-    from_arch_string(arch)  # raises UserError if it is not one
+    from_arch_string(arch)  # raises UserError if `arch` is not an arch string
     return arch
 
 
 def folder_of_cell(run_dir: str | Path) -> Path:
-    """Return the folder with the cell of a retraining: the run directory itself, except for published runs.
+    """Return the folder that holds the cell of a retraining: `run_dir`, or for published runs, the search's folder.
 
-    The published scripts do not save the cell with a retraining. They make its directory inside the
-    search's folder, or inside that folder's cifar100/.
+    The published scripts do not save the cell with a retraining. They make the retraining's
+    directory inside the search's folder, or inside the folder cifar100 of the search's folder.
     """
     run_dir = Path(run_dir)
     full_path = run_dir.resolve()
@@ -97,7 +99,7 @@ def folder_of_cell(run_dir: str | Path) -> Path:
 
 
 def choose_recipe(cell: Cell, images: splits.Split) -> str:
-    """Return the name of the recipe: NAS-Bench-201's for an arch string, else the one for such images."""
+    """Return the name of the recipe: "nas201" for an arch string, else "imagenet" for Files and "cifar" for Images."""
     if isinstance(cell, str):
         return "nas201"
     return "imagenet" if isinstance(images, splits.Files) else "cifar"
@@ -108,15 +110,15 @@ def choose_augmentation(
 ) -> augment.Augmentation:
     """Return how the images of a data set are normalised and augmented.
 
-    Arch strings use the benchmark's normalisation, and so does ImageNet16-120, which has no other.
-    For your own images, mean and std come from `about`, see `find_weights`, or from `images`.
+    Arch strings use NAS-Bench-201's normalisation. ImageNet16-120 has no other normalisation. For
+    your own images, mean and std come from `about` (see `find_weights`), or from `images`.
     """
     return datasets.augmentation(dataset, images, about, nas201=isinstance(cell, str))
 
 
 @dataclass(frozen=True)
 class NetworkSettings:
-    """What determines the network of a cell."""
+    """Everything that determines a network."""
 
     cell: Cell
     recipe: str  # a name in RECIPES
@@ -166,7 +168,7 @@ class SavedWeights(NamedTuple):
     about: dict
 
 
-# ---- what is saved about weights
+# ---- the JSON file next to the weights
 
 
 def is_whole(value: object, most: int) -> bool:
@@ -184,7 +186,8 @@ def are_channels(values: object) -> bool:
     return isinstance(values, list) and len(values) == 3 and all(type(v) is float and abs(v) < 1e3 for v in values)
 
 
-# Which values the fields of the JSON file next to the weights can have. A file that claims others is refused.
+# Checks of the fields in the JSON file next to the weights. A file with an impossible value is
+# refused.
 POSSIBLE = {
     "init_channels": lambda value: is_whole(value, MOST.channels),
     "layers": lambda value: is_whole(value, MOST.cells),
@@ -199,9 +202,9 @@ POSSIBLE = {
 
 
 def read_info(path: str | os.PathLike) -> dict:
-    """Return what was saved about the weights at `path`, see `weights.read_info`.
+    """Read and check the JSON file next to the weights at `path`; see `weights.read_info`.
 
-    Raises UserError, also for a value that a network or its normalisation cannot have.
+    Raises UserError, for example for a value that no network or normalisation can have.
     """
     about = weights.read_info(path)
     for name, value in about.items():
@@ -211,11 +214,12 @@ def read_info(path: str | os.PathLike) -> dict:
 
 
 def find_weights(run_dir: str | Path) -> SavedWeights:
-    """Return the weights in a retraining's directory, the last ones; `run_dir` can also be a weights file.
+    """Return the last weights in the directory of a retraining. `run_dir` can also be a weights file.
 
-    Raises UserError if there are none, or if nothing describes them.
+    Raises UserError if there are no weights, or if no JSON file describes them.
     """
     path = Path(run_dir)
+    remembered.check_retraining(path)
     if path.is_dir():
         path = Path(weights.locate(path / "weights.pt"))
     if not path.is_file():
@@ -231,9 +235,9 @@ def find_weights(run_dir: str | Path) -> SavedWeights:
 
 
 def saved_recipe(about: dict, cell: object, path: str | Path) -> str | None:
-    """Return the recipe of the network whose weights are at `path`, or None if it was not saved.
+    """Return the recipe of the network whose weights are at `path`, or None if the recipe was not saved.
 
-    `cell` is a cell or its JSON form. Raises UserError if the recipe is one for other cells.
+    `cell` is a cell or its JSON form. Raises UserError if the recipe is not possible for this cell.
     """
     is_arch = isinstance(cell, str)
     recipe = about.get("family") or ("nas201" if is_arch else None)
@@ -243,11 +247,13 @@ def saved_recipe(about: dict, cell: object, path: str | Path) -> str | None:
 
 
 def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
-    """Make a network on the CPU and load the weights at `path`. Raises UserError if they are another network's.
+    """Make a network on the CPU and load the weights at `path` into it.
 
-    The settings can be wrong: they come from the command line or from the file next to the weights.
-    So they are compared with the names and shapes in the weights file before the network gets any
-    memory. Otherwise a wrong number could fill the memory, or build cells for ever.
+    The settings can be wrong, because they come from the command line or from the JSON file next to
+    the weights. So the network is first made without memory, and compared with the names and shapes
+    in the weights file. Otherwise a wrong number of channels could fill the memory, and a wrong
+    number of layers could build cells forever. Raises UserError if the weights belong to another
+    network.
     """
     state = weights.read_state(path)
     found = len({name.split(".")[1] for name in state if name.startswith("cells.")})
@@ -267,9 +273,9 @@ def load_network(path: str | Path, settings: NetworkSettings) -> nn.Module:
 def load(run_dir: str | Path) -> tuple[nn.Module, Callable]:
     """Return the network of a retraining, in evaluation mode on the CPU, and the transform that makes its inputs.
 
-    `run_dir` is the directory of a retraining, or a weights file. The transform takes a PIL image or
-    the path of one and returns a tensor (3, H, W). `network(x)` takes a batch (B, 3, H, W) of these
-    and returns (logits, None). Raises UserError.
+    `run_dir` is the directory of a retraining, or a weights file. The transform takes a PIL image
+    or the path of an image file, and returns a tensor (3, H, W). `network(x)` takes a batch (B, 3,
+    H, W) of such tensors and returns (logits, None). Raises UserError.
     """
     path, about = find_weights(run_dir)
     cell = genotype_files.from_json(about["genotype"], weights.info_path(path))
@@ -306,13 +312,15 @@ def test(
     recipe: Recipe = CIFAR,
     batch_size: int = 96,
 ) -> dict:
-    """Test weights on the test images of a data set: all that a test script does.
+    """Run a test script: test weights on the test images of a data set.
 
-    `prog` and `description` are the script's name and what its help says of it. The name also says
-    which data sets it can test on: see `datasets.offered_by`. `recipe` has the defaults for weights
-    that nothing describes. Prints the figures and returns them: see `run_test`. Raises UserError.
+    `prog` is the script's name, which also determines the data sets that it offers: see
+    `datasets.offered_by`. `description` is the script's description in its help. `recipe` has the
+    defaults for weights without a JSON file. Prints the results and returns them: see `run_test`.
+    Raises UserError.
     """
-    args = make_test_parser(prog, description, recipe, batch_size).parse_args(argv)
+    parser = make_test_parser(prog, description, recipe, batch_size)
+    args = parser.parse_args(remembered.with_flags_of_run(parser, argv))
     return run_test(resolve_test(args, recipe))
 
 
@@ -320,7 +328,7 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
     """Return the parser of a test script; the arguments are those of `test`."""
     parser = Parser(prog=prog, description=description)
     group = parser.add_argument_group("cell and weights")
-    text = "directory of a retraining; its cell, network size and last weights are the defaults"
+    text = "directory of a retraining; its cell, network size, last weights and images are the defaults"
     group.add_argument("--dir", metavar="RUN_DIR", help=text)
     text = "weights file to test, such as a published one, or weights/best_weights.pt in RUN_DIR"
     group.add_argument("--model_path", metavar="FILE", help=text)
@@ -337,7 +345,7 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
     group.add_argument("--layers", type=number(int, 1, MOST.cells), metavar="N", help=text)
     text = "resize and crop the images of a folder to this many pixels a side (default: as in training)"
     shared_flags.add_image_size(group, text)
-    text = "build the network with its auxiliary head; this does not change the figures"
+    text = "build the network with its auxiliary head; the results do not change"
     group.add_argument("--auxiliary", action="store_true", help=text)
 
     group = parser.add_argument_group("data and device")
@@ -345,7 +353,7 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
     text = "images in a forward pass; lower it if memory runs out"
     group.add_argument("--batch_size", type=number(int, 1), default=batch_size, metavar="N", help=text)
     shared_flags.add_workers(group)
-    text = "batches between two lines on the progress of the test"
+    text = "number of batches between two progress lines"
     group.add_argument("--report_freq", type=number(int, 1), default=recipe.report_freq, metavar="N", help=text)
     devices.add_device_arguments(group)
     group.add_argument("--cutout", "--cutout_length", "--drop_path_prob", "--seed", action=Published)
@@ -354,22 +362,24 @@ def make_test_parser(prog: str, description: str, recipe: Recipe, batch_size: in
 
 
 class TestJob(NamedTuple):
-    """What a test script has been asked to do."""
+    """Everything that a test script needs to know about the test that it runs."""
 
     args: argparse.Namespace  # all defaults filled in
     cell: Cell
-    source: str | Path  # the flag or file that names the cell
+    source: str | Path  # the flag or file that the cell comes from
     recipe: str  # a name in RECIPES
-    about: dict  # the JSON file next to the weights, {} if there is none
+    about: dict  # content of the JSON file next to the weights, {} if there is no such file
 
 
 def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
-    """Fill in the arguments that were not given: from the file next to the weights, else from `recipe`.
+    """Fill in the arguments that were not given: from the JSON file next to the weights, else from `recipe`.
 
-    Raises UserError for arguments that contradict that file.
+    Raises UserError for arguments that contradict the JSON file.
     """
     if args.model_path is None and args.dir is None:
         raise UserError("no weights are given: add --model_path FILE or --dir RUN_DIR")
+    if args.model_path is None:
+        remembered.check_retraining(args.dir)
     args.model_path = weights.locate(args.model_path or Path(args.dir) / "weights.pt")
     about = read_info(args.model_path)
     if args.dir is None and not args.arch and not args.genotype and "genotype" in about:
@@ -399,9 +409,10 @@ def resolve_test(args: argparse.Namespace, recipe: Recipe) -> TestJob:
 
 
 def run_test(job: TestJob) -> dict:
-    """Test a network, print the figures and return them. Raises UserError.
+    """Test a network, print the results and return them. Raises UserError.
 
-    {"loss": mean cross-entropy, "top1" and "top5": percent, "parameters_M" and "mult_adds_M": millions}
+    The results are a dictionary: "loss" is the mean cross-entropy, "top1" and "top5" are in
+    percent, and "parameters_M" and "mult_adds_M" are in millions.
     """
     args = job.args
     device = devices.choose_device(args)
@@ -409,7 +420,7 @@ def run_test(job: TestJob) -> dict:
     settings = NetworkSettings(
         cell=job.cell,
         recipe=job.recipe,
-        classes=classes,
+        classes=len(classes),
         image_size=loader.image_shape[1:],
         init_channels=args.init_channels,
         layers=args.layers,
@@ -422,17 +433,24 @@ def run_test(job: TestJob) -> dict:
     parameters = utils.parameters_in_millions(network)
     mult_adds = utils.mult_adds_in_millions(network, loader.image_shape)
     distributed.say(f"parameters {parameters:.2f} M, mult-adds {mult_adds:.1f} M")
-    result = evaluate(network, loader, args, log=distributed.say)
+    confusion = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    result = evaluate(network, loader, args, log=distributed.say, confusion=confusion)
+    for line in class_results.lines(classes, confusion):
+        distributed.say(line)
     distributed.say(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} on {loader.size} images"
     )
+    if args.dir is not None:
+        files = {"weights": args.model_path, "dataset": args.dataset}
+        class_results.save(args.dir, result, classes, confusion, **files)
     return {**result, "parameters_M": parameters, "mult_adds_M": mult_adds}
 
 
-def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
-    """Return the loader of the test images, and how many classes they have.
+def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, list[str]]:
+    """Return the loader of the test images, and the names of their classes.
 
-    Raises UserError if they do not fit the network: other classes, another size, too large.
+    Raises UserError if the images do not fit the network: if their classes or their size differ, or
+    if they are too large.
     """
     args, about = job.args, job.about
     if job.recipe == "imagenet":
@@ -445,11 +463,12 @@ def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, int]:
     found = splits.describe(test=images)
     splits.check_alike(args.data, found, f"the training of {args.model_path}", found | about)
 
-    # Mean and std of your own images are the training images', unless they were saved with the weights.
+    # Your own images are normalised with the mean and std that were saved with the weights. If none
+    # were saved, the mean and std of the training images are used.
     measured = datasets.DATASETS[args.dataset].normalisation is None and isinstance(images, splits.Images)
     statistics_of = images
     if measured and "mean" not in about:
         statistics_of = datasets.load_images(args.dataset, args.data, "train", **settings)
     augmentation = choose_augmentation(job.cell, args.dataset, statistics_of, about)
     loader = loaders.make_loader(images, args.batch_size, augmentation, device, workers=args.workers)
-    return loader, len(images.classes)
+    return loader, images.classes

@@ -1,15 +1,15 @@
-"""What `support/` is told about the runs of EvNAS: their arguments, their files and their history.
+"""Describe the runs of EvNAS to the general code in `support/`: their arguments, files and history.
 
-No torch here.
+This module does not import torch.
 """
 
 from support.settings import RunSettings
 
-PATH_ARGUMENTS = frozenset({"data", "api_path", "split_file"})
+INPUTS = frozenset({"data", "api_path", "split_file"})  # paths of what a run reads; the files may be moved
 
 SETTINGS = RunSettings(
-    path_arguments=PATH_ARGUMENTS,
-    free_arguments=PATH_ARGUMENTS
+    path_arguments=INPUTS | {"init_from", "init_weights"},
+    free_arguments=INPUTS
     | {
         "checkpoint",
         "compile",
@@ -22,13 +22,13 @@ SETTINGS = RunSettings(
         "self_check",
         "workers",
     },
-    synchronised_arguments=frozenset({"report_freq"}),  # at a report, processes ask each other whether to stop
+    synchronised_arguments=frozenset({"report_freq"}),  # at each report, processes agree on whether to stop
     unsaved_arguments=frozenset({"config_path", "parallel"}),
     place_arguments=frozenset({"dir", "run_name", "save"}),
     values_if_missing={"seed_scheme": 1},
     checkpoint_magic=b"EvNAS checkpoint 1 ",
     folders=("population",),
-    inner_run_prefix="eval-",  # a retraining, in the directory of its search
+    inner_run_prefix="eval-",  # a retraining inside the directory of its search
     step_fields=("generation", "epoch"),
     other_fields=frozenset({"best_genotype", "true_accuracy", "truth"}),
 )

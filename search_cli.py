@@ -1,6 +1,6 @@
-"""What the searches of both spaces share.
+"""Code that the searches of both search spaces share.
 
-These are the flags, the loaders, the set-up of a run, and what a finished search writes.
+It contains the flags, the loaders, the set-up of a run, and the last steps of a finished search.
 """
 
 from support.cli import Parser, file_name, number
@@ -9,6 +9,7 @@ import argparse
 import functools
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,9 +17,12 @@ from torch.nn import functional as F
 
 import baselines
 import datasets
+import individuals
 import loaders
+import populations
 import seed_roles
 import shared_flags
+import utils
 from augment import Augmentation
 from costs import COSTS
 from evolution import VARIANTS
@@ -30,16 +34,18 @@ from splits import Images, counts_text
 from support import devices, distributed, runs, seeds, self_check
 from support.files import UserError
 
-SMALLEST_BUDGET = 1e-6  # one parameter, one mult-add, a picosecond; denormal numbers would make infinite violations
+# The smallest budget that the flags accept: one parameter, one mult-add or one nanosecond. A much
+# smaller (denormal) budget could make the violation infinite.
+SMALLEST_BUDGET = 1e-6
 
 
 # ---- flags
 
 
 def search_parser(prog: str, description: str, **defaults: object) -> Parser:
-    """Make a parser with the flags that both spaces have, in groups. The defaults are the paper's.
+    """Make a parser with the flags that both search spaces have, in groups. The defaults are the paper's.
 
-    `defaults` replaces those that differ in a space.
+    `defaults` has the defaults that are different in one search space.
     """
     parser = Parser(prog=prog, description=description)
     add_data_flags(parser.add_argument_group("data"), prog)
@@ -56,37 +62,28 @@ def add_data_flags(group: argparse._ArgumentGroup, prog: str) -> None:
     shared_flags.add_training_image_arguments(group)
     text = "measure fitness on this many validation images, drawn from each class in proportion (default: all)"
     group.add_argument("--valid_samples", type=number(int, 1), metavar="N", help=text)
-    text = "transform of validation images: with the random augmentation of training, or without"
+    text = "transform of the validation images: train augments them at random as in training, test does not"
     group.add_argument("--valid_transform", choices=["train", "test"], default="train", help=text)
 
 
 def add_evolution_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the genetic algorithm, of fitness and of the comparison at the end."""
-    text = "number of generations; each trains the shared weights for one epoch"
-    group.add_argument("--epochs", type=number(int, 1, MOST.epochs), default=50, metavar="N", help=text)
-    text = "individuals in the population"
-    group.add_argument("--pop_size", type=number(int, 1, MOST.individuals), default=50, metavar="P", help=text)
-    text = "individuals in a tournament, of which the fittest becomes a parent"
-    group.add_argument("--tsize", type=number(int, 1), default=10, metavar="N", help=text)
-    text = "best individuals that enter the next generation unchanged"
-    group.add_argument("--num_elites", type=number(int, 0), default=1, metavar="N", help=text)
-    text = "probability that a child's edge gets fresh random values"
-    group.add_argument("--mutate_rate", type=number(float, 0, 1), default=0.1, metavar="RATE", help=text)
-    text = "variant of the paper's ablation: evnas is the method itself, see docs/method.md"
+    shared_flags.add_genetic_algorithm(group)
+    text = "variant of the paper's ablation study; evnas is the full method (see docs/method.md)"
     group.add_argument("--variant", choices=VARIANTS, default="evnas", help=text)
     for cost in COSTS:
         group.add_argument(f"--{cost.flag}", type=number(float, SMALLEST_BUDGET), metavar="BUDGET", help=cost.help)
-    text = "random architectures to compare the winner with, on the final weights; 0 for none"
+    text = "number of random architectures that the winner is compared with, on the final weights; 0 for none"
     group.add_argument("--baselines", type=number(int, 0, MOST.individuals), default=50, metavar="N", help=text)
-    text = "BatchNorm statistics in fitness: those of the validation batch, or the running ones of training"
+    text = "BatchNorm statistics while fitness is measured: of the validation batch, or the running ones of training"
     group.add_argument("--bn", choices=["batch", "running"], default="batch", help=text)
 
 
 def add_training_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of the training of the shared weights."""
-    text = "images in a training batch, over all processes"
+    text = "images in a training batch, for all processes together"
     group.add_argument("--batch_size", type=number(int, 1), default=64, metavar="N", help=text)
-    text = "images in a validation batch; fewer need less memory, and change fitness with --bn batch"
+    text = "images in a validation batch; smaller batches need less memory, but change fitness with --bn batch"
     group.add_argument("--valid_batch_size", type=number(int, 1), default=1024, metavar="N", help=text)
     text = "learning rate of the first generation"
     group.add_argument("--learning_rate", type=number(float, 0), default=0.025, metavar="LR", help=text)
@@ -103,18 +100,18 @@ def add_training_flags(group: argparse._ArgumentGroup) -> None:
 def add_run_flags(group: argparse._ArgumentGroup) -> None:
     """Add the flags of a run directory, seeds, device and speed."""
     group.add_argument("--dir", default=".", help="folder in which the run directory is made")
+    text = "begin with the weights and the last population of this search, for instance to search on with other flags"
+    group.add_argument("--init_from", metavar="RUN_DIR", help=text)
     text = "name of the run directory (default: search-TIME)"
     group.add_argument("--run_name", type=file_name, metavar="NAME", help=text)
     shared_flags.add_run_arguments(group, seed=18, report_freq=50)
-    text = "compute with the readable reference network; slower, same results up to rounding"
+    text = "compute with the readable reference network: slower, with the same results up to rounding"
     group.add_argument("--plain", action="store_true", help=text)
 
 
 def check_search(args: argparse.Namespace) -> None:
-    """Raise UserError for flags that do not go together."""
-    for name in ("tsize", "num_elites"):
-        if getattr(args, name) > args.pop_size:
-            raise UserError(f"--{name} {getattr(args, name)} is larger than --pop_size {args.pop_size}")
+    """Raise UserError for flags that contradict each other."""
+    shared_flags.check_genetic_algorithm(args)
     if args.plain and (args.compile or args.checkpoint):
         raise UserError("--plain computes with the reference network: leave --compile and --checkpoint out")
     if args.batch_size < distributed.world_size():
@@ -162,15 +159,15 @@ def search_loaders(
         generator=seeds.generator(args, seed_roles.VALIDATION_IMAGES),
         cutout=cutout,
         augment=args.valid_transform == "train",
-        shared=False,  # processes share the individuals, so each of them needs every validation image
+        shared=False,  # processes divide the individuals, so each process needs every validation image
     )
     return train_loader, valid_loader
 
 
 def check_training_step(setup: SearchSetup) -> str:
-    """Check the kernels of a training step; return a line for the log.
+    """Check the kernels of a training step, and return a line for the log.
 
-    support/self_check.py says how. Raises UserError if a kernel is wrong.
+    support/self_check.py explains the check. Raises UserError if a kernel is wrong.
     """
     generator = torch.Generator().manual_seed(0)
     alphas = setup.space.encoding.random_alphas(1, generator=generator)[0]  # (G, E, O)
@@ -186,7 +183,7 @@ def check_training_step(setup: SearchSetup) -> str:
 
 
 def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
-    """Return whether --resume names a search that has come to its end; say it.
+    """Return whether --resume names a finished search, and print a line if it does.
 
     Raises UserError for a run that cannot be read.
     """
@@ -195,7 +192,7 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
         args,
         SETTINGS,
         completed=args.epochs,
-        files=[*files, *space.genotype_files, *baselines.FILES],
+        files=[*files, *space.genotype_files, individuals.NAME, *baselines.FILES],
         last_file="report.html",
     )
     if finished:
@@ -203,15 +200,36 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
     return finished
 
 
-def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
-    """Open the run directory, call search(setup, run), and write what a finished search has.
+def begin_from(setup: SearchSetup, run_dir: str) -> None:
+    """Give a new search the weights and the last population of the search in `run_dir`.
 
-    `prog` is the script or module of the command line. `inputs` holds what must be the same when
-    the run is resumed, such as its data. Raises UserError.
+    Raises UserError if they do not fit this search.
+    """
+    last = populations.last_file(run_dir)
+    shape = (setup.args.pop_size, *setup.space.encoding.random_alphas(1).shape[1:])
+    alphas = torch.from_numpy(populations.load(last).alphas)
+    if alphas.shape != shape:
+        raise UserError(
+            f"{last}: the population is {tuple(alphas.shape)}, but this search needs {shape}. Use the space and the "
+            "--pop_size of that search"
+        )
+    if not ((alphas >= 0) & (alphas < 1)).all():
+        raise UserError(f"{last}: not a saved population, because values are outside [0, 1)")
+    shared_flags.begin_with_weights(setup.network, Path(run_dir) / "weights" / "weights.pt")
+    setup.first_population = alphas
+
+
+def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:
+    """Open the run directory, call search(setup, run), and write the files of a finished search.
+
+    `prog` is the script or module of the command line. `inputs` holds everything that must be the
+    same when the run is resumed, such as its data. Raises UserError.
     """
     setup.costs.check()
+    if setup.args.init_from and not setup.args.resume:
+        begin_from(setup, setup.args.init_from)
     checked = None
-    if self_check.is_needed(setup.args, setup.device):  # before there is a run directory
+    if self_check.is_needed(setup.args, setup.device):  # before the run directory is made
         checked = check_training_step(setup)
     with open_run(setup, prog, {"kind": "search", "space": setup.space.view.name, **inputs}) as run:
         run.log(f"{devices.device_text(setup.device)}; run directory {run.path}")
@@ -220,11 +238,14 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
             run.log(checked)
         state = search(setup, run)
         best = setup.space.cell(state.alphas[0])
-        run.log(f"best fitness {state.fitness[0]:.2f} %: {best}")
+        run.log(f"best fitness {state.fitness[0]:.2f} %, with the cell")
+        for line in utils.cell_lines(best):
+            run.log(line)
         if state.violation[0] > 0:
             run.log("no individual of the last generation meets the budget: the best one exceeds it the least")
         if not baselines.are_there(run):
-            # The same images for every run, so that results can be compared.
+            # All runs measure the final weights on the same images, so that their results can be
+            # compared.
             setup.valid_loader.generator = baselines.generator(setup.args, seed_roles.FINAL_VALIDATION_IMAGES)
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):

@@ -1,7 +1,7 @@
-"""What a search needs to know of its search space, and everything that a search works with.
+"""The description of a search space, and `SearchSetup`, which holds everything that a search works with.
 
-`train_search.S1` describes the DARTS space and `nas201.train_search.S2` NAS-Bench-201. A new space
-is one more subclass of `SearchSpace`.
+`train_search.S1` describes the DARTS space and `nas201.train_search.S2` describes NAS-Bench-201. To
+add a search space, write another subclass of `SearchSpace`.
 """
 
 import argparse
@@ -22,10 +22,10 @@ from training import plain_forward
 
 
 class Remarks(NamedTuple):
-    """What a search space knows of a population or of a result."""
+    """What a search space adds to the description of a population or of a result, such as true accuracies."""
 
     fields: dict  # for the history, or for baselines.json
-    text: str  # for the log: continues its line, so it starts with "; ", or is empty
+    text: str  # continues a line of the log, so it begins with "; " unless it is empty
 
 
 class Group(NamedTuple):
@@ -33,13 +33,13 @@ class Group(NamedTuple):
 
     alphas: torch.Tensor  # (N, G, E, O) raw
     fitness: torch.Tensor  # (N,) percent
-    parameters: torch.Tensor  # (N,) of the retrained networks, in millions
+    parameters: torch.Tensor  # (N,) parameters of the retrained networks, in millions
 
 
 class SearchSpace:
-    """What a search needs to know of its search space. One subclass describes one space."""
+    """Everything that a search needs to know about its search space. Each subclass describes one search space."""
 
-    view: SpaceView  # its name, and how drawings and reports show it
+    view: SpaceView  # the name of the search space, and how drawings and reports show its cells
     encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
     fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
     genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
@@ -56,22 +56,30 @@ class SearchSpace:
     def cost_table(
         self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cost of what `network` returns, as `costs.s1_table` does."""
+        """Return the cost table of the networks that `network` makes, in the form of `costs.s1_table`."""
         raise NotImplementedError
 
     def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
-        """Return the flags with which `train.py` retrains as the paper does.
+        """Return the flags with which `train.py` retrains as in the paper.
 
-        Those that name the cell and the data are not among them.
+        The flags that name the cell and the data are not included.
         """
         return []
 
+    def accuracy_names(self) -> list[str]:
+        """Return the names of what `true_accuracies` returns."""
+        return []
+
+    def true_accuracies(self, cell: Cell) -> list[float | None]:
+        """Return what a benchmark knows of a cell, in percent, None where it has no figure."""
+        return []
+
     def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
-        """Return what is known of a population (P, G, E, O), best first, with fitness (P,)."""
+        """Return the remarks on a population `alphas` (P, G, E, O), best first, with its fitness (P,)."""
         return Remarks({}, "")
 
     def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
-        """Return what is known of the result: the last population and random architectures."""
+        """Return the remarks on the result. `groups` are the last population and random architectures."""
         return Remarks({}, "")
 
 
@@ -84,6 +92,7 @@ class SearchSetup:
     network: nn.Module  # the supernet
     train_loader: Any
     valid_loader: Any
+    first_population: torch.Tensor | None = None  # (P, G, E, O) raw; random if there is none
     costs: Costs = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,9 +105,9 @@ class SearchSetup:
         return next(self.network.parameters()).device
 
     def forward(self, *, compile: bool) -> Callable:
-        """Return forward(network, x, alphas): how the supernet computes in training.
+        """Return the function forward(network, x, alphas) that computes the supernet in training.
 
-        With --plain it is the reference, otherwise the fast path of the space.
+        With --plain it is the reference, otherwise the fast path of the search space.
         """
         if self.args.plain:
             return plain_forward

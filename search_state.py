@@ -3,30 +3,32 @@
 import math
 import re
 
-import numpy as np
 import torch
 
 import baselines
 import genotype_files
+import individuals
+import populations
 import seed_roles
 import utils
 from costs import Costs
 from evolution import next_generation, non_dominated, ranks
 from search_space import SearchSetup, SearchSpace
 from support import checkpoints, runs, seeds
-from support.files import atomic_write, make_folder
 from training import TrainingSettings, TrainingState, make_optimizer
 
-ARCHIVED = 100  # individuals kept of the generations' fronts of fitness and costs
+ARCHIVED = 100  # most individuals that the archive keeps from the generations' fronts of fitness and costs
 
 
 class SearchState(TrainingState):
-    """The shared weights and the population.
+    """The state of a search: the shared weights, the population, and what has been measured.
 
-    alphas (P, G, E, O) raw; fitness (P,) in percent, NaN until measured, and violation (P,) of the
-    budgets, 0 where they are met, best individual first once measured; latency {cell: ms} of the
-    cells that have been timed; archive {cell: raw alphas (G, E, O)} of the newest individuals that
-    were not dominated in their own generation.
+    - `alphas` (P, G, E, O) is the raw population. Once it is measured, the best individual is first.
+    - `fitness` (P,) is in percent, and NaN until it is measured.
+    - `violation` (P,) says by how much individuals exceed the budgets; 0 means that they are met.
+    - `latency` {cell: ms} holds the cells that have been timed.
+    - `archive` {cell: raw alphas (G, E, O)} holds the newest individuals that were not dominated in
+      their own generation.
     """
 
     saved = ("alphas", "fitness", "violation", "latency", "archive")
@@ -43,15 +45,17 @@ class SearchState(TrainingState):
             valid=setup.valid_loader.generator,
         )
         self.alphas = setup.space.encoding.random_alphas(args.pop_size, generator=self.breeding)
+        if setup.first_population is not None:
+            self.alphas = setup.first_population
         self.fitness = torch.full((args.pop_size,), math.nan, dtype=torch.float64)
         self.violation = torch.zeros(args.pop_size, dtype=torch.float64)
         self.latency: dict[str, float] = {}
         self.archive: dict[str, torch.Tensor] = {}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned.
+        """Load what `state_dict` returned.
 
-        Raises ValueError, or what a dict and torch raise, if `state` is not a state of this search.
+        If `state` is not a state of this search, raises ValueError, or an error of dict or torch.
         """
         super().load_state_dict(state)
         for alphas in [*self.alphas, *self.archive.values()]:
@@ -81,8 +85,8 @@ class SearchState(TrainingState):
     def set_fitness(self, fitness: torch.Tensor, costs: Costs) -> None:
         """Sort the population by `ranks`, best first, and archive its front.
 
-        Among equals the earlier individual stays ahead. The front holds the individuals that are
-        not dominated in fitness and costs.
+        Individuals of equal rank keep their order. The front holds the individuals that are not
+        dominated in fitness and costs.
         """
         amounts = costs.amounts(self.alphas, self.latency)
         violation = costs.violation(amounts)
@@ -92,17 +96,17 @@ class SearchState(TrainingState):
         self.violation = violation[order]
         points = torch.cat([-self.fitness.unsqueeze(1).to(amounts), amounts[order]], dim=1)
         front = self.alphas[non_dominated(points)]
-        for alphas in front.flip(0):  # the fittest last, so that they are kept longest
+        for alphas in front.flip(0):  # the best are added last, so the archive keeps them longest
             cell = str(costs.space.cell(alphas))
-            self.archive.pop(cell, None)  # so that it is put at the end again
+            self.archive.pop(cell, None)  # so that the cell moves to the end of the archive
             self.archive[cell] = alphas.clone()
         self.archive = dict(list(self.archive.items())[-ARCHIVED:])
 
 
 def population_fields(setup: SearchSetup, state: SearchState) -> tuple[dict, str]:
-    """Return the history's fields on a sorted population, and a text for the log.
+    """Return the fields of the history that describe a sorted population, and a text for the log.
 
-    The text tells of budgets and true accuracy.
+    The text says how many individuals meet the budget, and adds the remarks of the search space.
     """
     costs = setup.costs
     fields = {
@@ -126,7 +130,7 @@ def population_fields(setup: SearchSetup, state: SearchState) -> tuple[dict, str
 
 
 def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: dict, where: str, remarks: str) -> None:
-    """Save the checkpoint, and then everything that follows from it; log the generation.
+    """Save the history, the checkpoint and the results of a generation, and log it.
 
     `row` is the generation's row of the history.
     """
@@ -134,6 +138,7 @@ def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: 
     run.record(generation, row)
     run.save_checkpoint(generation, state.state_dict())
     save_results(run, setup.space, state)
+    individuals.append_generation(setup, run, state)
     text = f"{where}: loss {row['train_loss']:.4f}, train top-1 {row['train_top1']:.2f} %"
     if "fitness_best" in row:
         text += f", fitness best {row['fitness_best']:.2f} mean {row['fitness_mean']:.2f}"
@@ -143,9 +148,8 @@ def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: 
 def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
     """Save the population, the best cell and the weights of a generation."""
     if run.writes:
-        make_folder(run.path / "population")
-        with atomic_write(run.path / "population" / f"{run.completed:03d}.npz") as file:
-            np.savez(file, alphas=state.alphas.numpy(), fitness=state.fitness.numpy())
+        population = populations.Population(state.alphas.numpy(), state.fitness.numpy())
+        populations.save(run.path, run.completed, population)
         if "best_genotype" in run.rows[-1]:
             for name in space.genotype_files:
                 genotype_files.save(space.cell(state.alphas[0]), run.path / name)
@@ -155,24 +159,26 @@ def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:
 def restore_results(setup: SearchSetup, run: runs.Run, state: SearchState) -> None:
     """Make the files of a resumed run agree with its checkpoint.
 
-    If the checkpoint is from within a generation, the state is already ahead of the last whole
-    generation, and the files of that one were saved before. Populations of earlier generations
-    exist only in their files.
+    Populations of later generations are removed. If the checkpoint was saved after a generation,
+    the files of this generation are written again. If the checkpoint was saved within a generation,
+    nothing is written. The files of the last whole generation exist already, and the state is ahead
+    of them.
     """
     if not run.writes:
         return
     for path in (run.path / "population").glob("*.npz"):
         if re.fullmatch(r"\d+", path.stem) and int(path.stem) > run.completed:
             path.unlink()
-    if run.completed < setup.args.epochs:
-        for name in baselines.FILES:
-            (run.path / name).unlink(missing_ok=True)
     if run.completed and state.partial is None:
         save_results(run, setup.space, state)
+    if run.completed < setup.args.epochs or not baselines.is_complete(run.path):
+        for name in baselines.FILES:
+            (run.path / name).unlink(missing_ok=True)
+        individuals.write(setup, run, state)
 
 
 def speed_fields(setup: SearchSetup, state: SearchState, measured: int) -> dict[str, float]:
-    """Return the history's fields on speed and memory of a generation.
+    """Return the fields of the history that describe the speed and memory of a generation.
 
     `measured` is the number of individuals whose fitness was measured.
     """

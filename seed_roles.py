@@ -1,6 +1,6 @@
-"""What the random streams of a run are for.
+"""The roles of the random numbers in a run.
 
-Each role has a stream of its own, see `support.seeds`.
+Each role has its own stream of random numbers, see `support.seeds`.
 """
 
 from support.seeds import Role
@@ -8,10 +8,11 @@ from support.seeds import Role
 SPLIT = Role("split")  # which images train and which validate
 WEIGHTS = Role("weights")
 POPULATION = Role("population")  # the first population, and breeding
-TRAINING_IMAGES = Role("training images", offset=1)  # their order and augmentation
+TRAINING_IMAGES = Role("training images", offset=1)  # order and augmentation of the training images
 VALIDATION_IMAGES = Role("validation images", offset=2)
 DROP_PATH = Role("drop path", factor=1_000_000_007)
-# The architectures that a search's winner is compared with, and the images on which that is done.
+# The random architectures that a search's winner is compared with, and the images for this
+# comparison.
 RANDOM_ARCHITECTURES = Role("random architectures")
 FINAL_VALIDATION_IMAGES = Role("final validation images")
 

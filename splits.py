@@ -1,6 +1,6 @@
-"""A split of a data set, such as the training images: its images, its description, and how it is divided.
+"""Splits of a data set, such as the training images: their types, their descriptions, and how to divide them.
 
-`Images` are decoded and in memory; `Files` are paths that are read batch by batch.
+`Images` are decoded images in memory. `Files` are paths of images that are read batch by batch.
 """
 
 from dataclasses import dataclass, field, replace
@@ -41,7 +41,8 @@ class Files:
     paths: list[Path]  # (N)
     labels: torch.Tensor  # int64 (N,), indices into `classes`
     classes: list[str]
-    # The name of a standard data set, or the SHA-256 of a folder's file names and file sizes. A subset keeps it.
+    # The name of a standard data set, or the SHA-256 of a folder's file names and file sizes. A
+    # subset of a split has the source of the split.
     source: str = ""
     image_size: list[int] = field(default_factory=lambda: [224, 224])  # [height, width] that the network sees
 
@@ -65,8 +66,8 @@ def describe(**splits: Split) -> dict:
     Two runs on the same data have the same description:
     {"classes": [names], "image_size": [height, width], "images": {split: count},
     "per_class": {split: [fewest, most]}, "source": {split: see `Files`}}.
-    It does not depend on where the data are, nor on the contents of files whose names and sizes are
-    the same.
+    A description depends on the names and sizes of the files. It does not depend on the path of the
+    data, nor on the contents of the files.
     """
     first = next(iter(splits.values()))
     counts = {name: torch.bincount(split.labels, minlength=len(first.classes)) for name, split in splits.items()}
@@ -80,7 +81,7 @@ def describe(**splits: Split) -> dict:
 
 
 def counts_text(description: dict) -> str:
-    """Return a line for the log: how many images each split of a description has, in all and per class."""
+    """Return a line for the log: the number of images in each split of a description, in total and per class."""
     words = {"train": "training", "valid": "validation"}
     parts = []
     for name, count in description["images"].items():
@@ -94,7 +95,7 @@ def counts_text(description: dict) -> str:
 def check_alike(name: str, description: dict, other_name: str, other_description: dict) -> None:
     """Raise UserError if two descriptions (see `describe`) differ in classes or in image size.
 
-    The names, such as "the training images", are for the message.
+    `name` and `other_name`, such as "the training images", are for the message.
     """
     class_names.check_same_classes(name, description["classes"], other_name, other_description["classes"])
     size = description["image_size"]
@@ -107,7 +108,7 @@ def check_alike(name: str, description: dict, other_name: str, other_description
 
 
 def size_text(image_size: list[int]) -> str:
-    """Return (height, width) as text; 224x224 also stands for files of other sizes."""
+    """Return (height, width) as text. For 224x224 a note is added, because Files of any size are cropped to it."""
     height, width = image_size
     note = " (cropped from images that are large or of different sizes)" if height == width == 224 else ""
     return f"{width}x{height} pixels{note}"
@@ -129,36 +130,37 @@ def check_sides(image_size: list[int], step: int) -> None:
 def stratified_order(labels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return a random permutation (N,) in which every prefix has the same share of each class.
 
-    The shares are exact to within half an image. `labels`: int64 (N,).
+    For each prefix there is a share t: the prefix has a share t of the images of every class, to
+    within half an image. `labels` are int64 (N,).
     """
     permutation = torch.randperm(len(labels), generator=generator)
     shuffled = labels[permutation]
     by_class = torch.sort(shuffled, stable=True)
     counts = torch.bincount(shuffled)
-    starts = counts.cumsum(0) - counts
-    rank = torch.empty_like(shuffled)
-    rank[by_class.indices] = torch.arange(len(labels)) - starts[by_class.values]  # place within its class
-    # Spread each class evenly over (0, 1), then sort all images by that place.
+    starts = counts.cumsum(0) - counts  # where each class begins, if images are sorted by class
+    rank = torch.empty_like(shuffled)  # number of each image within its class
+    rank[by_class.indices] = torch.arange(len(labels)) - starts[by_class.values]
+    # Spread the images of each class evenly over (0, 1), then sort all images by their place there.
     place = (rank.double() + 0.5) / counts[shuffled]
     return permutation[torch.sort(place, stable=True).indices]
 
 
 def subsample(split: Split, count: int | None, generator: torch.Generator) -> Split:
-    """Draw `count` images with the classes in proportion; they stay in their order. None returns all.
+    """Draw `count` images with the classes in proportion, and keep their order. If `count` is None, return all images.
 
-    Raises UserError if the split has fewer.
+    Raises UserError if the split has fewer images.
     """
     if count is None:
         return split
     if count > len(split):
-        raise UserError(f"{count} images are asked for, but the split has {len(split)}: ask for at most as many")
+        raise UserError(f"{count} images are asked for, but the split has {len(split)}: ask for fewer")
     return split.subset(stratified_order(split.labels, generator)[:count].sort().values)
 
 
 def split_train(train: Split, portion: float, in_file_order: bool, generator: torch.Generator) -> tuple[Split, Split]:
     """Divide the training images into (training, validation); `portion` is the share that trains.
 
-    The training part comes first in file order, or in a stratified random order.
+    The images for training are the first ones, in file order or in a stratified random order.
     """
     order = torch.arange(len(train)) if in_file_order else stratified_order(train.labels, generator)
     count = int(portion * len(train))
@@ -166,7 +168,7 @@ def split_train(train: Split, portion: float, in_file_order: bool, generator: to
 
 
 def check_classes(**splits: Split) -> None:
-    """Raise UserError if one of the splits, given as name=split, has images but none of some class."""
+    """Raise UserError if a class has no image in a split. Splits are given as name=split; empty splits are allowed."""
     for name, split in splits.items():
         counts = torch.bincount(split.labels, minlength=len(split.classes))
         if len(split) and counts.min() == 0:

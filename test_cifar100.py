@@ -1,4 +1,4 @@
-"""Test the weights of a retrained network on CIFAR-100, on your own image folder or on the digits.
+"""Test the weights of a retrained network on CIFAR-100, on your own image folder or on scikit-learn's digits.
 
 Example: python test_cifar100.py --dir runs/eval-EXP-20260101-120000
 """

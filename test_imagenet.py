@@ -1,4 +1,4 @@
-"""Test the weights of a network for ImageNet on ImageNet, in DATA/val/CLASS/, or on your own image folder.
+"""Test the weights of a network for large images on ImageNet (DATA/val/CLASS/) or on your own image folder.
 
 Networks of NAS-Bench-201 can be tested on ImageNet16-120.
 Example: python test_imagenet.py --arch EvNASA --model_path EvNAS_A_imagenet_model_best.pth.tar

@@ -1,6 +1,7 @@
 """Retrain a cell from scratch, with the paper's recipe or NAS-Bench-201's, and test it after each epoch.
 
-The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, a folder of your own or the digits.
+The images can be CIFAR-10, CIFAR-100, ImageNet, ImageNet16-120, your own image folder or
+scikit-learn's digits.
 
   python train.py --arch EvNASA --auxiliary --cutout --dir runs             the paper's first cell on CIFAR-10
   python train.py --dir runs/search-20260101-120000 --auxiliary --cutout    the cell of a search
@@ -25,11 +26,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import baselines
+import class_results
 import datasets
 import genotype_files
 import image_folder
 import loaders
 import memory
+import remembered
 import retrained
 import seed_roles
 import shared_flags
@@ -49,7 +52,7 @@ from support.files import UserError
 from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
 from views import VIEWS
 
-# Epochs. The linear schedule falls slowly in its last 5, and warm-up takes the first 5.
+# Numbers of epochs: the linear schedule falls slowly in its last 5, and warm-up takes the first 5.
 TAIL = WARMUP = 5
 LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch is larger
 
@@ -58,7 +61,7 @@ LARGE_BATCH = 256  # images; the published ImageNet script warms up if the batch
 
 
 def make_parser() -> Parser:
-    """Return the parser. Defaults that depend on the recipe are None, and `load_splits` fills them in."""
+    """Return the parser. Defaults that depend on the recipe are None; `load_splits` fills them in later."""
 
     def default(name: str) -> str:
         small, imagenet, nas201 = [getattr(recipe, name) for recipe in (CIFAR, IMAGENET, NAS201)]
@@ -76,7 +79,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("network")
     text = (
         f"network and defaults: cifar for images of up to {image_folder.SMALL} pixels a side, imagenet for larger "
-        "ones, nas201 for arch strings (default: what the cell and the images need)"
+        "ones, nas201 for arch strings (default: the one that fits the cell and the images)"
     )
     group.add_argument("--recipe", choices=RECIPES, help=text)
     text = f"channels of the first cells; more make a larger and slower network {default('init_channels')}"
@@ -93,7 +96,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("training")
     text = f"epochs to train; for a quick trial take 1 {default('epochs')}"
     group.add_argument("--epochs", type=number(int, 1, MOST.epochs), metavar="N", help=text)
-    text = f"training batch, over all processes; lower it if memory runs out {default('batch_size')}"
+    text = f"images in a training batch, over all processes; lower it if memory runs out {default('batch_size')}"
     group.add_argument("--batch_size", type=number(int, 1), metavar="N", help=text)
     text = f"learning rate at the beginning; lower it if the loss is not finite {default('learning_rate')}"
     group.add_argument("--learning_rate", type=number(float, 0), metavar="LR", help=text)
@@ -110,11 +113,16 @@ def make_parser() -> Parser:
     group.add_argument("--label_smooth", type=number(float, 0, 1), metavar="EPS", help=text)
 
     group = parser.add_argument_group("run")
+    text = (
+        "begin with these weights, such as weights/weights.pt of another retraining of the same cell and size; "
+        "a classifier of other classes starts anew"
+    )
+    group.add_argument("--init_weights", metavar="FILE", help=text)
     text = "name of this retraining: its run directory is eval-NAME-TIME"
     group.add_argument("--save", type=file_name, default="EXP", metavar="NAME", help=text)
     group.add_argument("--note", action=Published, instead="--save {}")
     group.add_argument("--pop_num", "--model_path", "--ga", action=Published)
-    text = "insist on all GPUs: if there are several, stop and show the torchrun command that uses them"
+    text = "require that all GPUs are used: if there are several, stop and show the torchrun command that uses them"
     group.add_argument("--parallel", action="store_true", default=argparse.SUPPRESS, help=text)
     shared_flags.add_run_arguments(
         group, seed=None, seed_note=default("seed"), report_freq=None, report_note=default("report_freq")
@@ -127,8 +135,8 @@ def add_cell_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--arch", metavar="CELL", help=retrained.ARCH)
     group.add_argument("--genotype", metavar="FILE", help=retrained.GENOTYPE)
     text = (
-        "directory of a search: retrain its cell, even if --arch is given too, and put the new run inside it "
-        "(default for the new run: the current directory)"
+        "directory of a search: retrain the cell of this search, even if --arch is given too, and put the new run "
+        "into this directory; its images are the default (default for the new run: the current directory)"
     )
     group.add_argument("--dir", metavar="RUN_DIR", help=text)
     text = "retrain the N-th cell of the Pareto front in RUN_DIR/pareto.json, fittest first, instead of the winner"
@@ -138,7 +146,8 @@ def add_cell_arguments(group: argparse._ArgumentGroup) -> None:
 def cell_to_retrain(args: argparse.Namespace) -> CellChoice:
     """Return the cell that the command line asks for. Raises UserError."""
     if args.resume:
-        # A run has its own copy of the cell: the search that found it may have continued since.
+        # We read the run's own copy of the cell, because the search may have continued and found
+        # another one.
         with resume_args.required_file():
             source = Path(args.resume) / "genotype.json"
             return CellChoice(genotype_files.load(source), source)
@@ -150,7 +159,7 @@ def cell_to_retrain(args: argparse.Namespace) -> CellChoice:
 
 
 def check_parallel(device: torch.device) -> None:
-    """Raise UserError if there are more GPUs than this one process uses; it says how to use them."""
+    """Raise UserError if there are several GPUs but only one process. The message says how to use all GPUs."""
     if "RANK" in os.environ:  # torchrun has started this process
         return
     count = torch.cuda.device_count() if device.type == "cuda" else 1
@@ -169,7 +178,7 @@ def check_parallel(device: torch.device) -> None:
 
 
 class Splits(NamedTuple):
-    """The images of a retraining."""
+    """The images of a retraining, and how they are augmented."""
 
     train: Split
     test: Split
@@ -214,14 +223,14 @@ def load_splits(args: argparse.Namespace, cell: Cell) -> Splits:
 
 
 def fill_in_recipe(args: argparse.Namespace) -> None:
-    """Give arguments that were not given their values in the recipe."""
+    """Set the arguments that were not given to the values of the recipe."""
     for name, value in vars(RECIPES[args.recipe]).items():
         if name != "name" and getattr(args, name) is None:
             setattr(args, name, value)
 
 
 def make_loaders(args: argparse.Namespace, splits: Splits, device: torch.device) -> tuple[Loader, Loader]:
-    """Return the loaders of the training images, augmented, and of the test images."""
+    """Return the loader of the training images, which augments them, and the loader of the test images."""
     train_loader = loaders.make_loader(
         splits.train,
         args.batch_size,
@@ -237,7 +246,7 @@ def make_loaders(args: argparse.Namespace, splits: Splits, device: torch.device)
 
 
 def estimate_memory(settings: NetworkSettings, args: argparse.Namespace) -> memory.Estimate:
-    """Estimate the memory that training the network takes, without making it."""
+    """Estimate the memory that it takes to train the network, without making the network."""
     cell = settings.cell
     pixels = math.prod(settings.image_size)
     if settings.recipe == "nas201":
@@ -259,7 +268,7 @@ def learning_rate(args: argparse.Namespace, epoch: int, warmup: bool) -> float:
     With lr = args.learning_rate, E = args.epochs and e = epoch:
       cosine: lr (1 + cos(pi e / E)) / 2
       linear: lr (E - 5 - e) / (E - 5) while more than 5 epochs remain, then lr (E - e) / (5 (E - 5))
-    With `warmup`, the first 5 epochs have (e + 1) / 5 of that.
+    With `warmup`, the learning rate of the first 5 epochs is multiplied by (e + 1) / 5.
     """
     remaining = args.epochs - epoch
     if args.lr_scheduler == "cosine":
@@ -292,14 +301,15 @@ def retrain(
 ) -> None:
     """Train `network` for args.epochs epochs, and test it after each one.
 
-    `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and the weights.
+    `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and
+    the weights.
     """
     device = next(network.parameters()).device
     optimizer = make_optimizer(network.parameters(), args, nesterov=args.nesterov)
     state = RetrainingState(network, optimizer, train_loader, TrainingSettings.of(args))
     run.restore(state)
     if run.completed and state.partial is None:
-        save_weights(run, network, about)  # those of the checkpoint, in case a crash came between the two
+        save_weights(run, network, about)  # a crash may have come between the checkpoint and its weights files
     if distributed.world_size() > 1:
         state.trained = parallel(network, about["family"])
     for epoch in range(run.completed, args.epochs):
@@ -311,7 +321,8 @@ def retrain(
         entry = {"epoch": epoch + 1, "lr": lr}
         with run.saving_when_interrupted(state.unfinished_state_dict):
             entry |= train_epoch(args, epoch, state, where=where, log=run.log)
-            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test")
+            confusion = torch.zeros(len(about["classes"]), len(about["classes"]), dtype=torch.int64)
+            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test", confusion=confusion)
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
@@ -323,6 +334,9 @@ def retrain(
             f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
             f"test top-1 {tested['top1']:.2f} % (best {state.best_top1:.2f} %), {entry['seconds']:.1f} s"
         )
+        if epoch + 1 == args.epochs:
+            file = run.path / "weights" / "weights.pt"
+            class_results.save(run.path, tested, about["classes"], confusion, weights=file, dataset=args.dataset)
 
 
 def parallel(network: nn.Module, recipe: str) -> DistributedDataParallel:
@@ -331,17 +345,19 @@ def parallel(network: nn.Module, recipe: str) -> DistributedDataParallel:
     trained = DistributedDataParallel(
         network,
         device_ids=[device] if device.type == "cuda" else None,
-        # In an arch string an edge can end in a node from which only `none` leads on: it gets no gradient.
+        # In an arch string, all edges out of a node can be `none`. The edges into that node get no
+        # gradient.
         find_unused_parameters=recipe == "nas201",
     )
-    # Each process keeps its own running statistics; their mean is taken at the end of an epoch. As an
-    # argument of the constructor, broadcast_buffers is deprecated in torch 2.14.
+    # Each process keeps its own running statistics, and their mean is taken at the end of an epoch.
+    # We set broadcast_buffers here, because torch 2.14 deprecates it as an argument of the
+    # constructor.
     trained.broadcast_buffers = False
     return trained
 
 
 def save_weights(run: runs.Run, network: nn.Module, about: dict) -> None:
-    """Save the weights of the last epoch, also as best_weights.pt if no epoch before had this test accuracy."""
+    """Save the weights of the last epoch, and also as best_weights.pt if its test accuracy is the highest so far."""
     if not run.writes:
         return
     tested = [row.get("test_top1") or 0.0 for row in run.rows]  # percent, of each epoch
@@ -356,7 +372,7 @@ def training_loss(
 ) -> tuple[Tensor, Tensor]:
     """Return the loss, and the logits (B, classes), of images x (B, 3, H, W) and their classes y (B,).
 
-    The loss includes the auxiliary head's, where the network has one.
+    If the network has an auxiliary head, the loss includes the head's loss.
     """
     logits, logits_aux = network(x, compile=compile, checkpoint=args.checkpoint)
     loss = F.cross_entropy(logits, y, label_smoothing=args.label_smooth)
@@ -368,20 +384,21 @@ def training_loss(
 def train_epoch(
     args: argparse.Namespace, epoch: int, state: RetrainingState, *, where: str, log: Callable[[str], None]
 ) -> dict:
-    """Train `state.trained` on every batch of its loader once; see `train_one_epoch`."""
+    """Train `state.trained` for one epoch, or for the rest of it; see `train_one_epoch`."""
     loader = state.train_loader
     full_batch = loader.full_batch
     first_seed = seeds.derive(args.seed, seed_roles.DROP_PATH, args.seed_scheme)
 
     def inputs_of(step: int) -> tuple[()]:
-        # Drop path draws from the device's global generator. It gets a seed of its own for each step and
-        # process, so that a resumed run draws the same numbers.
+        # Drop path draws from the device's global generator. We seed this generator anew for each
+        # step and process, so that a resumed run draws the same numbers.
         number = (epoch * len(loader) + step) * distributed.world_size() + distributed.rank()
         torch.manual_seed((first_seed + number) % 2**63)
         return ()
 
     def loss_of(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        # The last batch is smaller. It is not worth graphs of its own.
+        # The last batch can be smaller than the others. It is not worth the time to compile graphs
+        # for it.
         return training_loss(args, state.trained, x, y, compile=args.compile and len(x) == full_batch)
 
     state.trained.train()
@@ -389,7 +406,7 @@ def train_epoch(
 
 
 def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Loader) -> str:
-    """Check the kernels of a training step, see support/self_check.py; return a line for the log."""
+    """Check the kernels of a training step, and return a line for the log; see support/self_check.py."""
 
     def loss(network: nn.Module, x: Tensor, y: Tensor, compile: bool) -> Tensor:
         return training_loss(args, network, x, y, compile)[0]
@@ -400,7 +417,7 @@ def check_training_step(args: argparse.Namespace, network: nn.Module, loader: Lo
 
 
 def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> dict:
-    """Return what is saved next to the weights: what a test has to know about them."""
+    """Return the content of the JSON file next to the weights, which describes the network to test scripts."""
     large = isinstance(splits.train, Files)
     return {
         "family": args.recipe,
@@ -417,12 +434,13 @@ def describe_weights(args: argparse.Namespace, cell: Cell, splits: Splits) -> di
     }
 
 
-# ---- the whole of it
+# ---- the whole command
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = resume_args.parse(make_parser(), argv, SETTINGS)
+    parser = make_parser()
+    args = resume_args.parse(parser, remembered.with_flags_of_run(parser, argv), SETTINGS)
     cell, source = cell_to_retrain(args)
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
@@ -443,11 +461,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     memory.check_training(estimate_memory(settings, args), args, (train_loader, test_loader), device)
     torch.manual_seed(seeds.derive(args.seed, seed_roles.WEIGHTS, args.seed_scheme))
     network = retrained.make_network(settings)
+    if args.init_weights and not args.resume:
+        shared_flags.begin_with_weights(network, args.init_weights)
     network = network.to(device, memory_format=devices.memory_format(device))
 
     about = describe_weights(args, cell, splits)
     description = describe(train=splits.train, test=splits.test)
-    inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # must be the same when resumed
+    inputs = {"kind": "eval", "cell": about["genotype"], "data": description}  # a resumed run must have the same
     checked = None
     if self_check.is_needed(args, device):  # before the run directory is made
         checked = check_training_step(args, network, train_loader)
@@ -460,7 +480,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run.writes and not run.state:
             genotype_files.save(cell, run.path / "genotype.json")
         run.log(f"{devices.device_text(device)}; run directory {run.path}")
-        run.log(f"cell from {source}: {cell}")
+        run.log(f"cell from {source}:")
+        for line in utils.cell_lines(cell):
+            run.log(line)
         parameters = utils.parameters_in_millions(network)
         run.log(f"parameters {parameters:.2f} M, {counts_text(description)}")
         if checked:

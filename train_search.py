@@ -40,7 +40,7 @@ def search(setup: SearchSetup, run: runs.Run) -> SearchState:
     """Run the search loop of EvNAS (paper, section 3).
 
     Returns the last state, whose first individual is the best. Both search spaces use this loop. A
-    resumed run continues after the last generation, or the last step, of its checkpoint.
+    resumed run continues after the last generation or the last training step in its checkpoint.
     """
     args = setup.args
     variant = VARIANTS[args.variant]
@@ -79,7 +79,7 @@ def train_generation(
 ) -> dict[str, float]:
     """Train the shared weights for one epoch.
 
-    Batch t belongs to individual t mod P of `alphas` (P, G, E, O).
+    Batch t is computed with individual t mod P of `alphas` (P, G, E, O).
     """
     forward = setup.forward(compile=setup.args.compile)
     alphas = alphas.to(setup.device)
@@ -105,7 +105,7 @@ def cosine(high: float, low: float, progress: float) -> float:
 
 
 class S1(SearchSpace):
-    """The DARTS space."""
+    """The DARTS search space (S1)."""
 
     view = DARTS
     encoding = encoding
@@ -119,32 +119,32 @@ class S1(SearchSpace):
     def network(self, args: argparse.Namespace, cell: genotypes.Genotype, classes: int) -> nn.Module:
         """Return the network that `train.py` would train with the CIFAR recipe.
 
-        It has --target_channels and --target_layers, and no auxiliary head.
+        The network has --target_channels and --target_layers, and no auxiliary head.
         """
         return NetworkCIFAR(args.target_channels, classes, args.target_layers, False, cell)
 
     def cost_table(
         self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cost of what `network` returns: see `costs.s1_table`."""
+        """Return the cost table of the networks that `network` makes: see `costs.s1_table`."""
         return s1_table(args.target_channels, args.target_layers, classes, image_shape)
 
     def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
-        """Return the paper's --cutout and --auxiliary, and the size of the network."""
+        """Return the paper's --cutout and --auxiliary, and the flags for the size of the network."""
         flags = ["--cutout"]
-        if image_shape[1:] == (32, 32) and args.target_layers > 1:  # what the auxiliary head needs
+        if image_shape[1:] == (32, 32) and args.target_layers > 1:  # the auxiliary head needs both
             flags.append("--auxiliary")
         return [*flags, "--init_channels", args.target_channels, "--layers", args.target_layers]
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Make the parser of the command: the flags of both spaces, and those of the DARTS space."""
+    """Make the parser of the command, with the flags that both search spaces have and those of the DARTS space."""
     parser = search_cli.search_parser("train_search.py", __doc__)
     group = parser.add_argument_group("DARTS space")
     group.add_argument(
         "--layers", type=number(int, 1, MOST.cells), default=8, metavar="N", help="cells of the supernet"
     )
-    text = "channels of the first cells of the retrained network, whose costs are reported and compared with budgets"
+    text = "channels of the retrained network's first cells; costs and budgets are those of the retrained network"
     channels = number(int, 2, MOST.channels)
     group.add_argument("--target_channels", type=channels, default=CIFAR.init_channels, metavar="C", help=text)
     text = "cells of the retrained network"
@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     runs.check_arguments_alike(args, SETTINGS)
     train, valid, augmentation = datasets.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
-    candidates = tuple(genotypes.PRIMITIVES) * 14  # of a cell: every operation on every edge
+    candidates = tuple(genotypes.PRIMITIVES) * 14  # in a cell of the supernet: every operation on each of 14 edges
     cells = memory.s1_cells(args.init_channels, args.layers, math.prod(train.image_size), candidates, candidates)
     needs = memory.supernet("s1", cells, args)
     memory.check_search(needs, args, [train_loader, valid_loader], device, 2 * len(candidates))

@@ -1,7 +1,8 @@
-"""Training: one step, one epoch, what a checkpoint holds of it, and the evaluation of a network.
+"""Train a network for a step or an epoch, hold the state that checkpoints save, and evaluate a network.
 
-Searches and retrainings use the same step and the same epoch. `make_optimizer` is the only place
-that names an optimiser: replace it there, and checkpoints follow.
+Searches and retrainings use the same functions for a step and for an epoch. `make_optimizer` is the
+only function that names an optimiser. You can replace the optimiser there, and checkpoints adapt to
+it.
 """
 
 import argparse
@@ -31,9 +32,9 @@ def make_optimizer(
 ) -> torch.optim.Optimizer:
     """Make the optimiser of searches and retrainings.
 
-    It is SGD with one parameter group, so weight decay acts on every parameter. `args` has
-    learning_rate, momentum and weight_decay. PyTorch refuses Nesterov momentum of 0, so it is plain
-    SGD then.
+    The optimiser is SGD with one parameter group, so weight decay acts on every parameter. `args`
+    has learning_rate, momentum and weight_decay. If the momentum is 0, `nesterov` is ignored,
+    because PyTorch refuses Nesterov momentum of 0.
     """
     parameters = list(parameters)
     return torch.optim.SGD(
@@ -54,7 +55,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """The flags that a training step and an epoch obey."""
+    """The command line's settings for a training step and an epoch."""
 
     amp: bool = False  # bfloat16 autocast
     grad_clip: float | None = 5.0  # largest gradient norm; None does not clip
@@ -63,7 +64,7 @@ class TrainingSettings:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "TrainingSettings":
-        """Return the settings of a command line."""
+        """Take the settings from the arguments of a command line."""
         return cls(args.amp, args.grad_clip, args.cuda_graph, args.report_freq)
 
 
@@ -72,14 +73,15 @@ class TrainingSettings:
 
 @dataclass
 class Progress:
-    """How far an epoch has come. Each process has a row of its own in `sums` and `buffers`.
+    """Progress within an epoch. Each process has its own row in `sums` and `buffers`.
 
-    While an epoch runs, `add` counts in `own_sums`, the row of this process. `gather` fills in the
-    rows of all processes, which is what a checkpoint within an epoch holds.
+    While an epoch runs, `add` adds to `own_sums`, the row of this process. `gather` collects the
+    rows of all processes in `sums` and `buffers`, and a checkpoint within an epoch holds these
+    rows.
     """
 
     steps: int = 0  # batches that have been trained on
-    # float64 (processes, 3): the sum of the losses, correct answers, images
+    # float64 (processes, 3): sum of the losses, number of correct answers, number of images
     sums: torch.Tensor = field(default_factory=lambda: torch.zeros(1, 3, dtype=torch.float64))
     buffers: torch.Tensor | None = None  # (processes, elements): running statistics; None before the first `gather`
     seconds: float = 0.0
@@ -89,15 +91,15 @@ class Progress:
         self.own_sums = torch.zeros(3, dtype=torch.float64)  # on the CPU: not every device computes in float64
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint saves, which is what `Progress(**saved)` takes."""
+        """Return the fields that a checkpoint saves. `Progress(**fields)` restores them."""
         seconds = time.perf_counter() - self.start
         return {"steps": self.steps, "sums": self.sums, "buffers": self.buffers, "seconds": seconds}
 
     def check(self, steps: int, network: nn.Module) -> None:
-        """Raise ValueError unless an epoch of `steps` steps can have been interrupted like this.
+        """Raise ValueError unless this progress is possible in an epoch of `steps` steps with `network`.
 
-        What is not even of the right type raises what Python and torch raise: AttributeError,
-        TypeError, RuntimeError.
+        A field of the wrong type can also raise an error of Python or torch: AttributeError,
+        TypeError or RuntimeError.
         """
         processes = len(self.sums)
         elements = sum(buffer.numel() for buffer in running_statistics(network))
@@ -110,7 +112,7 @@ class Progress:
             raise ValueError(f"an epoch of {steps} steps cannot be interrupted after {self.steps}")
 
     def restore_own_sums(self) -> None:
-        """Take this process's row of the sums.
+        """Set `own_sums` to this process's row of `sums`.
 
         If the number of processes has changed, the first process takes the total and the others
         start from 0.
@@ -121,7 +123,7 @@ class Progress:
             self.own_sums = self.sums.sum(0) * (distributed.rank() == 0)
 
     def restore_buffers(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Copy this process's row of running statistics into `buffers`, those of the network.
+        """Copy this process's row of running statistics into `buffers`, the running statistics of the network.
 
         If the number of processes has changed, every process takes the mean of the rows.
         """
@@ -134,8 +136,8 @@ class Progress:
         distributed.fill(buffers, row)
 
     def add(self, results: Sequence[Sequence[float]]) -> None:
-        """Count steps with these results: mean loss, correct answers and images of each."""
-        for loss, correct, images in results:  # one by one, so that the sums do not depend on --report_freq
+        """Add the results of steps to `own_sums`: each step's mean loss, correct answers and images."""
+        for loss, correct, images in results:  # one by one, so that the rounding does not depend on --report_freq
             self.own_sums += torch.tensor([loss * images, correct, images], dtype=torch.float64)
 
     def gather(self, buffers: Sequence[torch.Tensor]) -> None:
@@ -144,7 +146,7 @@ class Progress:
         self.buffers = distributed.stack_over_ranks(buffers)
 
     def report(self) -> str:
-        """Return what this process has seen of the epoch so far, in words."""
+        """Return, as text, the mean loss and the accuracy of this process so far in the epoch."""
         loss, correct, images = self.own_sums.tolist()
         return f"loss {loss / images:.4f}, top-1 {100 * correct / images:.2f} %"
 
@@ -155,12 +157,12 @@ class Progress:
 
 
 class TrainingState:
-    """What changes from epoch to epoch, and so what a checkpoint holds.
+    """The state that changes from epoch to epoch. A checkpoint holds this state.
 
-    Subclasses name more attributes in `saved`. `progress` is the progress of the running epoch.
-    `partial` is the progress of an epoch that a signal interrupted in an earlier run of the
-    program, None otherwise. `trained` is the module that computes in training: the network, or a
-    DistributedDataParallel around it.
+    Subclasses list further attributes to save in `saved`. `progress` is the progress of the running
+    epoch. `partial` is the progress of an epoch that a signal interrupted in an earlier run of the
+    program, or None. `trained` is the module that is called in training: the network, or a
+    DistributedDataParallel around the network.
     """
 
     saved: tuple[str, ...] = ()
@@ -193,23 +195,25 @@ class TrainingState:
         self.generators_before = self.generator_states()
 
     def state_dict(self) -> dict:
-        """Return what a checkpoint between two epochs holds."""
+        """Return the content of a checkpoint between two epochs."""
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {name: getattr(self, name) for name in self.saved}
         return state | {"generators": self.generator_states()}
 
     def unfinished_state_dict(self) -> dict:
-        """Return what a checkpoint within an epoch holds.
+        """Return the content of a checkpoint within an epoch.
 
-        Training will continue after its last step. A measurement that was interrupted starts again.
+        A resumed run continues training after the last step of `progress`. A measurement that was
+        interrupted starts again. The generators have their states from the start of the epoch,
+        because a resumed epoch draws its random numbers again.
         """
         return self.state_dict() | {"generators": self.generators_before, "partial": self.progress.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Take over what `state_dict` returned.
+        """Load what `state_dict` returned.
 
-        The optimiser keeps its settings, which are those of the arguments. Raises ValueError, or
-        what a dict and torch raise, if `state` is not a state of this network and optimiser.
+        The optimiser keeps its current settings, which come from the command line. If `state` is
+        not a state of this network and optimiser, raises ValueError, or an error of dict or torch.
         """
         self.network.load_state_dict(state["network"])
         check_optimizer_state(self.optimizer, state["optimizer"]["state"])
@@ -225,11 +229,11 @@ class TrainingState:
 
 
 def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dict]) -> None:
-    """Compare a saved optimiser state with that of a fresh optimiser.
+    """Check that a saved state fits the optimiser, by comparing it with the state of a fresh optimiser.
 
-    `state` is {number of a parameter: {name: value}}. Parameters without a state are allowed: they
-    have not had a gradient yet. Raises ValueError for a state that this optimiser cannot have, and
-    what a dict raises for a parameter that does not exist.
+    `state` is {number of a parameter: {name: value}}. A parameter without a state is allowed: it
+    has not had a gradient yet. Raises ValueError for a state that this optimiser cannot have, and
+    KeyError for a parameter that does not exist.
     """
     expected = fresh_optimizer_state(optimizer)
     for i, values in state.items():
@@ -243,16 +247,16 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[int, dic
 
 
 def fresh_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[int, dict]:
-    """Return the state that an optimiser like this one has after one step.
+    """Return the state that an optimiser with the same settings and parameters has after one step.
 
-    Its tensors have shapes but no storage.
+    The tensors in the state have shapes but no storage.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     shapes = {id(p): nn.Parameter(torch.empty_like(p, device="meta")) for p in parameters}
-    twin = copy.deepcopy(optimizer, dict(shapes))  # the memo makes deepcopy take the shapes for the parameters
+    twin = copy.deepcopy(optimizer, dict(shapes))  # the memo makes deepcopy use the shapes as parameters
     twin.state.clear()
     for group in twin.param_groups:
-        group["fused"] = False  # no fused kernel takes tensors without storage
+        group["fused"] = False  # fused kernels do not take tensors without storage
     for shape in shapes.values():
         shape.grad = torch.empty_like(shape)
     twin.step()
@@ -274,16 +278,16 @@ def train_step(
 ) -> torch.Tensor:
     """Train on one batch of images x (B, 3, H, W) and classes y (B,).
 
-    Returns mean loss, correct answers and B as a tensor (3,). loss_of(x, y, *inputs) returns (loss,
-    logits). `amp` computes it in bfloat16 autocast. `grad_clip` is the largest gradient norm. The
-    result stays on the device, so that a step does not wait for it.
+    Returns a tensor (3,) with the mean loss, the number of correct answers, and B. The tensor stays
+    on the device, so that the step does not wait for the device. loss_of(x, y, *inputs) returns
+    (loss, logits), with `amp` in bfloat16 autocast. `grad_clip` is the largest gradient norm.
     """
     optimizer.zero_grad(set_to_none=True)
     with devices.autocast(x.device, amp):
         loss, logits = loss_of(x, y, *inputs)
     loss.backward()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    if not isinstance(network, DistributedDataParallel):  # which has averaged them during the backward pass
+    if not isinstance(network, DistributedDataParallel):  # DDP averages gradients in the backward pass
         distributed.average_over_ranks([p.grad for p in parameters])
     if grad_clip is not None:
         nn.utils.clip_grad_norm_(parameters, grad_clip)
@@ -300,15 +304,17 @@ def train_one_epoch(
 
     The steps that `state.progress` already counts are left out.
 
-    loss_of(x, y, *inputs_of(step)) returns (loss, logits) of a batch; `step` counts from 0 in each
+    loss_of(x, y, *inputs_of(step)) returns (loss, logits) of a batch. `step` counts from 0 in each
     epoch. With --cuda_graph on one GPU the step is recorded (see `devices.Recorded`), so `loss_of`
     must depend only on tensors.
 
-    Returns "train_loss", the mean loss, and "train_top1", in percent, over the epoch.
-    `state.progress` is up to date at the end, and when Interrupted is raised after a signal. Raises
-    UserError, in every process, naming `where` and the step if a loss is not finite. Losses are
-    read from the device only when a report is due, so this can come up to report_freq steps late.
-    Also raises it if weights or running statistics are not finite at the end.
+    Returns "train_loss", the mean loss of the epoch, and "train_top1", its accuracy in percent.
+    `state.progress` is up to date at the end, and when Interrupted is raised after a signal.
+
+    If a loss is not finite, raises UserError in every process. The error names `where` and the
+    step. Losses are read from the device only when a report is due, so the error can come up to
+    report_freq steps late. Also raises UserError if weights or running statistics are not finite at
+    the end.
     """
     settings = state.settings
     progress = state.progress
@@ -343,15 +349,15 @@ def train_one_epoch(
         if stop:
             break
     progress.gather(buffers)
-    # The last step's loss was computed before the step changed the weights, so it says nothing
-    # about them.
+    # The loss of the last step was computed before that step changed the weights. So a finite loss
+    # does not show that the final weights are finite.
     broken = torch.tensor(float(not is_finite(state.network)), device=device)
     if distributed.sum_over_ranks(broken).item():
         raise UserError(f"{where}, step {progress.steps}: the weights are no longer finite; {CHECKPOINT_IS_KEPT}")
     if stop:
         raise signals.Interrupted(f"{where}, step {progress.steps}/{len(loader)}")
-    # Each process has normalised its own share of the batches: continue, and measure, with the mean
-    # statistics.
+    # The running statistics of each process come from its own share of the batches. From here on,
+    # all processes use the mean of these statistics.
     distributed.fill(buffers, progress.buffers.mean(0))
     return progress.means()
 
@@ -359,7 +365,8 @@ def train_one_epoch(
 def check_losses(results: Sequence[Sequence[float]], steps_before: int, where: str) -> None:
     """Raise UserError if a loss among the `results` of the latest steps is not finite.
 
-    All processes stop at the loss of one, because the sum over the processes is not finite either.
+    If a loss is not finite in one process, the sum over all processes is not finite. So all
+    processes stop at the same step.
     """
     losses = torch.tensor([loss for loss, _, _ in results], dtype=torch.float64)
     for step, loss in enumerate(distributed.sum_over_ranks(losses).tolist(), start=steps_before + 1):
@@ -373,14 +380,14 @@ def running_statistics(network: nn.Module) -> list[torch.Tensor]:
 
 
 def is_finite(network: nn.Module) -> bool:
-    """Return whether all parameters and buffers are finite. Waits for the device once."""
+    """Return whether all parameters and buffers are finite. This call waits for the device once."""
     tensors = [*network.parameters(), *network.buffers()]
     values = [tensor.detach().flatten() for tensor in tensors if tensor.is_floating_point()]
     return torch.cat(values).isfinite().all().item()
 
 
 def plain_forward(network: nn.Module, x: torch.Tensor, alphas: torch.Tensor) -> torch.Tensor:
-    """Compute a supernet as the reference does: `fast_search.forward` without the speed."""
+    """Compute the logits of a supernet with the reference code. `fast_search.forward` is the fast alternative."""
     return network(x, alphas)
 
 
@@ -389,17 +396,28 @@ def plain_forward(network: nn.Module, x: torch.Tensor, alphas: torch.Tensor) -> 
 
 @torch.no_grad()
 def evaluate(
-    network: nn.Module, loader: Iterable, args: argparse.Namespace, *, log: Callable, where: str = "test"
+    network: nn.Module,
+    loader: Iterable,
+    args: argparse.Namespace,
+    *,
+    log: Callable,
+    where: str = "test",
+    confusion: torch.Tensor | None = None,
 ) -> dict[str, float]:
     """Evaluate a network of model.py or nas201/model.py on all images of `loader`.
 
-    Returns "loss", the mean, and "top1" and "top5", in percent; with fewer than five classes top-5
-    is always correct. `args` has amp and report_freq. Raises Interrupted between two batches after
-    a signal, and UserError, in every process, if the loss is not finite.
+    Returns "loss", the mean loss, and the accuracies "top1" and "top5" in percent. With fewer than
+    five classes, "top5" is always 100. The images are also counted in `confusion` (classes,
+    classes), int64 on the CPU, by true class (row) and predicted class (column). `args` has amp and
+    report_freq.
+
+    Raises Interrupted between two batches after a signal, and UserError, in every process, if the
+    loss is not finite.
     """
     network.eval()
     device = next(network.parameters()).device
-    sums = [torch.zeros(4, device=device)]  # of each batch: loss, correct answers, those among the best five, images
+    sums = [torch.zeros(4, device=device)]  # of each batch: loss, top-1 correct, top-5 correct, images
+    counts = None if confusion is None else torch.zeros_like(confusion, device=device)
     bar = distributed.progress(loader, where)
     for step, (x, y) in enumerate(bar):
         if signals.stop_requested(device, at_meeting_point=step % args.report_freq == 0):
@@ -412,10 +430,14 @@ def evaluate(
             logits = network(x)[0].float()  # (B, classes)
         best = logits.topk(min(5, logits.shape[1])).indices  # (B, 5), best first
         correct = best == y.view(-1, 1)
+        if counts is not None:
+            counts.view(-1).index_add_(0, y * len(counts) + best[:, 0], torch.ones_like(y))
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums.append(torch.stack([loss, correct[:, 0].sum(), correct.sum(), torch.full_like(loss, len(y))]))
     total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
     loss, top1, top5, images = distributed.sum_over_ranks(total).tolist()
     if not math.isfinite(loss):
         raise UserError(f"{where}: the loss is {loss}, so the accuracy means nothing; {TRAIN_AGAIN}")
+    if counts is not None:
+        confusion += distributed.sum_over_ranks(counts).cpu()
     return {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}

@@ -1,6 +1,6 @@
-"""The views of all search spaces, for drawings and reports of cells of either space.
+"""The views of both search spaces: how drawings and reports show their cells.
 
-No torch here.
+Importing this module does not import torch.
 """
 
 from typing import TYPE_CHECKING
@@ -22,7 +22,8 @@ COLOURS = {
 def decode(alphas: "torch.Tensor") -> "torch.Tensor":
     """Return `encoding.decode(alphas)`.
 
-    The module imports torch, which takes seconds, so only a report does it.
+    `encoding` imports torch, which takes seconds. So `encoding` is imported only when a report
+    needs it.
     """
     import encoding
 

@@ -26,7 +26,7 @@ class Target(NamedTuple):
     """A cell to draw."""
 
     cell: Cell
-    name: str  # the drawings' names begin with it; it can be empty
+    name: str  # the file names of the drawings begin with this name; can be empty
     folder: str  # where the drawings go
 
 

@@ -1,4 +1,7 @@
-"""What the benchmarks share: taking turns, describing the machine, ways to compute a supernet, tables."""
+"""Helpers of the benchmarks: timing, the machine's description, supernets and tables.
+
+A "way" is one of the ways to compute a supernet, see `Way`.
+"""
 
 import argparse
 import copy
@@ -26,7 +29,7 @@ POPULATION = 50  # individuals, as in the paper
 BATCH = 64  # images of a training step, as in the paper
 RECIPE = argparse.Namespace(learning_rate=0.025, momentum=0.9, weight_decay=3e-4)
 
-Seconds = dict[str, float]  # by way
+Seconds = dict[str, float]  # {name of a way: seconds}
 
 
 # ---- measuring
@@ -35,8 +38,8 @@ Seconds = dict[str, float]  # by way
 def alternate(functions: dict[str, Callable[[], object]], rounds: int, warmup: int, device: str) -> Seconds:
     """Call the functions in turn and return the median seconds of each, {name: seconds}.
 
-    Each is called `rounds` times, after `warmup` calls that do not count. Taking turns spreads a slow
-    spell of the machine over all functions.
+    Each function is called `rounds` times, after `warmup` calls that are not timed. If the machine
+    is slow for a while, taking turns spreads the delay over all functions.
     """
     seconds = {name: [] for name in functions}
     for turn in range(warmup + rounds):
@@ -51,15 +54,15 @@ def alternate(functions: dict[str, Callable[[], object]], rounds: int, warmup: i
 
 
 def synchronize(device: str | torch.device) -> None:
-    """Wait until a CUDA device has computed everything."""
+    """Wait until a CUDA device has finished all its work."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def recorded(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    """Return a step of a CUDA device as a CUDA graph."""
+    """Return a step that is recorded as a CUDA graph."""
     step = devices.Recorded(step)
-    for _ in range(3):
+    for _ in range(3):  # the third call records the graph
         step()
     return step
 
@@ -87,18 +90,21 @@ def print_ratios(ratios: dict[str, float]) -> None:
 
 
 def search_arguments(description: str, bn: str) -> argparse.ArgumentParser:
-    """Return the parser of the two searches' benchmarks; `bn` is the default for the statistics."""
+    """Return the parser for the benchmarks of both searches; `bn` is the default of --bn."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="any PyTorch device, such as cuda (default: cpu)")
-    parser.add_argument("--amp", action="store_true", help="compute all ways with bfloat16 autocast")
+    parser.add_argument("--amp", action="store_true", help="compute everything with bfloat16 autocast")
     parser.add_argument("--nchw", action="store_true", help="compute the fast path in NCHW, not in channels-last")
     parser.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="leave out the compiled way, which takes minutes"
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        help="do not measure the compiled fast path, because compiling takes minutes",
     )
     parser.add_argument(
         "--bn", choices=["batch", "running"], default=bn, help=f"BatchNorm statistics for fitness (default: {bn})"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="number of measurements of each way (default: 5)")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each computation is timed (default: 5)")
     parser.add_argument(
         "--full", action="store_true", help="measure fitness at batch 1,024 and estimate the time of a whole search"
     )
@@ -106,10 +112,11 @@ def search_arguments(description: str, bn: str) -> argparse.ArgumentParser:
 
 
 class Way:
-    """A way to compute a supernet, with a copy of the network.
+    """A way to compute a supernet, with its own copy of the network.
 
-    "plain" is the reference in NCHW, "channels-last" the reference in that layout, "fast" the fast
-    path, "compiled" and "checkpoint" the fast path with --compile or --checkpoint.
+    "plain" is the reference in NCHW, and "channels-last" is the reference in channels-last layout.
+    "fast" is the fast path. "compiled" and "checkpoint" are the fast path with --compile and with
+    --checkpoint.
     """
 
     def __init__(self, name: str, network: nn.Module, fast: ModuleType, args: argparse.Namespace):
@@ -128,7 +135,7 @@ class Way:
             self.make_evaluator = partial(fast.Evaluator, compile=compile)
 
     def training_step(self, x: Tensor, y: Tensor, alphas: Tensor, nesterov: bool = False) -> Callable[[], Tensor]:
-        """Return a function that makes one step of a search and returns the logits (B, num_classes)."""
+        """Return a function that computes a training step and returns the logits (B, classes)."""
         x = x.contiguous(memory_format=self.layout)
         optimizer = make_optimizer(self.network.parameters(), RECIPE, nesterov=nesterov)
 
@@ -145,7 +152,7 @@ class Way:
 
     @torch.no_grad()
     def evaluator(self, x: Tensor) -> object:
-        """Return an evaluator with the batch x, which has computed what all individuals share."""
+        """Return an evaluator for the batch x, after computing the part that individuals share."""
         device = torch.device(self.args.device)
         with batch_norm_mode(self.network, self.args.bn), devices.autocast(device, self.args.amp):
             evaluator = self.make_evaluator(self.network, self.args.bn)
@@ -161,7 +168,7 @@ class Way:
 
 
 def largest_difference(actual: Tensor, expected: Tensor) -> float:
-    """Return the largest difference, as a share of the largest expected value if that is more than 1."""
+    """Return the largest difference, divided by the largest expected value if that is above 1."""
     return ((actual - expected).abs().max() / expected.abs().max().clamp_min(1)).item()
 
 
@@ -174,11 +181,11 @@ def compare(
     alphas: Tensor,
     nesterov: bool = False,
 ) -> dict[str, Seconds]:
-    """Time all ways and print how far their results differ.
+    """Time all ways to compute a supernet, and print how far their results differ.
 
-    Returns the seconds of "train_step", a training step on the first BATCH images of x, and of
-    "fitness", the fitness of one individual on all of x. What the individuals of a population share
-    on a batch counts as one POPULATION-th of the fitness.
+    Returns the seconds of "train_step" and of "fitness". "train_step" is a training step on the
+    first BATCH images of x. "fitness" is the measurement of one individual on all of x. The time of
+    the computation that all individuals share is divided by POPULATION and added to "fitness".
     """
     print(f"{describe_machine(args.device)}\namp {args.amp}, {args.bn} statistics for fitness")
     ways = {name: Way(name, network, fast, args) for name in WAYS if args.compile or name != "compiled"}
@@ -207,26 +214,27 @@ def compare(
     for name in steps:
         if name not in ways:
             ratio = train_seconds[name] / train_seconds["fast"]
-            print(f"training step with {name}: {train_seconds[name]:.4f} s, {ratio:.2f} times that of fast")
+            print(f"training step with {name}: {train_seconds[name]:.4f} s, {ratio:.2f} times the time of fast")
 
     passes = {name: partial(way.measure, evaluators[name], individual) for name, way in ways.items()}
     one_individual = alternate(passes, args.rounds, 1, args.device)
     shared = alternate({name: partial(way.evaluator, x) for name, way in ways.items()}, 2, 1, args.device)
     text = ", ".join(f"{name} {shared[name]:.4f}" for name in ("fast", "compiled") if name in shared)
-    print(f"fitness, seconds for what all individuals share on a batch: {text}")
+    print(f"fitness, seconds for the computation that all individuals share on a batch: {text}")
     fitness_seconds = {name: one_individual[name] + shared[name] / POPULATION for name in ways}
     return {"train_step": train_seconds, "fitness": fitness_seconds}
 
 
 def fastest(seconds: Seconds) -> float:
-    """Return the seconds of the fastest way that a search can take."""
+    """Return the seconds of the fastest way that a search can use."""
     return min(seconds[name] for name in ("fast", "compiled", "--cuda_graph") if name in seconds)
 
 
 def print_table(lines: dict[str, tuple[str, dict[str, float]]]) -> dict[str, float]:
-    """Print a table of {name: (title, {way: number})} with the ratios plain / fast and plain / compiled.
+    """Print a table of `lines`, {name: (title, {way: number})}, with two ratios in each line.
 
-    Returns the ratios, {name: plain / fast, name_compiled: plain / compiled}.
+    The ratios are plain / fast and plain / compiled. The function returns {name: plain / fast,
+    name_compiled: plain / compiled}.
     """
     columns = "".join(f"{way:>14}" for way in WAYS)
     print(f"\n{'medians':58}{columns} {'plain / fast':>14} {'/ compiled':>11}")

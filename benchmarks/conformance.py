@@ -3,14 +3,19 @@
     python benchmarks/conformance.py                   # on the CPU: minutes
     python benchmarks/conformance.py --device cuda     # also as CUDA graphs
 
-A primitive is a convolution, a pool or a BatchNorm, in a form in which the programs call it: "plain" as
-in the readable networks, "fast" as in the fast paths of the searches, "gpu" as on a GPU (computed on
-the device at hand), "compiled" as with --compile, and "recorded" as with --cuda_graph. The sizes are
-the paper's and some smaller ones.
+A primitive is a convolution, a pool or a BatchNorm. The programs call primitives in these forms:
 
-For each primitive, form and dtype it prints the worst error: the norm of the errors of an output or a
-gradient, divided by what rounding explains (see support/kernel_check.py). Above 1 the kernel is wrong,
-and the exit code is 1.
+    plain       as in the reference networks
+    fast        as in the fast paths of the searches
+    gpu         as on a GPU, but computed on the chosen device
+    compiled    as with --compile
+    recorded    as with --cuda_graph
+
+The sizes are the paper's and some smaller ones.
+
+For each primitive, form and dtype, the script prints the worst error of an output or a gradient.
+The printed number is the norm of the errors, divided by the norm that rounding explains (see
+support/kernel_check.py). A kernel with a number above 1 is wrong, and the exit code is then 1.
 """
 
 import argparse
@@ -38,12 +43,12 @@ SIZES = [  # channels, and height and width in pixels
     *itertools.product((2, 3, 5), (8, 16, 28, 32, 64)),  # few channels
 ]
 BATCHES = (2, 5, 64)
-ELEMENTS = 2**20  # largest input: 64 images in the first cells of the supernet
+ELEMENTS = 2**20  # elements of the largest input: 64 images in the first cells of the supernet
 
 
 @dataclass(frozen=True)
 class Primitive:
-    """A function of images and weights in some form, with the results and gradients that it should have."""
+    """A function of images and weights in one form, with its expected results and gradients."""
 
     name: str
     form: str
@@ -54,7 +59,7 @@ class Primitive:
 
 
 def no_weights(C: int) -> list[tuple]:
-    """Return the shapes of the weights of a function without weights."""
+    """Return the weights' shapes of a function that has no weights: an empty list."""
     return []
 
 
@@ -68,7 +73,10 @@ def convolution(
     dilation: int = 1,
     groups: int | None = None,
 ) -> Primitive:
-    """Return the primitive of a convolution. `groups` None means that each channel has its own kernel."""
+    """Return the primitive of a convolution.
+
+    With `groups` None, each channel has its own kernel.
+    """
 
     def settings(weight: Tensor) -> tuple:
         pads = padding if isinstance(padding, tuple) else (padding, padding)
@@ -85,7 +93,7 @@ def convolution(
 
 
 def depthwise(k: int, stride: int, dilation: int) -> Iterator[Primitive]:
-    """Yield a depthwise convolution as the reference and as the fast path compute it."""
+    """Yield a depthwise convolution in the form of the reference and in that of the fast path."""
     name = f"depthwise {k}x{k}, stride {stride}, dilation {dilation}"
     padding = dilation * (k // 2)
 
@@ -203,8 +211,8 @@ def check(
 ) -> list[tuple[str, float, float]]:
     """Return the errors of a primitive as [(output, worst, overall)], see `kernel_check.Row`.
 
-    Images and weights are random, with values that `dtype` represents exactly. `form` is "compiled",
-    "recorded" or None for the primitive's own.
+    Images and weights are random, with values that `dtype` represents exactly. `form` is
+    "compiled" or "recorded"; None means the primitive's own form.
     """
     generator = torch.Generator().manual_seed(C * side + images)
 
@@ -237,7 +245,7 @@ def check(
 
 
 def recorded(function: Callable) -> tuple[Tensor, ...]:
-    """Return what the function returns, computed by a CUDA graph of its kernels."""
+    """Return the function's results, computed by a CUDA graph of its kernels."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):  # libraries must be loaded before recording begins
         for _ in range(2):
@@ -254,7 +262,8 @@ def recorded(function: Callable) -> tuple[Tensor, ...]:
 def sizes(full: bool, most: int = ELEMENTS) -> Iterator[tuple[int, int, int]]:
     """Yield the sizes (images, channels, height and width) to check.
 
-    With `full` they are all sizes of at most `most` elements, else a few at which errors are known.
+    With `full`, all sizes of at most `most` elements are checked. Otherwise only a few sizes are
+    checked, for which wrong kernels are known.
     """
     if not full:
         yield from ((5, 2, 32), (5, 3, 8), (2, 16, 32))
@@ -265,12 +274,12 @@ def sizes(full: bool, most: int = ELEMENTS) -> Iterator[tuple[int, int, int]]:
 
 
 def main() -> int:
-    """Check all primitives; return the exit code."""
+    """Check all primitives, print the results, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", help="any PyTorch device, such as cuda (default: cpu)")
     parser.add_argument("--few", action="store_true", help="check only the few sizes that `make test` checks")
     parser.add_argument(
-        "--compile", action="store_true", help="also check each primitive compiled, at one size; takes minutes"
+        "--compile", action="store_true", help="also check each compiled primitive at one size; takes minutes"
     )
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -287,7 +296,7 @@ def main() -> int:
         wrong += worst[0] > 1
         name = f"{primitive.name}, {form or primitive.form}, {str(dtype).removeprefix('torch.')}"
         print(f"{name:58} {worst[0]:8.3f}  {worst[1]} at {'x'.join(map(str, worst[2]))}", flush=True)
-    print(f"{wrong} of these are wrong; {time.perf_counter() - start:.0f} s")
+    print(f"{wrong} of these kernels are wrong; {time.perf_counter() - start:.0f} s")
     return 1 if wrong else 0
 
 

@@ -31,7 +31,7 @@ def main() -> None:
         action="store_true",
         help="time the ImageNet network (C 48, 14 cells, 224x224), not the CIFAR one (C 36, 20 cells, 32x32)",
     )
-    parser.add_argument("--rounds", type=int, default=50, help="number of measurements of each way (default: 50)")
+    parser.add_argument("--rounds", type=int, default=50, help="how often each runtime is timed (default: 50)")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.imagenet:
@@ -66,7 +66,7 @@ def main() -> None:
     seconds = alternate(ways, args.rounds, 5, "cpu")
     for name, value in seconds.items():
         error = relative_error(logits[name], logits["PyTorch"])
-        print(f"{name:24} {1000 * value:8.2f} ms, median; logits differ by {error:.0e} of the largest")
+        print(f"{name:24} {1000 * value:8.2f} ms, median; logits differ by {error:.0e} of PyTorch's largest logit")
     print_ratios(
         {f"PyTorch / {name}": seconds["PyTorch"] / value for name, value in seconds.items() if name != "PyTorch"}
     )

@@ -1,10 +1,13 @@
-"""Count the kernels that a forward pass launches on a GPU, and the bytes they read and write, without a GPU.
+"""Count kernel launches of forward passes on a GPU, and the bytes that the kernels read and write.
 
     python benchmarks/kernels.py
 
-PyTorch's FakeTensorMode knows devices and shapes and computes nothing; backward passes do not work in
-it. A launch is a dispatched aten call that neither makes a view nor allocates, and a `_foreach_` call
-counts as one. Each launch reads its arguments and writes its results once.
+The script needs no GPU. PyTorch's FakeTensorMode tracks devices and shapes, but computes nothing.
+Backward passes do not work in that mode.
+
+A launch is a dispatched aten call that neither makes a view nor only allocates memory. A
+`_foreach_` call counts as one launch. We count the bytes as if each launch read its arguments and
+wrote its results once.
 """
 
 import argparse
@@ -57,7 +60,10 @@ SPACES = {
 
 
 class Launches(TorchDispatchMode):
-    """Counts launches by name, and bytes. It fails if a tensor is not on the GPU or its value is read."""
+    """Counts kernel launches by name, and the bytes that they read and write.
+
+    Counting fails if a tensor is not on the GPU, or if a tensor's value is read.
+    """
 
     def __init__(self):
         super().__init__()
@@ -77,7 +83,7 @@ class Launches(TorchDispatchMode):
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Create tensors on a CUDA device that is not there."""
+    """Within this block, create tensors on a CUDA device that does not exist."""
     with (
         # Without a GPU, PyTorch would switch autocast off and refuse bfloat16.
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
@@ -89,7 +95,7 @@ def fake_gpu() -> Iterator[None]:
 
 
 def launches(function: Callable[[], object], amp: bool) -> Launches:
-    """Call the function on the fake GPU, with bfloat16 autocast if `amp`, and return the count."""
+    """Call a function on the fake GPU, with bfloat16 autocast if `amp`, and return its launches."""
     with devices.autocast(torch.device("cuda"), amp), Launches() as counted:
         function()
     return counted
@@ -98,7 +104,8 @@ def launches(function: Callable[[], object], amp: bool) -> Launches:
 def forward_passes(space: Space, way: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """Yield (title, function) of each forward pass, for the way "plain" or "fast".
 
-    These are training, what all individuals share in fitness, and the fitness of one individual.
+    The forward passes are training, the part of fitness that all individuals share, and the fitness
+    of one individual.
     """
     forward = space.fast.forward
     make_evaluator = space.fast.Evaluator
@@ -136,7 +143,7 @@ def main() -> None:
                 print(columns.format(name, way, dtype, title, count, f"{counted.bytes / 1e9:.2f}"), flush=True)
     ratios = {}
     for (name, dtype, title, way), plain_bytes in bytes_of.items():
-        if way == "plain" and plain_bytes:  # the plain path shares nothing
+        if way == "plain" and plain_bytes:  # the shared part of the plain path is empty and has 0 bytes
             ratios[f"{name} {dtype} {title}"] = plain_bytes / bytes_of[name, dtype, title, "fast"]
     print_ratios(ratios)
 

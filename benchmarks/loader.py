@@ -2,7 +2,7 @@
 
     python benchmarks/loader.py [--full] [--device cuda]
 
-Both crop, flip, normalise and cut out.
+The loader and the transforms both crop, flip and normalise the images, and apply cutout.
 """
 
 import argparse
@@ -36,7 +36,7 @@ def main() -> None:
         Images(pixels, torch.zeros(count, dtype=torch.int64), ["none"]), 64, augmentation, device, **settings
     )
 
-    # The other way: PIL images one by one, each with the transforms of the published recipe.
+    # For comparison: PIL images one by one, each with the transforms of the published recipe.
     photographs = [v2.functional.to_pil_image(image) for image in pixels]
 
     def cutout(image: Tensor) -> Tensor:

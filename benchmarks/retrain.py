@@ -1,6 +1,8 @@
-"""Time a retraining step of EvNAS-A: the network in NCHW and float32 against what train.py runs.
+"""Time a retraining step of EvNAS-A, as train.py computes it, against a plain step.
 
-python benchmarks/retrain.py [--device cuda --amp]
+    python benchmarks/retrain.py [--device cuda --amp]
+
+The plain step computes in NCHW and float32.
 """
 
 import argparse
@@ -25,12 +27,15 @@ from training import make_optimizer, train_step
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="number of measurements of each way (default: 3)")
-    parser.add_argument("--nchw", action="store_true", help="compute what train.py runs in NCHW, not in channels-last")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each step is timed (default: 3)")
+    parser.add_argument("--nchw", action="store_true", help="compute the steps of train.py in NCHW, not channels-last")
     devices.add_device_arguments(parser)
-    parser.add_argument("--amp", action="store_true", help="bfloat16 autocast, except for the network in NCHW")
+    parser.add_argument("--amp", action="store_true", help="use bfloat16 autocast, except in the plain step")
     parser.add_argument(
-        "--no-compile", dest="compile", action="store_false", help="leave out the compiled step, which takes minutes"
+        "--no-compile",
+        dest="compile",
+        action="store_false",
+        help="do not measure the compiled step, because compiling takes minutes",
     )
     args = parser.parse_args()
     device = devices.choose_device(args)

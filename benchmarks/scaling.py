@@ -1,9 +1,9 @@
-"""Count how the work and the traffic of a search divide among 1, 2 and 4 processes (gloo, CPU).
+"""Count the work and the traffic of each process when 1, 2 or 4 processes share a search.
 
     python benchmarks/scaling.py [--full]
 
-The shares of the work and the bytes sent are the same on any hardware. The times mean little if the
-processes share cores.
+The processes run on the CPU and communicate with gloo. Each process's share of the work and the
+bytes sent are the same on any hardware. The times mean little if the processes share cores.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from training import TrainingSettings, TrainingState, make_optimizer, train_one_
 
 
 class Counting(fast_search.Evaluator):
-    """An evaluator that counts the images that it has measured, each individual's separately."""
+    """An evaluator that counts measured images. An image counts once for each individual."""
 
     measured = 0
 
@@ -44,9 +44,10 @@ class Counting(fast_search.Evaluator):
 
 
 def generation(rank: int, world: int, address: str, args: argparse.Namespace, results: str) -> None:
-    """Compute one generation of a DARTS search as process `rank` of `world`.
+    """Compute one generation of a search in the DARTS space as process `rank` of `world`.
 
-    Writes what it did to results/RANK.pt. The processes meet at `address`.
+    Counts and times are written to RANK.pt in the folder `results`. `address` is the init_method of
+    the process group.
     """
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
     torch.set_num_threads(1)

@@ -3,9 +3,11 @@
     python benchmarks/search_s1.py                                  # about 10 minutes on 2 cores
     python benchmarks/search_s1.py --device cuda --amp --full
 
-Images are random, since only times, memory and equality are measured. With --full, fitness is measured
-at batch 1,024, the time of a generation and of the whole search is estimated from it, and the fitness
-in bfloat16 is compared with that in float32 on weights that were trained for 200 steps on digits.
+Images are random, because only times, memory and agreement of the results are measured.
+
+--full times fitness at batch 1,024, and estimates the time of a generation and of a whole search.
+--full also compares fitness in bfloat16 with fitness in float32. The weights are the same for both
+and are trained for 200 steps on handwritten digits.
 """
 
 import argparse
@@ -28,21 +30,21 @@ PUBLISHED_HOURS = 3.83 * 24  # on one GPU
 
 
 def new_network() -> Network:
-    """Return the paper's supernet, each time with the same weights."""
+    """Return the paper's supernet, with the same random weights in every call."""
     torch.manual_seed(18)
     return Network(16, 10, 8)
 
 
 def resident(field: str) -> float:
-    """Return the memory of this process in MB: VmRSS for what it has now, VmHWM for the peak."""
+    """Return this process's memory in MB. `field` is VmRSS for current or VmHWM for peak memory."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
 
 
 def added_memory(args: argparse.Namespace, batch: int) -> float:
-    """Return the MB that a training step or fitness adds at its peak.
+    """Return how much memory, in MB, a training step or fitness adds at its peak.
 
-    This process must have computed nothing before, because a peak is that of its whole life.
+    Call this function once in a new process: VmHWM is the peak over the whole life of a process.
     """
     task, name = args.memory_of
     way = Way(name, new_network(), fast_search, args)
@@ -55,7 +57,7 @@ def added_memory(args: argparse.Namespace, batch: int) -> float:
         else:
             way.measure(way.evaluator(x), alphas)
 
-    measure(x[:2])  # so that libraries are loaded and kernels compiled
+    measure(x[:2])  # loads libraries and compiles kernels, whose memory should not count
     if torch.device(args.device).type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -67,7 +69,7 @@ def added_memory(args: argparse.Namespace, batch: int) -> float:
 
 
 def memory(task: str, name: str) -> float:
-    """Measure `added_memory` of a way, for "training" or "fitness", in a process of its own."""
+    """Run `added_memory` in a new process, for the task "training" or "fitness" and one way."""
     command = [sys.executable, __file__, *sys.argv[1:], "--memory_of", task, name]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -76,9 +78,9 @@ def memory(task: str, name: str) -> float:
 
 
 def compare_precisions(args: argparse.Namespace, steps: int = 200, individuals: int = 100) -> None:
-    """Print how far the fitness of random individuals in bfloat16 is from that in float32.
+    """Print how far fitness in bfloat16 is from fitness in float32, for random individuals.
 
-    The weights are the same. They are trained on handwritten digits, enlarged to 32x32.
+    Both use the same weights. These weights are trained on handwritten digits, enlarged to 32x32.
     """
     from scipy.stats import kendalltau
 

@@ -3,13 +3,15 @@
     python benchmarks/search_s2.py [--table nb201_accuracy.csv.xz]  # under 5 minutes on 2 cores
     python benchmarks/search_s2.py --device cuda --amp --full
 
-Images are random, since only times and equality are measured.
+Images are random, because only times and agreement of the results are measured.
 
-`population` is the fitness of a whole population, bred for 10 generations with the defaults of the
-genetic algorithm on a stand-in fitness: every operation has a random value on every edge, and noise,
-new in each generation, imitates the changing weights. With --table a second population is bred on true
-accuracies. The plain path measures every individual, as the published code does. The fast path
-measures equal architectures once.
+The script also times the fitness of a whole population. The population is bred for 10 generations
+with the default settings of the genetic algorithm. The breeding uses a stand-in for fitness: each
+operation has a random value on each edge. Noise, drawn anew in each generation, imitates the
+changing weights. With --table, a second population is bred on true accuracies.
+
+The plain path measures every individual, as the published code does. The fast path measures equal
+architectures only once.
 """
 
 import argparse
@@ -41,9 +43,10 @@ from nas201.published import PUBLISHED_SECONDS
 
 
 def breed(generation: int, table_path: str | None) -> tuple[Tensor, list[int]]:
-    """Return a decoded population (50, 1, 6, 5), and the number of distinct individuals per generation.
+    """Return a generation's decoded population (50, 1, 6, 5) and counts of distinct individuals.
 
-    It is that of generation 1, 2, ... Fitness is the accuracy in the table, or a stand-in without one.
+    The counts are a list with one number for each generation from 1 to `generation`. Fitness is the
+    accuracy in the table, or a stand-in without a table.
     """
     generator = torch.Generator().manual_seed(18)
     table = benchmark.load(table_path) if table_path else None
@@ -67,13 +70,14 @@ def breed(generation: int, table_path: str | None) -> tuple[Tensor, list[int]]:
 def new_network() -> Network:
     """Return the paper's supernet, with the running statistics of one batch.
 
-    With those of a new network, 0 and 1, it would predict the same class for all images.
+    The running statistics of a new network are mean 0 and variance 1. A network with these
+    statistics would predict the same class for all images.
     """
     torch.manual_seed(18)
     network = Network(16, 5, 10)
     norms = [module for module in network.modules() if isinstance(module, torch.nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 1.0
+        norm.momentum = 1.0  # so that one batch replaces the running statistics
     with torch.no_grad():
         network(torch.randn(64, 3, 32, 32), torch.zeros(6, 5))
     for norm in norms:
@@ -82,7 +86,7 @@ def new_network() -> Network:
 
 
 def measure_population(args: argparse.Namespace, plain: Way, fast: Way, x: Tensor, population: Tensor) -> Seconds:
-    """Return the seconds of the fitness of a population on x, and print how far the two ways differ."""
+    """Time a population's fitness on x in both ways, and print how far the results differ."""
     found = unique(population.cpu())
     distinct = population[found.first].to(args.device)
     results = {}
@@ -98,7 +102,7 @@ def measure_population(args: argparse.Namespace, plain: Way, fast: Way, x: Tenso
     tied = two_best[..., 0] - two_best[..., 1] < 1e-4
     other = (results["fast"].argmax(-1) != results["plain"].argmax(-1)) & ~tied
     apart = largest_difference(results["fast"], results["plain"])
-    print(f"the population's logits differ by {apart:.1e}, {other.sum()} predictions beyond ties")
+    print(f"the population's logits differ by {apart:.1e}; {other.sum()} predictions differ beyond ties")
     return seconds
 
 
@@ -110,9 +114,9 @@ def main() -> None:
         default=64,
         help="images on which the population is measured (default: 64; 1,024 with --full)",
     )
-    parser.add_argument("--generation", type=int, default=10, help="generation of the population (default: 10)")
+    parser.add_argument("--generation", type=int, default=10, help="generation that is measured (default: 10)")
     parser.add_argument(
-        "--table", help="file of a NAS-Bench-201 table; also breed a population on its CIFAR-10 test accuracies"
+        "--table", help="NAS-Bench-201 table; also measure a population bred on its CIFAR-10 test accuracies"
     )
     args = parser.parse_args()
     batch = 1024 if args.full else 256

@@ -4,10 +4,10 @@ SRC is a compact table (.csv or .csv.xz), a NATS-Bench directory (NATS-tss-v1_0-
 the official NAS-Bench-201-v1_1-096897.pth.
 
 Accuracies are top-1 in percent after 200 epochs of training, averaged over the seeds that an
-architecture was trained with. Figures of other training lengths are never used in their place.
+architecture was trained with. Accuracies after other numbers of epochs are never used instead.
 """
 
-# Reading a source executes nothing that it contains. Only the .pth needs torch.
+# Reading a source executes nothing that the source contains. Only the .pth format needs torch.
 
 from support.cli import Parser, command
 
@@ -46,11 +46,12 @@ class Benchmark:
     """The true accuracies of all architectures, as `load` returns them.
 
     archs: the arch strings in the benchmark's order.
-    table: accuracies (15625, 6), float64 in percent, in the order of COLUMNS, NaN where there is
-        no figure. None for a source whose records are read one by one.
-    read: reads the record of an index and returns its accuracies (6,), if there is no table.
+    table: accuracies (15625, 6), float64 in percent, with columns in the order of COLUMNS, and NaN
+        for an unknown accuracy. The table is None if the source's records are read one by one.
+    read: a function that reads the record of an index and returns the accuracies (6,). `read` is
+        used if there is no table.
     absent: the columns that the source does not have.
-    missing: the indices that have no record.
+    missing: the indices without a record.
     """
 
     def __init__(
@@ -82,13 +83,13 @@ class Benchmark:
     def index(self, arch_string: str) -> int:
         """Return the index of an arch string.
 
-        Raises UserError, which says what is wrong with the arch string.
+        Raises UserError if the arch string is not valid, and says what is wrong with it.
         """
         from_arch_string(arch_string)
         return self._index[arch_string]
 
     def accuracies(self, index: int) -> np.ndarray:
-        """Return the accuracies (6,) in the order of COLUMNS, NaN where there is no figure.
+        """Return the accuracies (6,) in the order of COLUMNS, with NaN for an unknown accuracy.
 
         Raises UserError for an index that does not exist and for a damaged record.
         """
@@ -96,25 +97,26 @@ class Benchmark:
         return self._read(index) if self.table is None else self.table[index]
 
     def accuracy(self, index: int, dataset: str, split: str) -> float | None:
-        """Return an accuracy in percent, or None if the source does not have it.
+        """Return an accuracy in percent, or None if the source does not have this accuracy.
 
         Raises UserError for a data set not in DATASETS, a split not in SPLITS, an index that does
         not exist and a damaged record.
         """
         if (dataset, split) not in METRICS:
-            raise UserError(f"no figures for {dataset} {split}; there are {', '.join(DATASETS)}, each valid and test")
+            known = ", ".join(DATASETS)
+            raise UserError(f"no accuracies of {dataset} {split}; choose one of {known}, and valid or test")
         value = float(self.accuracies(index)[list(METRICS).index((dataset, split))])
         return None if math.isnan(value) else value
 
     def full_table(self) -> np.ndarray:
-        """Return the accuracies (15625, 6) of all architectures, reading them if necessary.
+        """Return the accuracies (15625, 6) of all architectures, after reading all records if needed.
 
         Raises UserError if a record is missing or damaged.
         """
         if self.missing:
             raise UserError(
-                f"{self.path}: incomplete, {len(self.missing)} of {len(self)} architectures have no record; the first "
-                f"is index {self.missing[0]}"
+                f"{self.path}: incomplete, {len(self.missing)} of {len(self)} architectures have no record; "
+                f"the first missing index is {self.missing[0]}"
             )
         if self.table is None:
             from tqdm import tqdm  # 15,625 files take minutes
@@ -130,8 +132,8 @@ class Benchmark:
 def load(path: str | os.PathLike) -> Benchmark:
     """Open a source: a compact table, a NATS-Bench directory or the official .pth.
 
-    The .pth is reported to need 28 GB of memory while it loads, so export it once. Raises
-    UserError, which names the file and, if there is one, the line or index at fault.
+    Loading the .pth is reported to need 28 GB of memory, so export it once to a compact table.
+    Raises UserError, which names the file and, if possible, the line or index at fault.
     """
     path = os.fspath(path)
     if os.path.isdir(path):
@@ -146,10 +148,10 @@ def load(path: str | os.PathLike) -> Benchmark:
 
 
 def checked(path: str, raw: RawTable) -> Benchmark:
-    """Return the Benchmark of a table that a reader returned.
+    """Check a table that a reader returned, and return it as a Benchmark. Raises UserError.
 
-    Every source goes through this check: all architectures, each under one index, and figures from
-    0 to 100. Raises UserError.
+    Every source goes through this check. A table must have all architectures, one index for each
+    architecture, and accuracies from 0 to 100.
     """
     check_header(path, raw.header)
     archs = [None] * NUM_ARCHS
@@ -174,8 +176,7 @@ def checked(path: str, raw: RawTable) -> Benchmark:
     if None in archs:
         first = archs.index(None)
         raise UserError(
-            f"{path}: {len(index_of_arch)} architectures instead of {NUM_ARCHS}; the first that is missing is index "
-            f"{first}"
+            f"{path}: {len(index_of_arch)} architectures instead of {NUM_ARCHS}; the first missing index is {first}"
         )
     absent = [name for name in COLUMNS if name not in raw.header]
     without_figures = np.isnan(table).all(axis=1)
@@ -183,7 +184,7 @@ def checked(path: str, raw: RawTable) -> Benchmark:
 
 
 def check_header(path: str, header: list[str]) -> None:
-    """Raise UserError if a table lacks index, arch or all figures, or repeats a column."""
+    """Raise UserError if a table repeats a column, or lacks index, arch or all accuracies."""
     for name in ("index", "arch"):
         if name not in header:
             raise UserError(f"{path}: no column {name}; a table has index, arch and some of {', '.join(COLUMNS)}")
@@ -202,7 +203,7 @@ def checked_index(value: object, where: str) -> int:
 
 
 def load_directory(folder: str) -> Benchmark:
-    """Open a NATS-Bench directory, in which each architecture has a file, read when needed."""
+    """Open a NATS-Bench directory, whose one file per architecture is only read when needed."""
 
     def unpickle(name: str) -> object:
         path = os.path.join(folder, name)
@@ -234,7 +235,7 @@ def save(source: Benchmark, path: str | os.PathLike) -> None:
     path = os.fspath(path)
     if not path.endswith((".csv", ".csv.xz")):
         raise UserError(f"{path}: a table is written as .csv or .csv.xz")
-    with atomic_write(path) as file:  # opened first, because reading a source can take an hour
+    with atomic_write(path) as file:  # fails at once if `path` is not writable; reading a source can take an hour
         columns = {"index": range(len(source)), "arch": source.archs}
         for name, values in zip(COLUMNS, source.full_table().T, strict=True):
             if name not in source.absent:
@@ -246,32 +247,33 @@ def save(source: Benchmark, path: str | os.PathLike) -> None:
         file.write(lzma.compress(data) if path.endswith(".xz") else data)
 
 
-# ---- what chance reaches
+# ---- comparison with random architectures
 
 
 def best_of(values: np.ndarray, n: int) -> float:
-    """Return the exact expectation of the largest of `n` distinct random values (N,).
+    """Return the exact expectation of the largest of `n` draws from `values` (N,), all different.
 
-    Sort the values. All n draws are among the i smallest with probability i/N * (i-1)/(N-1) * ..
-    (n factors). The largest draw is the i-th value with the difference of that probability between
-    i and i - 1.
+    Let p(i) be the probability that all n draws are among the i smallest values. p(i) is the
+    product i/N * (i-1)/(N-1) * .. of n factors. The largest draw is the i-th smallest value with
+    probability p(i) - p(i-1).
     """
     places = np.arange(1, len(values) + 1)[:, None]  # i, (N, 1)
-    drawn = np.arange(n)  # values drawn before, (n,)
+    drawn = np.arange(n)  # number of values drawn before, (n,)
     factors = np.clip((places - drawn) / (len(values) - drawn), 0, None)  # (N, n); 0 where n exceeds i
-    at_most = np.prod(factors, axis=1)  # (N,)
+    at_most = np.prod(factors, axis=1)  # p, (N,)
     return float(np.sort(values) @ np.diff(at_most, prepend=0))
 
 
 def baselines(source: Benchmark, index: int | None = None) -> dict[str, dict[str, float]]:
     """Return {column without "_200": figures to compare a result with} for each complete column.
 
-    The figures are accuracies in percent after 200 epochs:
-    mean, median, std, best: of the whole space, so mean is what a random architecture has.
-    best_of_10, best_of_50: see `best_of`.
-    most_parameters: of MOST_PARAMETERS; most_parameters_beaten_by counts better architectures.
-    accuracy, beaten_by: of the architecture with this index, if one is given, and the number of
-        better architectures.
+    The figures are accuracies in percent after 200 epochs, and numbers of architectures:
+    mean, median, std, best: over the whole space. A random architecture has `mean` on average.
+    best_of_10, best_of_50: the expected best of 10 or 50 random architectures, see `best_of`.
+    most_parameters: the accuracy of the architecture MOST_PARAMETERS.
+    most_parameters_beaten_by: the number of architectures better than MOST_PARAMETERS.
+    accuracy: the accuracy of the architecture `index`, if given.
+    beaten_by: the number of architectures better than the architecture `index`, if given.
     Raises UserError if a record is missing or damaged.
     """
     figures = {}
@@ -295,10 +297,7 @@ def baselines(source: Benchmark, index: int | None = None) -> dict[str, dict[str
 
 
 def index_of(source: Benchmark, text: str) -> int:
-    """Return the index that the command line names by an arch string or a number.
-
-    Raises UserError.
-    """
+    """Return the index for an arch string or a number on the command line. Raises UserError."""
     index = int(text) if re.fullmatch(r"-?\d{1,9}", text) else source.index(text)
     source.arch(index)
     return index
@@ -328,7 +327,10 @@ def print_best(source: Benchmark) -> None:
 
 
 def print_baselines(source: Benchmark, text: str | None = None) -> None:
-    """Print `baselines` as a table, with EvNAS's published figures and those of an architecture."""
+    """Print the table of `baselines`, with EvNAS's published accuracies.
+
+    `text` names an architecture that the table also shows.
+    """
     index = None if text is None else index_of(source, text)
     heads = {
         "mean": "mean",
@@ -352,17 +354,17 @@ def print_baselines(source: Benchmark, text: str | None = None) -> None:
             value = published[name] if key == "published" else figures[key]
             line += f" {value:9.{0 if key == 'beaten_by' else 2}f}"
         print(line)
-    print("mean, median, std: of all architectures, so what a random one has")
+    print("mean, median, std: over all architectures; mean is the average of a random architecture")
     print("of 10, of 50: the expected best of 10 or 50 random architectures")
-    print("largest: six 3x3 convolutions, the architecture with the most parameters")
+    print("largest: the architecture with the most parameters, six 3x3 convolutions")
     print(f"best: the best of all {len(source):,} architectures")
     print("EvNAS: the published search")
     if index is not None:
-        print("ARCH, beaten by: the architecture you named, and how many architectures are better")
+        print("ARCH, beaten by: the architecture you named, and the number of better architectures")
 
 
-def make_parser() -> Parser:
-    """Return the parser with its four commands."""
+def make_parser(argv: Sequence[str]) -> Parser:
+    """Return the parser with its commands. `argv` is the command line that it will parse."""
     parser = Parser(prog="python -m nas201.benchmark", description=__doc__)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
 
@@ -375,17 +377,23 @@ def make_parser() -> Parser:
     arch = "an arch string in quotes, or an index from 0 to 15624"
     export = add("export", "write a source as a compact table, which loads in a second")
     export.add_argument("destination", metavar="DST", help="table to write, .csv or .csv.xz")
-    query = add("query", "show the accuracies of an architecture and its ranks")
+    query = add("query", "show an architecture's accuracies and ranks")
     query.add_argument("arch", metavar="ARCH", help=f"architecture to look up: {arch}")
     add("best", "show the best architecture of each data set")
-    compare = add("baselines", "show what random architectures and the largest one reach")
-    compare.add_argument("arch", metavar="ARCH", nargs="?", help=f"architecture to show next to them: {arch}")
+    compare = add("baselines", "show the accuracies of random architectures and of the largest architecture")
+    compare.add_argument("arch", metavar="ARCH", nargs="?", help=f"another architecture to show: {arch}")
+    simulation = add("simulate", "simulate searches: how good are winners if fitness ranks architectures this well")
+    if "simulate" in argv:
+        from nas201 import simulate  # needs torch, which the other commands do without
+
+        simulate.add_flags(simulation)
     return parser
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    args = make_parser(argv).parse_args(argv)
     source = load(args.source)
     if args.command == "export":
         save(source, args.destination)
@@ -394,6 +402,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_architecture(source, args.arch)
     elif args.command == "best":
         print_best(source)
+    elif args.command == "simulate":
+        from nas201 import simulate
+
+        simulate.run(source, baselines(source), args)
     else:
         print_baselines(source, args.arch)
     if source.absent:

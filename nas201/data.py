@@ -1,7 +1,7 @@
-"""Which images a search on NAS-Bench-201 trains on and which it validates on.
+"""Choose the training images and the validation images of a search on NAS-Bench-201.
 
-CIFAR-100 and ImageNet16-120 have no validation split of their own: the benchmark validates on half
-of the images that others test on, and so does a search here.
+CIFAR-100 and ImageNet16-120 have no validation split of their own. For these data sets, the
+benchmark validates on half of the test images, and so does a search here.
 """
 
 import argparse
@@ -20,16 +20,18 @@ from datasets import DATASETS, SearchData
 from support import seeds
 from support.files import UserError, read_json
 
-FIXED = [name for name, dataset in DATASETS.items() if dataset.nas201_split]  # data sets of the benchmark
+FIXED = [name for name, dataset in DATASETS.items() if dataset.nas201_split]  # data sets that the benchmark splits
 
 
 def search_splits(args: argparse.Namespace) -> SearchData:
     """Read and divide the images for a search on args.dataset. Raises UserError.
 
-    cifar10, folder and digits: the training images are divided into two halves. cifar100 and
-    ImageNet16-120: all training images train, and a part of the test images validates.
-    `args.split` is "fixed" (the benchmark's own split) or "seeded"; None is replaced by the default.
-    `args.split_file` names an index file to use instead.
+    For cifar10, folder and digits, the training images are split into two halves, for training and
+    for validation. For cifar100 and ImageNet16-120, all training images are for training, and a
+    part of the test images is for validation.
+
+    `args.split` is "fixed" (the benchmark's own split) or "seeded". If `args.split` is None, it is
+    set to the data set's default. `args.split_file` names an index file to use instead.
     """
     if args.split_file and args.split:
         raise UserError("--split_file and --split both say how to divide the images: leave one out")
@@ -51,6 +53,8 @@ def search_splits(args: argparse.Namespace) -> SearchData:
             first, second = read_split(args.split_file, rule.keys, len(divided))
         else:
             first, second = fixed_split(args.dataset)
+        # Of CIFAR-10's training images, the first list trains and the second validates. Of the test
+        # images of the other data sets, the first list validates and the second is not used.
         valid = divided.subset(second if test is None else first)
         train = train.subset(first) if test is None else train
     elif test is not None:
@@ -64,10 +68,10 @@ def search_splits(args: argparse.Namespace) -> SearchData:
 
 
 def fixed_split(dataset: str) -> list[torch.Tensor]:
-    """Return the benchmark's own split: two index tensors, int64, in file order, as `read_split` does.
+    """Return the benchmark's own split as two index tensors (int64), as `read_split` does.
 
-    splits.npz has one bit per image, 1 for the first list. It was made from the index files of
-    AutoDL-Projects (MIT licence).
+    splits.npz has one bit per image, in the data set's order: 1 for the first list, 0 for the
+    second. The bits come from the index files of AutoDL-Projects (MIT licence).
     """
     with np.load(Path(__file__).with_name("splits.npz")) as file:
         bits = torch.from_numpy(np.unpackbits(file[dataset]))
@@ -75,10 +79,11 @@ def fixed_split(dataset: str) -> list[torch.Tensor]:
 
 
 def read_split(path: str | os.PathLike, keys: tuple[str, str], count: int) -> list[torch.Tensor]:
-    """Read a split file of the benchmark and return two index tensors, int64.
+    """Read a split file of the benchmark and return two index tensors (int64).
 
-    The file is JSON, {"train": ["int", ["0", "5", ..]], "valid": ["int", [..]]}, with the names in
-    `keys`. Raises UserError unless its indices are distinct whole numbers from 0 to `count` - 1.
+    The file is JSON such as {"train": ["int", ["0", "5", ..]], "valid": ["int", [..]]}, with the
+    two names in `keys`. Raises UserError unless the indices are distinct whole numbers from 0 to
+    `count` - 1.
     """
     content = read_json(path)
     lists = [read_indices(content, key, path, count) for key in keys]

@@ -1,7 +1,7 @@
 """Architecture parameters (alphas) of the NAS-Bench-201 search space.
 
-Alphas are (..., G, E, O) = (..., 1, 6, 5): one kind of cell, six edges, five operations. Leading
-dimensions are free, so that a function takes one individual or a whole population.
+Alphas have the shape (..., G, E, O) = (..., 1, 6, 5): one kind of cell, six edges, five operations.
+Leading dimensions are free, so functions accept one individual or a whole population.
 """
 
 import torch
@@ -20,10 +20,10 @@ def random_alphas(P: int, generator: torch.Generator | None = None) -> Tensor:
 def decode(alphas: Tensor) -> Tensor:
     """Return the one-hot form of raw alphas (..., 6, 5): 1 at each edge's largest value.
 
-    Unlike in the DARTS space, `none` can be chosen. Among equal values the lowest index wins.
-    Decoding twice changes nothing more.
+    Unlike in the DARTS space, the operation `none` can be chosen. Among equal values the lowest
+    index wins. Decoding decoded alphas changes nothing.
     """
-    best = alphas.argmax(dim=-1)  # argmax returns the lowest index among equals, which max does not promise
+    best = alphas.argmax(dim=-1)  # unlike max, argmax promises the lowest index among equal values
     return F.one_hot(best, len(PRIMITIVES)).to(alphas.dtype)
 
 

@@ -1,17 +1,22 @@
-"""The supernet of `nas201.model_search` computed several times faster, on the same modules and parameters.
+"""A several times faster computation of the supernet in `nas201.model_search`.
 
-`forward` trains the supernet, and an `Evaluator` measures many individuals on one batch. Tests hold
-both equal to the reference. What makes them fast:
+This module uses the reference's nn.Modules and parameters. `forward` computes the training pass of
+the supernet, and an `Evaluator` measures many individuals on one batch. Tests check that `forward`
+and `Evaluator` match the reference. Three things make the computation fast:
 
-- The layout is channels-last throughout. ReLU and the average pool run once per node instead of once
-  per edge. `none` is left out.
-- With batch statistics, the convolutions of the same kind out of a node are one convolution with
-  concatenated output channels and one BatchNorm, whose scale has the mixing weights.
-- With running statistics BatchNorm is linear. So a node is one 3x3 convolution of the concatenated
-  earlier nodes, plus their `skip_connect` and `avg_pool_3x3`. Its kernel has both convolutions of
-  every edge, their BatchNorms and the mixing weights folded into it.
+- Layout and shared work. All tensors are channels-last. ReLU and the average pool run once per node
+  instead of once per edge. The operation `none` is skipped.
+- With batch statistics, joined convolutions. All edges out of a node read the same input. So their
+  1x1 convolutions become one convolution with concatenated output channels, and so do their 3x3
+  convolutions. One BatchNorm follows each joined convolution, and its scale includes the mixing
+  weights.
+- With running statistics, folded convolutions. BatchNorm with running statistics is an affine map.
+  So a node is one 3x3 convolution of the concatenated earlier nodes, plus the `skip_connect` and
+  `avg_pool_3x3` of these nodes. The kernel of this convolution combines both convolutions of every
+  edge, their BatchNorms and the mixing weights.
 
-A cell is a function of tensors, not of modules, so that equal cells share one compiled graph.
+A cell is computed by a function of tensors, not of modules. So cells of the same shape share one
+compiled graph.
 
 Shapes: B images, C channels of a cell, E = 6 edges, O = 5 operations of an edge. Node 0 is a cell's
 input. "target<-source" is the edge from node `source` to the later node `target`.
@@ -34,18 +39,22 @@ SKIP = PRIMITIVES.index("skip_connect")
 CONV1 = PRIMITIVES.index("nor_conv_1x1")
 CONV3 = PRIMITIVES.index("nor_conv_3x3")
 POOL = PRIMITIVES.index("avg_pool_3x3")
-CONVS = (CONV1, CONV3)  # neighbours in the alphas, which `mix` relies on
-# With running statistics a CPU takes this many images per thread at a time, so that their activations
-# stay in its cache. A compiled cell keeps fewer activations, so it takes more images.
+CONVS = (CONV1, CONV3)  # adjacent indices of the alphas' last axis; `mix` relies on that
+# With running statistics, a CPU processes this many images per thread at a time, so that their
+# activations stay in the cache. A compiled cell keeps fewer activations, so it takes more images.
 IMAGES_PER_THREAD = 16
 COMPILED_IMAGES_PER_THREAD = 64
 
 Moments = tuple[Tensor, Tensor]  # (mean, inverse standard deviation) of a batch
-ApplyNorm = Callable[[nn.BatchNorm2d, Tensor], Tensor]  # stands for calling the module
+ApplyNorm = Callable[[nn.BatchNorm2d, Tensor], Tensor]  # replaces the call of the BatchNorm module
 
 
 def row(target: int, source: int) -> int:
-    """Return the number of the edge target<-source: its row in the alphas."""
+    """Return the number of the edge target<-source: its row in the alphas.
+
+    Edges are sorted by target and then by source. Target t has t incoming edges, so the edges of
+    earlier targets are 1 + 2 + ... + (t - 1) = t (t - 1) / 2.
+    """
     return target * (target - 1) // 2 + source
 
 
@@ -58,14 +67,14 @@ def mixing_weights(alphas: Tensor) -> Tensor:
 
 
 class CellKernels(NamedTuple):
-    """The convolutions of a cell, joined over the edges out of a node, and the BatchNorms after them.
+    """The convolutions of a cell, joined over all edges out of a node, and their BatchNorms.
 
-    Both lists are by source node and then by operation, in the order of CONVS. `mixed_cell` returns
-    its statistics in the same order.
+    Both lists are indexed by source node and then by operation, in the order of CONVS. `mixed_cell`
+    returns batch statistics in the same order.
     """
 
-    kernels: list[list[Tensor]]  # (targets * C, C, k, k)
-    norms: list[list[list[nn.BatchNorm2d]]]  # of each target
+    kernels: list[list[Tensor]]  # each (targets * C, C, k, k)
+    norms: list[list[list[nn.BatchNorm2d]]]  # the third index is the target node
 
 
 def outgoing_kernels(cell: Cell) -> CellKernels:
@@ -89,7 +98,7 @@ def mixed_cell(
 ) -> tuple[Tensor, list[list[Moments]]]:
     """Compute a cell with batch statistics, for x (B, C, H, W) and the mixing weights (E, O).
 
-    `kernels` are those of CellKernels. Returns the output (B, C, H, W) and the batch statistics by
+    `kernels` comes from CellKernels. Returns the output (B, C, H, W), and the batch statistics by
     source node and operation.
     """
     C = x.shape[1]
@@ -124,8 +133,8 @@ def mixed_cell(
 def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = False, checkpoint: bool = False) -> Tensor:
     """Compute `network(x, alphas)` in train mode: logits (B, num_classes), with gradients.
 
-    Running statistics move as in the reference. `compile` compiles the cells, and `checkpoint`
-    computes them again in the backward pass instead of keeping their activations.
+    Running statistics are updated as in the reference. `compile` compiles the cells. `checkpoint`
+    recomputes the cells in the backward pass instead of keeping their activations.
     """
     cell_of = region_function(mixed_cell, compile, checkpoint)
     weights = mixing_weights(alphas)
@@ -153,21 +162,29 @@ def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = Fals
 
 
 class Folded(NamedTuple):
-    """The convolutions of node k in several equal cells, each with its BatchNorm, before mixing."""
+    """The convolutions into node k, with folded BatchNorms, for several cells of the same shape.
 
-    kernels: Tensor  # (cells, 2, C, k, C, 3, 3): by operation of CONVS, output channel, source node
+    The mixing weights are not applied yet.
+    """
+
+    # Axes: cell, operation of CONVS, output channel, source node, and (kernels only) input channel,
+    # kernel height, kernel width.
+    kernels: Tensor  # (cells, 2, C, k, C, 3, 3)
     biases: Tensor  # (cells, 2, C, k)
 
 
 class FoldedCell(NamedTuple):
-    """A cell with mixed weights: one convolution for each node k = 1, 2, ..."""
+    """A cell with the mixing weights applied: one convolution for each node k = 1, 2, ..."""
 
-    kernels: tuple[Tensor, ...]  # of node k: (C, k * C, 3, 3)
-    biases: tuple[Tensor, ...]  # (C,)
+    kernels: tuple[Tensor, ...]  # that of node k is (C, k * C, 3, 3)
+    biases: tuple[Tensor, ...]  # each (C,)
 
 
 def fold(cells: list[Cell]) -> list[Folded]:
-    """Fold the BatchNorms of equal cells into their convolutions, for each node but the first."""
+    """Fold BatchNorms into convolutions, for each node but the first.
+
+    The cells must have the same shape.
+    """
     nodes = []
     for target in range(1, cells[0].max_nodes):
         kernels = []
@@ -187,9 +204,9 @@ def fold(cells: list[Cell]) -> list[Folded]:
 
 
 def fold_conv(module: ReLUConvBN) -> tuple[Tensor, Tensor]:
-    """Return the kernel (C, C, 3, 3) and bias (C,) of a convolution with its BatchNorm.
+    """Return the kernel (C, C, 3, 3) and bias (C,) of a convolution with its BatchNorm folded in.
 
-    A 1x1 kernel becomes the centre of a 3x3 kernel.
+    A 1x1 kernel is padded with zeros to a 3x3 kernel.
     """
     _, conv, norm = module.op
     scale = torch.rsqrt(norm.running_var + norm.eps)
@@ -199,10 +216,11 @@ def fold_conv(module: ReLUConvBN) -> tuple[Tensor, Tensor]:
 
 
 def mix(nodes: list[Folded], weights: Tensor) -> list[FoldedCell]:
-    """Apply the mixing weights (E, O) to the cells that were given to `fold`."""
+    """Apply the mixing weights (E, O) to the convolutions that `fold` returned."""
     kernels_of_nodes = []
     biases_of_nodes = []
     for k, (kernels, biases) in enumerate(nodes, start=1):
+        # The edges into node k are adjacent rows of the weights, and CONVS are adjacent columns.
         # fmt: off
         w = weights[row(k, 0) : row(k + 1, 0), CONV1 : CONV3 + 1].t()  # (2, k)
         mixed = (kernels * w.view(1, 2, 1, k, 1, 1, 1)).sum(1)         # (cells, C, k, C, 3, 3)
@@ -218,7 +236,7 @@ def mix(nodes: list[Folded], weights: Tensor) -> list[FoldedCell]:
 def folded_cell(x: Tensor, weights: Tensor, kernels: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor:
     """Compute a cell as one convolution per node, for x (B, C, H, W) and the mixing weights (E, O).
 
-    The kernels and biases are those of FoldedCell.
+    `kernels` and `biases` come from FoldedCell.
     """
     nodes = [x]
     active = []  # ReLU of each node
@@ -235,10 +253,11 @@ def folded_cell(x: Tensor, weights: Tensor, kernels: tuple[Tensor, ...], biases:
 
 
 class Evaluator:
-    """Measures individuals without gradients, with the statistics `bn`: "batch" or "running".
+    """Computes the logits of individuals without gradients.
 
-    It moves no running statistics. It prepares what depends on the network's weights, so make a new
-    one after the weights have changed.
+    `bn` chooses the BatchNorm statistics, "batch" or "running". Running statistics are not changed.
+    An evaluator keeps tensors that it has made from the network's weights, so make a new evaluator
+    after the weights have changed.
     """
 
     @torch.no_grad()
@@ -250,11 +269,11 @@ class Evaluator:
         self.kernels = [kernels for kernels, _ in kernels_of_cells]
         any_norm = kernels_of_cells[0].norms[0][0][0]
         self.eps = any_norm.eps
-        # Searched cells without running statistics normalise with the batch's, whatever `bn` says.
+        # Searched cells without running statistics use batch statistics, whatever `bn` says.
         self.folding = bn == "running" and any_norm.running_mean is not None
         self.cell_of = region_function(folded_cell if self.folding else mixed_cell, compile)
         self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
-        self.stages = []  # by stage, whose cells are equal, what `mix` needs
+        self.stages = []  # the folded cells of each stage; the cells of a stage have the same shape
         if self.folding:
             cells_per_stage = len(cells) // 3
             for first in range(0, len(cells), cells_per_stage):
@@ -262,7 +281,7 @@ class Evaluator:
 
     @torch.no_grad()
     def set_batch(self, x: Tensor) -> None:
-        """Compute what all individuals share on a batch of images (B, 3, H, W)."""
+        """Compute the stem, which all individuals share, on a batch of images (B, 3, H, W)."""
         s = stem(self.network, x, self.apply_norm)  # (B, C, H, W)
         if self.folding and on_cpu(s):
             self.parts = s.split(self.images_per_thread * torch.get_num_threads())
@@ -293,8 +312,9 @@ class Evaluator:
         return torch.cat([part_logits(part) for part in self.parts])
 
     def apply_norm(self, norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-        """Apply a BatchNorm of the network that is outside of the searched cells."""
-        updates: list[NormUpdate] | None = [] if self.bn == "batch" else None  # nothing reads the list
+        """Apply a BatchNorm that is outside of the searched cells."""
+        # With a list, `batch_norm` uses batch statistics. The updates in the list are discarded.
+        updates: list[NormUpdate] | None = [] if self.bn == "batch" else None
         return batch_norm(x, norm, updates)
 
 

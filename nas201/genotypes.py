@@ -1,8 +1,8 @@
-"""Arch strings, the cells of NAS-Bench-201. No torch here.
+"""Arch strings, which describe the cells of NAS-Bench-201. This module does not import torch.
 
-A cell has four nodes and one operation on each of its six edges. The arch string groups the edges by
-the node they lead to: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. In the group of node k, `op~j` is the
-operation from node j to node k. Node 0 is the cell's input and node 3 its output.
+A cell has four nodes and one operation on each of its six edges. The arch string groups the edges
+by their target node: `|op~0|+|op~0|op~1|+|op~0|op~1|op~2|`. In the group of node k, `op~j` is the
+operation from node j to node k. Node 0 is the cell's input and node 3 is its output.
 """
 
 import re
@@ -17,7 +17,7 @@ NUM_ARCHS = len(PRIMITIVES) ** len(EDGES)  # 15,625
 
 _TEMPLATE = "|{}~0|+|{}~0|{}~1|+|{}~0|{}~1|{}~2|"
 _PATTERN = re.compile(re.escape(_TEMPLATE).replace(r"\{\}", r"([^~|+]*)"))
-_MOST_SHOWN = 150  # characters of an arch string in a message
+_MOST_SHOWN = 150  # messages show at most this many characters of an arch string
 
 
 def to_arch_string(operations: Sequence[int]) -> str:

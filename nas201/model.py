@@ -1,4 +1,4 @@
-"""The network of one architecture of NAS-Bench-201, as it is retrained and tested."""
+"""The network of one NAS-Bench-201 architecture, for retraining and testing."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string, to_arch_string
 from nas201.model_search import OPS, Stages
 from support.devices import region_function
 
-NODES = 4  # of a cell, its input among them
+NODES = 4  # nodes of a cell, including its input
 
 
 class Cell(nn.Module):
@@ -28,7 +28,7 @@ class Cell(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the cell's output (B, C, H, W) for its input x of the same shape."""
         nodes = [x]
-        operations = iter(self.edges.values())  # node by node, within a node by source
+        operations = iter(self.edges.values())  # sorted by node, and within a node by source
         while len(nodes) < NODES:
             nodes.append(sum(next(operations)(h) for h in nodes))  # (B, C, H, W)
         return nodes[-1]
@@ -37,10 +37,10 @@ class Cell(nn.Module):
 class Network(Stages):
     """Three stages of N cells each, with C, 2C and 4C channels.
 
-    `forward(x)` takes images (B, 3, H, W), H and W multiples of 4, and returns (logits, None), logits
-    (B, num_classes): like the networks of the DARTS space, which have an auxiliary head as well.
-    `compile` and `checkpoint` are those of `region_function`. Raises UserError if `arch` is not an arch
-    string.
+    `forward(x)` takes images (B, 3, H, W), where H and W are multiples of 4, and returns the logits
+    (B, num_classes) and None. Networks of the DARTS space return the auxiliary head's logits in
+    place of None. `compile` and `checkpoint` are passed to `region_function`. Raises UserError if
+    `arch` is not an arch string.
     """
 
     drop_path_prob = 0.0  # the benchmark's recipe has no drop path
@@ -54,18 +54,19 @@ class Network(Stages):
 
 
 def cost_table(C: int, N: int, classes: int, image_shape: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Return what the networks `Network(C, N, classes, arch)` cost on an image (3, H, W), as `costs.s1_table` does.
+    """Return the costs of networks `Network(C, N, classes, arch)` on one image (3, H, W).
 
-    Returns two int64 tensors whose last axis is [parameters, mult-adds]: (2,) of the network without
-    its cells' operations, and (1, 6, 5, 2) of each operation on each edge, over all cells of the
-    network. The benchmark's own figures are the same, except that it counts the classifier's bias
-    among the mult-adds.
+    Returns two int64 tensors, like `costs.s1_table`. The last axis is [parameters, mult-adds].
+    The first, (2,), is the cost of a network without the operations in its cells. The second,
+    (1, 6, 5, 2), is the cost of each operation on each edge, summed over all cells. The benchmark's
+    own figures are the same, except that the benchmark adds the classifier's bias to the mult-adds.
     """
     pixels = image_shape[1] * image_shape[2]
     with torch.device("meta"):
         network = Network(C, N, classes, to_arch_string([0] * len(EDGES)))
     fixed = count(network.stem, pixels) + count(network.lastact, 1) + count(network.classifier, 1)
-    choices = torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)  # of one edge, over all cells: edges cost the same
+    # Costs of the operations on one edge, summed over all cells. All edges have the same costs.
+    choices = torch.zeros(len(PRIMITIVES), 2, dtype=torch.int64)
     for part in network.cells:
         if isinstance(part, Cell):
             with torch.device("meta"):

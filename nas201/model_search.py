@@ -1,7 +1,7 @@
 """The supernet of the NAS-Bench-201 search space (S2): every candidate runs in every forward pass.
 
-This is the reference, written for reading. `nas201/fast_search.py` computes the same faster, on the
-same modules, and tests hold it equal to this file.
+This is the reference implementation, written to be easy to read. `nas201/fast_search.py` computes
+the same values faster, with the same modules. Tests check that both implementations agree.
 
 Shapes: B images, C channels of a cell, E = 6 edges of a cell, O = 5 operations of an edge.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from nas201.genotypes import PRIMITIVES
 from operations import AveragePool, Classifier, ReLUConvBN, Zero
 
-# `OPS[name](C, affine, track)` makes an operation, (B, C, H, W) -> (B, C, H, W). `track` says whether
-# its BatchNorm keeps running statistics.
+# `OPS[name](C, affine, track)` makes an operation, (B, C, H, W) -> (B, C, H, W). `track` says
+# whether the operation's BatchNorm keeps running statistics.
 OPS: dict[str, Callable[[int, bool, bool], nn.Module]] = {
     "none": lambda C, affine, track: Zero(1),
     "skip_connect": lambda C, affine, track: nn.Identity(),
@@ -27,7 +27,7 @@ OPS: dict[str, Callable[[int, bool, bool], nn.Module]] = {
 
 
 class ResidualBlock(nn.Module):
-    """The fixed block between two stages. It halves the resolution, and its BatchNorms are affine."""
+    """The fixed block between two stages. The block halves the resolution. BatchNorms are affine."""
 
     def __init__(self, C_in: int, C_out: int):
         super().__init__()
@@ -41,15 +41,16 @@ class ResidualBlock(nn.Module):
 
 
 class Cell(nn.Module):
-    """A cell of `max_nodes` nodes, of which node 0 is the input and the last one the output.
+    """A cell of `max_nodes` nodes. Node 0 is the input, and the last node is the output.
 
-    Each node adds up its edges from all earlier nodes. An edge is the weighted sum of all candidates.
+    Each node is the sum of its edges from all earlier nodes. Each edge is the weighted sum of all
+    candidate operations.
     """
 
     def __init__(self, C: int, max_nodes: int, track_running_stats: bool):
         super().__init__()
         self.max_nodes = max_nodes
-        self.edges = nn.ModuleDict()  # node by node, and by input within a node
+        self.edges = nn.ModuleDict()  # sorted by node, and within a node by source
         for node in range(1, max_nodes):
             for source in range(node):
                 ops = [OPS[primitive](C, False, track_running_stats) for primitive in PRIMITIVES]
@@ -69,10 +70,10 @@ class Cell(nn.Module):
 
 
 class Stages(nn.Module):
-    """What all networks of this space have in common, from stem to classifier.
+    """The structure that all networks of this space share, from stem to classifier.
 
-    Three stages of N cells have C, 2 C and 4 C channels, with residual blocks between them.
-    make_cell(channels) makes a cell.
+    Three stages of N cells have C, 2 C and 4 C channels. A residual block connects two stages.
+    `make_cell(channels)` makes a cell.
     """
 
     def __init__(self, C: int, N: int, num_classes: int, make_cell: Callable[[int], nn.Module]):
@@ -103,10 +104,11 @@ class Stages(nn.Module):
 
 
 class Network(Stages):
-    """The supernet. The BatchNorms of its searched cells are not affine.
+    """The supernet. The BatchNorms of the searched cells are not affine.
 
-    With `track_running_stats=False` the BatchNorms of the searched cells keep no running statistics,
-    so they use the batch's in eval mode too. Stem, residual blocks and `lastact` always keep theirs.
+    With `track_running_stats=False` the BatchNorms of the searched cells keep no running
+    statistics, so they use batch statistics in eval mode too. The BatchNorms of the stem, the
+    residual blocks and `lastact` always keep running statistics.
     """
 
     not_loaded = ("arch_parameters",)  # alphas (6, 5), which published weight files hold
@@ -122,7 +124,8 @@ class Network(Stages):
     def forward(self, x: Tensor, alphas: Tensor) -> Tensor:
         """Return the logits (B, num_classes) of images x (B, 3, H, W).
 
-        `alphas` are (1, E, O) or (E, O), raw or decoded. The softmax is computed here.
+        `alphas` are (1, E, O) or (E, O), raw or decoded. The mixing weights are the softmax of
+        `alphas` over the operations.
         """
         weights = torch.softmax(alphas.reshape(alphas.shape[-2:]), dim=-1)  # (E, O)
         return super().forward(x, Cell.__call__, weights)

@@ -1,4 +1,4 @@
-"""Published figures of NAS-Bench-201, to compare a search with.
+"""Published accuracies on NAS-Bench-201, to compare a search with.
 
 Accuracies are top-1 in percent after 200 epochs of training, averaged over the benchmark's seeds.
 """
@@ -10,10 +10,10 @@ class PublishedAccuracy(NamedTuple):
     """Accuracies on one split of a data set."""
 
     evnas: float  # mean of three EvNAS searches on this data set
-    evnas_std: float  # their standard deviation
-    best: float  # of all 15,625 architectures
+    evnas_std: float  # standard deviation of these three searches
+    best: float  # the best of all 15,625 architectures
     rsps: float  # random search with parameter sharing
-    gdas: float  # a gradient-based search
+    gdas: float  # GDAS, a gradient-based search
 
 
 PUBLISHED = {  # {data set: {split: accuracies}}
@@ -30,4 +30,4 @@ PUBLISHED = {  # {data set: {split: accuracies}}
         "test": PublishedAccuracy(evnas=39.00, evnas_std=0.44, best=47.31, rsps=31.14, gdas=41.84),
     },
 }
-PUBLISHED_SECONDS = 20_249.7  # of one EvNAS search
+PUBLISHED_SECONDS = 20_249.7  # duration of one EvNAS search

@@ -1,12 +1,24 @@
-"""What drawings and reports show of NAS-Bench-201. No torch here."""
+"""How drawings and reports show NAS-Bench-201. Importing this module does not import torch."""
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 from nas201.genotypes import EDGES, PRIMITIVES, from_arch_string
 from nas201.published import PUBLISHED
-from reporting.charts import Level, Line, chart, column, format_number, table
-from reporting.report import section
+from reporting.charts import (
+    Level,
+    Line,
+    Marks,
+    chart,
+    column,
+    format_number,
+    of_group,
+    points,
+    scatter,
+    section,
+    table,
+)
 from reporting.views import Drawing, Edge, SpaceView, title_of
 
 if TYPE_CHECKING:
@@ -22,9 +34,13 @@ COLOURS = {
 NODES = ("0 (input)", "1", "2", "3 (output)")
 ABOUT = (
     "True accuracy is what the benchmark measured: top-1 accuracy in percent after 200 epochs of training, averaged "
-    "over its seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the mean and "
-    "standard deviation of three searches; RSPS is random search with parameter sharing. Published figures are given "
-    "for the data set that was searched."
+    "over the benchmark's seeds. “This run” is the best architecture of the last generation. “EvNAS, published” is the "
+    "mean and standard deviation of three searches; RSPS is random search with parameter sharing. Published figures "
+    "are only given for the data set that was searched."
+)
+ABOUT_TAU = (
+    "The rank correlations say how well fitness ranks architectures by their true accuracy: 1 is the same order, 0 is "
+    "chance, -1 is the opposite order. They compare the distinct cells of each population."
 )
 HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS", "GDAS")
 
@@ -32,7 +48,7 @@ HEADS = ("Data set", "This run", "EvNAS, published", "Best of the space", "RSPS"
 def decode(alphas: "torch.Tensor") -> "torch.Tensor":
     """Return `nas201.encoding.decode(alphas)`.
 
-    That module imports torch, so it is imported when it is needed.
+    nas201.encoding imports torch, so it is only imported when this function is called.
     """
     from nas201 import encoding
 
@@ -40,7 +56,7 @@ def decode(alphas: "torch.Tensor") -> "torch.Tensor":
 
 
 def drawings(arch: str, name: str) -> dict[str, Drawing]:
-    """Return the drawing of an arch string, by file name.
+    """Return the drawing of an arch string as {file name: drawing}.
 
     Raises UserError if the arch string is not valid.
     """
@@ -51,13 +67,18 @@ def drawings(arch: str, name: str) -> dict[str, Drawing]:
 
 
 def accuracy_section(rows: list[dict], searched: str | None) -> str:
-    """Return each generation's best true accuracy, next to the optimum and published figures.
+    """Return the section with the true accuracies of each generation's best cell.
 
-    Published searches are only shown for the data set that this search used, `searched`.
+    The optimum and published accuracies are shown for comparison. The section is limited to the
+    data set of this search, `searched`, and to the one whose true accuracies fitness is compared
+    with. Accuracies of published searches are only shown for `searched`.
     """
     charts = []
     body = []
-    for dataset, published in PUBLISHED.items():
+    compared = str(rows[-1].get("truth")).split(" ")[0]
+    relevant = [name for name in PUBLISHED if name in (searched, compared)] or list(PUBLISHED)
+    for dataset in relevant:
+        published = PUBLISHED[dataset]
         name = dataset.replace("cifar", "CIFAR-")
         for split, figures in published.items():
             found = format_number(column(rows, f"true_accuracy/{dataset}/{split}")[-1])
@@ -79,14 +100,15 @@ def accuracy_section(rows: list[dict], searched: str | None) -> str:
         charts.append(chart(rows, f"True accuracy, {name}", "of each generation's best, %", lines, levels=levels))
     lines = [Line("Kendall's tau", "purple", "kendall_tau"), Line("Spearman's rho", "green", "spearman_rho")]
     charts.append(chart(rows, "Rank correlation", "of fitness and true accuracy", lines))
-    card = f"<p>{ABOUT}</p>" + table("True accuracy, %", HEADS, body)
+    card = f"<p>{ABOUT}</p><p>{ABOUT_TAU}</p>" + table("True accuracy, %", HEADS, body)
     return section("NAS-Bench-201", *charts, card=card if any(charts) else "")
 
 
 def result_tables(result: dict) -> str:
-    """Return two tables: the winner next to other architectures, and how fitness ranks them.
+    """Return two tables: accuracies of the winner and others, and rank correlations of fitness.
 
-    `result` is the content of baselines.json.
+    `result` is the content of baselines.json. Accuracies are limited to the data set whose true
+    accuracies fitness is compared with, if there is one.
     """
     html = ""
     if accuracies := result.get("accuracy"):
@@ -99,6 +121,8 @@ def result_tables(result: dict) -> str:
             "best_of_50": "best of 50",
             "most_parameters": "six 3x3 convolutions",
         }
+        compared = str(result.get("truth")).split(" ")[0].replace("-", "_")
+        accuracies = {name: row for name, row in accuracies.items() if name.startswith(f"{compared}_")} or accuracies
         caption = "True accuracy, %. Best of n: the expected best of n random architectures"
         html += table(caption, ["Data set", *columns.values()], body_of(accuracies, columns))
     if taus := result.get("kendall_tau"):
@@ -108,8 +132,39 @@ def result_tables(result: dict) -> str:
     return html
 
 
+def result_charts(result: dict, final: Sequence[dict]) -> list[str]:
+    """Return a chart of fitness against true accuracy, if the benchmark has it.
+
+    `result` is the content of baselines.json, `final` are the rows of individuals.csv that were
+    measured with the final weights.
+    """
+    truth = result.get("truth")
+    taus = result.get("kendall_tau")
+    if not truth or not taus:
+        return []
+    key = truth.replace("-", "_").replace(" ", "_")  # "ImageNet16-120 test" is the column ImageNet16_120_test
+    groups = []
+    notes = []
+    for name, colour, style in (("random architectures", "yellow", "x"), ("last population", "blue", "o")):
+        found = points(of_group(final, name), key)
+        groups.append(Marks(f"{name}: {len(found)}", colour, style, found))
+        notes.append(f"tau {format_number(column([taus], f'{name}/fitness')[0])} of the {name}")
+    winner = points(of_group(final, "last population")[:1], key)
+    groups.append(Marks("winner", "red", "*", winner))
+    if not any(group.points for group in groups):
+        return []
+    known = [row for row in final if row.get(key) is not None]
+    body = [[escape(row["cell"]), format_number(row[key]), format_number(row["fitness"])] for row in known]
+    title = "Fitness against true accuracy"
+    numbers = table(title, ["Architecture", f"{truth} accuracy, %", "fitness, %"], body)
+    return [scatter(title, f"on the final weights; {'; '.join(notes)}", f"true accuracy, {truth}, %", groups, numbers)]
+
+
 def body_of(figures: dict[str, dict], columns: dict[str, str]) -> list[list[str]]:
-    """Return the lines of a table: of {name: {key: number}}, those with the keys of `columns`."""
+    """Return the lines of a table from `figures`, {name: {key: number}}.
+
+    Each name gets a line with the numbers of the keys in `columns`.
+    """
     body = []
     for name, numbers in figures.items():
         body.append([escape(name), *(format_number(column([numbers], key)[0]) for key in columns)])
@@ -127,4 +182,5 @@ NAS_BENCH_201 = SpaceView(
     drawings=drawings,
     section=accuracy_section,
     tables=result_tables,
+    result_charts=result_charts,
 )

@@ -1,7 +1,8 @@
 """Readers of the benchmark's files: compact tables, NATS-Bench records, the official .pth.
 
-They execute nothing. `read_csv` and `read_pth` return a `RawTable` that nobody has checked.
-`benchmark.load` checks it. A reader of another format needs nothing else.
+The readers execute nothing that a file contains. `read_csv` and `read_pth` return a `RawTable`,
+which is unchecked: `benchmark.load` checks it. A reader for a new format only has to return a
+`RawTable`.
 """
 
 import bz2
@@ -22,8 +23,8 @@ from support.numpy_pickles import Dtype, scalar
 
 DATASETS = ("cifar10", "cifar100", "ImageNet16-120")
 SPLITS = ("valid", "test")
-# {(data set, split): (data set, metric) as the benchmark calls them}, in the columns' order.
-# In the benchmark, cifar10-valid are networks that were trained on half of the training images.
+# {(data set, split): (data set, metric) in the benchmark's own names}, in the order of the columns.
+# The benchmark's "cifar10-valid" means training on half of CIFAR-10's training images.
 METRICS = {
     ("cifar10", "valid"): ("cifar10-valid", "x-valid"),
     ("cifar10", "test"): ("cifar10", "ori-test"),
@@ -34,21 +35,21 @@ METRICS = {
 }
 COLUMNS = tuple(f"{dataset.replace('-', '_')}_{split}_200" for dataset, split in METRICS)
 
-# Limits for files of strangers, far above what real files have.
-MAX_BYTES = 16 << 20  # of an unpacked table or record; real ones have 3 MB and 0.4 MB
-MAX_LINES = 100_000  # of a table; real ones have 15,626
-MAX_LINE = 10_000  # characters of a line; real ones have 200
+# Limits for untrusted files, far above the sizes of real files.
+MAX_BYTES = 16 << 20  # of an unpacked table or record; real tables have 3 MB, real records 0.4 MB
+MAX_LINES = 100_000  # lines of a table; real tables have 15,626
+MAX_LINE = 10_000  # characters of a line; real lines have 200
 
 
 class RawRecord(NamedTuple):
-    """What a source says of one architecture."""
+    """The unchecked figures of one architecture in a source."""
 
     where: str  # file and line or index, for messages
     cells: dict  # {column: value}
 
 
 class RawTable(NamedTuple):
-    """What a source says of all architectures, unchecked."""
+    """The unchecked figures of all architectures in a source."""
 
     header: list[str]  # names of the columns
     records: Iterable[RawRecord]
@@ -57,7 +58,8 @@ class RawTable(NamedTuple):
 def as_percent(value: object, name: str, where: str) -> float:
     """Return `value` as a number from 0 to 100.
 
-    Raises UserError, which says what `name` is at `where`.
+    Raises UserError for any other value. The message starts with the place `where` and says which
+    value `name` has there.
     """
     try:
         number = float(value)
@@ -74,7 +76,7 @@ def as_percent(value: object, name: str, where: str) -> float:
 def read_csv(path: str) -> RawTable:
     """Read a compact table, .csv or .csv.xz, line by line.
 
-    Raises UserError, also while its records are read.
+    Raises UserError, also later while the table's records are read.
     """
     reader = csv.reader(lines_of(path))
     with csv_errors(path):
@@ -83,7 +85,7 @@ def read_csv(path: str) -> RawTable:
 
 
 def csv_records(path: str, reader: Iterator[list[str]], header: list[str]) -> Iterator[RawRecord]:
-    """Yield the records of a table below its header. Raises UserError."""
+    """Yield the records in the lines after a table's header. Raises UserError."""
     with csv_errors(path):
         for cells in reader:
             if not cells:  # an empty line
@@ -104,7 +106,10 @@ def csv_errors(path: str) -> Iterator[None]:
 
 
 def lines_of(path: str) -> Iterator[str]:
-    """Yield the lines of a table. As a list, 16 MB of empty lines would take a gigabyte."""
+    """Yield the lines of a table one by one.
+
+    A hostile file may have 16 MB of empty lines, which would take a gigabyte as a list.
+    """
     with io.TextIOWrapper(io.BytesIO(unpacked(path)), "utf-8-sig", newline="") as text:
         for number in itertools.count(1):
             line = text.readline(MAX_LINE)
@@ -119,7 +124,7 @@ def lines_of(path: str) -> Iterator[str]:
 
 # ---- files of the benchmark
 
-# All that a file of the benchmark refers to. torch is told to accept the same.
+# All objects that files of the benchmark refer to. `read_pth` makes torch.load accept them too.
 ALLOWED = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("numpy", "dtype"): Dtype,
@@ -129,7 +134,7 @@ ALLOWED = {
 
 
 def read_pth(path: str) -> RawTable:
-    """Read the official .pth. Raises UserError, also while its records are read."""
+    """Read the official .pth. Raises UserError, also later while the table's records are read."""
     import torch
 
     from support.weights import load_torch
@@ -140,9 +145,10 @@ def read_pth(path: str) -> RawTable:
 
 
 def official_table(path: str, content: object, records: dict | None = None) -> RawTable:
-    """Return the table of a file with the list `meta_archs`.
+    """Return the table of a benchmark file whose content has the list `meta_archs`.
 
-    `records` is {index: record}, by default the content's own `arch2infos`. Raises UserError.
+    `records` is {index: record}. By default the records are those in `arch2infos` of the content.
+    Raises UserError.
     """
     content = content if isinstance(content, dict) else {}
     archs = content.get("meta_archs")
@@ -154,9 +160,9 @@ def official_table(path: str, content: object, records: dict | None = None) -> R
 
 
 def official_records(path: str, archs: list, records: dict) -> Iterator[RawRecord]:
-    """Yield what the records say of each architecture in turn: no figures where there is no record.
+    """Yield a RawRecord for each architecture, without figures if `records` has no record of it.
 
-    Raises UserError. Only the figures are kept, so that the records' memory can be freed.
+    Only the figures are kept, so that the memory of the records can be freed. Raises UserError.
     """
     for index, arch in enumerate(archs):
         where = f"{path}, index {index}"
@@ -165,10 +171,10 @@ def official_records(path: str, archs: list, records: dict) -> Iterator[RawRecor
 
 
 def figures_of(record: object, key: str, arch: str, where: str) -> dict[str, float]:
-    """Return {column: accuracy after 200 epochs, mean over the seeds} of a record.
+    """Return {column: mean accuracy over the seeds after 200 epochs} for a record.
 
-    The 200-epoch runs are at `key` of the record. Columns that no run measured are left out. Raises
-    UserError if the record is not one of `arch`, and if it does not have the form of a record.
+    `record[key]` holds the runs of 200 epochs. Columns that no run measured are left out. Raises
+    UserError if the record is not about `arch`, or if it does not have the form of a record.
     """
     try:
         state = record[key]
@@ -186,14 +192,14 @@ def figures_of(record: object, key: str, arch: str, where: str) -> dict[str, flo
         return figures
     except UserError:
         raise
-    except Exception as error:  # an object of any other form
+    except Exception as error:  # the record has some other form
         raise UserError(f"{where}: not a record of 200 epochs ({error!r:.120})") from error
 
 
 def unpacked(path: str) -> bytes:
-    """Return the content of a file, unpacked if it is an .xz or a .pbz2.
+    """Return the content of a file, unpacked if the file is an .xz or a .pbz2.
 
-    Raises UserError, also if it is too large.
+    Raises UserError if the file cannot be read or its content is too large.
     """
     opener = {".xz": lzma.open, ".pbz2": bz2.open}.get(os.path.splitext(path)[1], contextlib.nullcontext)
     try:
@@ -202,5 +208,5 @@ def unpacked(path: str) -> bytes:
     except (OSError, EOFError, lzma.LZMAError) as error:
         raise UserError(f"{path}: cannot be read, or is damaged ({error})") from error
     if len(data) > MAX_BYTES:
-        raise UserError(f"{path}: more than {MAX_BYTES >> 20} MB when unpacked, far more than such a file has")
+        raise UserError(f"{path}: more than {MAX_BYTES >> 20} MB when unpacked, far more than a file of the benchmark")
     return data

@@ -1,7 +1,8 @@
-"""The summary of three finished searches, with which searchNAS201.sh ends.
+"""Summarise three finished searches. This is the last step of searchNAS201.sh.
 
-It reads OUTPUT_DIR/search-DATASET-seed18, -seed19 and -seed20, prints a table and writes it to
-OUTPUT_DIR/summary.json.
+This script reads OUTPUT_DIR/search-DATASET-seed18, -seed19 and -seed20, prints a table, and writes
+the same figures to OUTPUT_DIR/summary.json. OUTPUT_DIR/summary.csv has a row for each run, as
+`summary.py` writes it.
 """
 
 from support.cli import Parser, command
@@ -17,17 +18,18 @@ from nas201.published import PUBLISHED, PUBLISHED_SECONDS
 from nas201.sources import COLUMNS, DATASETS, METRICS
 from reporting.charts import column, finite_values
 from run_settings import SETTINGS
+from summary import row_of, save_csv
 from support.files import UserError, emit, read_history, read_json, write_json
 
 SEEDS = (18, 19, 20)
-ARGUMENTS = ("epochs", "pop_size", "init_channels", "num_cells", "api_path")  # those that the summary needs
+ARGUMENTS = ("epochs", "pop_size", "init_channels", "num_cells", "api_path")  # arguments that the summary needs
 
 
 # ---- reading the runs
 
 
 def read_arguments(run_dir: Path) -> dict:
-    """Return the saved arguments of a run. Raises UserError if they are not those of a search."""
+    """Return the saved arguments of a run. Raises UserError if the run is not a search."""
     about = read_json(run_dir / "args.json")
     args = about.get("args") if isinstance(about, dict) else None
     if not isinstance(args, dict) or not all(name in args for name in ARGUMENTS):
@@ -53,7 +55,7 @@ def read_finished_history(run_dir: Path) -> list[dict]:
 def read_run(run_dir: Path) -> dict:
     """Return the figures of a finished run, as summary.json has them.
 
-    Raises UserError if it is not finished.
+    Raises UserError if the run is not finished.
     """
     history = read_finished_history(run_dir)
     figures = {"run": str(run_dir)}
@@ -71,7 +73,10 @@ def read_run(run_dir: Path) -> dict:
 
 
 def mean_std(values: Iterable[float | None]) -> dict[str, float | None]:
-    """Return mean and std (n - 1) of the values that are known, None if there are too few."""
+    """Return the mean and the standard deviation (n - 1) of the values that are not None.
+
+    The mean of no value is None, and so is the standard deviation of fewer than two values.
+    """
     known = [value for value in values if value is not None]
     mean = statistics.fmean(known) if known else None
     return {"mean": mean, "std": statistics.stdev(known) if len(known) > 1 else None}
@@ -87,7 +92,8 @@ def summarise(folder: str | Path, dataset: str) -> dict:
     args = read_arguments(run_dirs[0])
     table = load(args["api_path"]) if args["api_path"] else None
     space = {}
-    if table is not None and table.table is not None:  # a directory, read record by record, is left out
+    # The records of a NATS-Bench directory are read one by one, which takes too long here.
+    if table is not None and table.table is not None:
         space = baselines(table)
     summary = {"dataset": dataset, "seeds": SEEDS, "arguments": args}
     summary["accuracy"] = accuracy_figures(runs, dataset, space)
@@ -102,10 +108,11 @@ def summarise(folder: str | Path, dataset: str) -> dict:
 
 
 def accuracy_figures(runs: list[dict], dataset: str, space: dict[str, dict]) -> dict[str, dict]:
-    """Return {column without "_200": figures} of these searches, published ones and the space.
+    """Return {column without "_200": figures} for these searches, published searches and the space.
 
-    `dataset` is the one that was searched: the published searches were on the same. `space` is what
-    `baselines` returns, {} if it is not known; the published optimum takes its place.
+    `dataset` is the data set of these searches. Published searches are only included for the same
+    data set. `space` is the result of `baselines`, or {} without a benchmark table. If `space` is
+    {}, the optimum is the published one.
     """
     accuracy = {}
     for (name, split), label in zip(METRICS, COLUMNS, strict=True):
@@ -127,7 +134,7 @@ def accuracy_figures(runs: list[dict], dataset: str, space: dict[str, dict]) -> 
 
 
 def format_figures(figures: dict | float | None, digits: int = 2) -> str:
-    """Return mean ± std, or a number, as text, and a dash for None."""
+    """Return a mean ± standard deviation, or a single number, as text. None becomes a dash."""
     if isinstance(figures, dict):
         mean = figures["mean"]
         std = figures["std"]
@@ -154,9 +161,9 @@ def print_summary(summary: dict) -> None:
         emit(f"{run['run']}: {run['worth'].get('sentence')}", sys.stdout)
     print("mean ± standard deviation over the seeds (n - 1)")
     print("published: EvNAS searches on the same data set")
-    print("mean, median, std: of all architectures, so what a random one has")
+    print("mean, median, std: over all architectures; mean is the average of a random architecture")
     print("of 10, of 50: the expected best of 10 or 50 random architectures")
-    print("largest: six 3x3 convolutions, the architecture with the most parameters")
+    print("largest: the architecture with the most parameters, six 3x3 convolutions")
     if args["api_path"]:
         print("-: not in the benchmark's table, or not published for this data set")
     else:
@@ -189,18 +196,18 @@ def print_accuracies(summary: dict) -> None:
 
 
 def print_correlations(summary: dict) -> None:
-    """Print how fitness ranks architectures, if a benchmark had their true accuracies."""
+    """Print the rank correlations of fitness and true accuracy, if the searches had a benchmark."""
     truth = summary["runs"][0]["truth"]
     if not truth:
         return
     tau = format_figures(summary["kendall_tau"], 3)
     rho = format_figures(summary["spearman_rho"], 3)
-    text = f"fitness of the last population and {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}"
+    text = f"last population, fitness against {truth} accuracy: Kendall's tau {tau}, Spearman's rho {rho}"
     emit(text, sys.stdout)
     by_fitness = format_figures(summary["kendall_tau_random_fitness"], 3)
     by_parameters = format_figures(summary["kendall_tau_random_parameters"], 3)
-    text = f"random architectures and {truth} accuracy: Kendall's tau {by_fitness} of fitness on the final weights"
-    emit(f"{text}, {by_parameters} of the number of parameters", sys.stdout)
+    text = f"random architectures, Kendall's tau with {truth} accuracy: {by_fitness} for fitness on the final weights"
+    emit(f"{text}, {by_parameters} for the number of parameters", sys.stdout)
 
 
 # ---- command line
@@ -209,11 +216,12 @@ def print_correlations(summary: dict) -> None:
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m nas201.summary", description=__doc__)
-    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder of the three run directories")
+    parser.add_argument("output_dir", metavar="OUTPUT_DIR", help="folder with the three run directories")
     parser.add_argument("dataset", metavar="DATASET", help="data set that was searched, such as cifar10")
     args = parser.parse_args(argv)
     summary = summarise(args.output_dir, args.dataset)
     write_json(Path(args.output_dir) / "summary.json", summary)
+    save_csv([row_of(run["run"]) for run in summary["runs"]], Path(args.output_dir) / "summary.csv")
     print_summary(summary)
 
 

@@ -1,6 +1,6 @@
 """Search for a cell of NAS-Bench-201 (S2) with EvNAS.
 
-With a benchmark table it reports the true accuracy of each generation's best cell.
+With a benchmark table, the search also reports the true accuracy of each generation's best cell.
 """
 
 from support.cli import Published, command, number
@@ -33,13 +33,14 @@ from support import devices, distributed, resume_args, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import search  # the loop of the paper
 
-PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"  # where searchNAS201.sh looked for it
+# The published searchNAS201.sh looked for the benchmark table at this path.
+PUBLISHED_TABLE = "../NAS_Bench_201/NAS-Bench-201-v1_1-096897.pth"
 
 
 def correlations(fitness: Sequence[float], truth: Sequence[float | None]) -> tuple[float | None, float | None]:
     """Return Kendall's tau-b and Spearman's rho of fitness and true accuracy.
 
-    They are None where they are not defined. Architectures without a true accuracy are left out.
+    Both are None if they are not defined. Architectures without a true accuracy are left out.
     """
     from scipy import stats
 
@@ -50,16 +51,16 @@ def correlations(fitness: Sequence[float], truth: Sequence[float | None]) -> tup
 
 
 def shown(value: float | None, digits: int) -> str:
-    """Return a number as text, a dash where there is none."""
+    """Return a number as text, or a dash for None."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
 class S2(SearchSpace):
-    """The NAS-Bench-201 space.
+    """The NAS-Bench-201 space (S2).
 
-    With --api_path, a benchmark table tells what each generation's best cell is worth. `table` is
-    the table or None. `truth` is the (data set, split) of the table that fitness is compared with,
-    None if the table does not have it.
+    With --api_path, `table` is a benchmark table with the true accuracies, otherwise None. `truth`
+    is the (data set, split) whose accuracies in the table are compared with fitness, or None if the
+    table does not have them.
     """
 
     view = NAS_BENCH_201
@@ -80,10 +81,11 @@ class S2(SearchSpace):
     def find_truth(self, args: argparse.Namespace) -> tuple[str, str] | None:
         """Return the (data set, split) that fitness is compared with.
 
-        It is the validation accuracy if the table has it, otherwise the test accuracy.
+        Validation accuracy is used if the table has it, otherwise test accuracy.
         """
         dataset = args.api_dataset or (args.dataset if args.dataset in DATASETS else "cifar10")
-        for key, column in zip(METRICS, COLUMNS, strict=True):  # of each data set validation first, then test
+        # METRICS lists the validation split of each data set before its test split.
+        for key, column in zip(METRICS, COLUMNS, strict=True):
             if key[0] == dataset and column not in self.table.absent:
                 return key
         return None
@@ -93,30 +95,47 @@ class S2(SearchSpace):
         return encoding.arch_string(alphas)
 
     def network(self, args: argparse.Namespace, cell: str, classes: int) -> nn.Module:
-        """Return the network of an arch string in the size of the benchmark."""
+        """Return the network of an arch string, with the benchmark's channels and layers."""
         return model.Network(NAS201.init_channels, NAS201.layers, classes, cell)
 
     def cost_table(
         self, args: argparse.Namespace, classes: int, image_shape: tuple[int, int, int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the cost of what `network` returns: see `model.cost_table`."""
+        """Return the costs of the networks that `network` makes, see `model.cost_table`."""
         return model.cost_table(NAS201.init_channels, NAS201.layers, classes, image_shape)
 
-    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
-        """Return the best individual's true accuracies and the rank correlation of fitness.
+    def accuracy_names(self) -> list[str]:
+        """Return names such as "cifar10_test" of the accuracies in the table, none without a table."""
+        if not self.table:
+            return []
+        return [name.removesuffix("_200") for name in COLUMNS if name not in self.table.absent]
 
-        The population (P, 1, 6, 5) is sorted, best first.
+    def true_accuracies(self, cell: str) -> list[float | None]:
+        """Return the accuracies of an arch string in the order of `accuracy_names`."""
+        if not self.table:
+            return []
+        values = self.table.accuracies(self.table.index(cell))
+        known = [value for name, value in zip(COLUMNS, values, strict=True) if name not in self.table.absent]
+        return [None if math.isnan(value) else float(value) for value in known]
+
+    def remarks_on_population(self, alphas: torch.Tensor, fitness: torch.Tensor) -> Remarks:
+        """Return the best individual's true accuracies, and the rank correlations of fitness.
+
+        The population `alphas` (P, 1, 6, 5) is sorted, best individual first.
         """
         if not self.table:
             return Remarks({}, "")
         indices = [self.table.index(self.cell(individual)) for individual in alphas]
         best = {name: {split: self.table.accuracy(indices[0], name, split) for split in SPLITS} for name in DATASETS}
-        values = [None] * len(indices)
+        fitness_of = {}  # of each distinct cell, the fittest first: twins would count twice in a rank correlation
+        for index, value in zip(indices, fitness.tolist(), strict=True):
+            fitness_of.setdefault(index, value)
+        values = [None] * len(fitness_of)
         name = None
         if self.truth:
-            values = [self.table.accuracy(index, *self.truth) for index in indices]
+            values = [self.table.accuracy(index, *self.truth) for index in fitness_of]
             name = " ".join(self.truth)
-        tau, rho = correlations(fitness.tolist(), values)
+        tau, rho = correlations(list(fitness_of.values()), values)
         fields = {"true_accuracy": best, "truth": name, "kendall_tau": tau, "spearman_rho": rho}
         accuracy = f"{name or 'true'} accuracy of the best {shown(values[0], 2)}"
         return Remarks(fields, f"; {accuracy}, tau {shown(tau, 3)}, rho {shown(rho, 3)}")
@@ -124,7 +143,8 @@ class S2(SearchSpace):
     def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
         """Return the winner's true accuracies, the benchmark's baselines and rank correlations.
 
-        A NATS-Bench directory is left out, because its records are read one by one.
+        With a NATS-Bench directory there are no such remarks: its records are read one by one, and
+        the baselines need all of them.
         """
         if not self.table or self.table.table is None:
             return Remarks({}, "")
@@ -141,9 +161,9 @@ class S2(SearchSpace):
         return Remarks(fields, f"; {row['accuracy']:.2f} % true accuracy ({fields['truth']}), {place}")
 
     def rank_correlations(self, group: Group) -> dict:
-        """Return how fitness, and how the number of parameters, rank a group of architectures.
+        """Return Kendall's tau of fitness, and of the number of parameters, with true accuracy.
 
-        Kendall's tau compares both with the true accuracy.
+        The result also has the number of architectures in the group.
         """
         indices = [self.table.index(self.cell(individual)) for individual in group.alphas]
         truth = [self.table.accuracy(index, *self.truth) for index in indices]
@@ -160,9 +180,10 @@ class S2(SearchSpace):
 def check_config(path: str, args: argparse.Namespace) -> None:
     """Compare a configuration file of the published search with this search.
 
-    The file is JSON of {key: [type, value]}. Its schedule, epochs and batch size had no effect in
-    the published code, so they are not compared; nor is anything that it does not name. Raises
-    UserError for a file that cannot be read, and for the first value that differs.
+    The file is JSON of {key: [type, value]}. The schedule, epochs and batch size in the file had no
+    effect in the published code, so they are not compared. Settings that are missing in the file
+    are not compared either. Raises UserError for a file that cannot be read, and for the first
+    value that differs.
     """
     content = read_json(path)
     if not isinstance(content, dict):
@@ -187,7 +208,7 @@ def check_config(path: str, args: argparse.Namespace) -> None:
 
 
 def config_value(path: str, content: dict, key: str, convert: Callable) -> object:
-    """Return the value of `key` in a configuration file, or None if it is not there.
+    """Return the value of `key` in a configuration file, or None if the file does not have the key.
 
     Raises UserError.
     """
@@ -200,21 +221,21 @@ def config_value(path: str, content: dict, key: str, convert: Callable) -> objec
             return convert(value)
     except (TypeError, ValueError):
         pass
-    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}; it must look like ["float", "0.025"]')
+    raise UserError(f'--config_path {path}: "{key}" is {str(entry):.80}; write an entry like ["float", "0.025"]')
 
 
 # ---- command
 
 
 def cutout_text(loader: Loader) -> str:
-    """Return a line that says what --cutout does here.
+    """Return a line for the log that says what --cutout does.
 
-    In the published search it did nothing.
+    The line also says that --cutout had no effect in the published search.
     """
     height, width = (inside(torch.arange(n), loader.cutout, n).float().mean() for n in loader.image_shape[1:])
     return (
         f"--cutout erases a square of {loader.cutout} pixels a side, on average {100 * height * width:.0f} % of each "
-        "training image; in the published search it did nothing: to repeat that search, leave --cutout out"
+        "training image; --cutout had no effect in the published search: to repeat that search, leave --cutout out"
     )
 
 
@@ -223,33 +244,33 @@ def make_parser() -> argparse.ArgumentParser:
     defaults = {"bn": "running", "valid_transform": "test", "baselines": 100}
     parser = search_cli.search_parser("python -m nas201.train_search", __doc__, **defaults)
     group = parser.add_argument_group("NAS-Bench-201")
-    text = "cells in each of the three stages of the supernet"
+    text = "number of cells in each of the three stages of the supernet"
     group.add_argument("--num_cells", type=number(int, 1, MOST.cells), default=5, metavar="N", help=text)
-    text = "nodes of a cell; the benchmark has only cells of 4"
+    text = "number of nodes of a cell; the benchmark only has cells of 4 nodes"
     group.add_argument("--max_nodes", type=int, choices=[4], default=4, help=text)
     text = (
-        "keep running statistics in the BatchNorms of the searched cells, as searchNAS201.sh does; without it they "
-        "normalise by the statistics of the batch, in fitness too"
+        "keep running statistics in the BatchNorms of the searched cells, as searchNAS201.sh does; without this flag "
+        "these BatchNorms use batch statistics, for fitness too"
     )
     group.add_argument("--track_running_stats", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = (
-        "training and validation images: the benchmark's own split, or one drawn from SEED "
-        "(default: fixed for the benchmark's three data sets, seeded for others)"
+        "how to split images for training and validation: fixed is the benchmark's own split, seeded draws one with "
+        "--seed (default: fixed for the benchmark's three data sets, seeded for others)"
     )
     group.add_argument("--split", choices=["fixed", "seeded"], help=text)
-    text = "take the split from an index file in the benchmark's format; only for its three data sets"
+    text = "take the split from an index file in the benchmark's format; only for the benchmark's three data sets"
     group.add_argument("--split_file", metavar="FILE", help=text)
     text = (
-        "benchmark to look true accuracies up in: .csv, .csv.xz, .pth or a NATS-Bench directory "
+        "benchmark with the true accuracies: .csv, .csv.xz, .pth or a NATS-Bench directory "
         f"(default: {PUBLISHED_TABLE} if it exists)"
     )
     group.add_argument("--api_path", metavar="PATH", help=text)
-    text = "data set whose true accuracies are looked up (default: the one that is searched on, else cifar10)"
+    text = "data set whose true accuracies are looked up (default: --dataset if the benchmark has it, else cifar10)"
     group.add_argument("--api_dataset", choices=DATASETS, help=text)
-    text = "threads that read image files"
+    text = "number of threads that read image files"
     group.add_argument("--workers", type=number(int, 1, MOST.workers), default=2, metavar="N", help=text)
     group.add_argument("--trainval", action=Published)
-    text = "configuration file of the published search; stop if it asks for another optimiser or loss"
+    text = "configuration file of the published search; stop if that file asks for another optimiser or loss"
     group.add_argument("--config_path", metavar="FILE", default=argparse.SUPPRESS, help=text)
     return parser
 
@@ -276,7 +297,7 @@ def main(argv: list[str] | None = None) -> None:
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
     if args.cutout:
         distributed.say(cutout_text(train_loader))
-    candidates = PRIMITIVES * len(EDGES)  # of a cell: every operation on every edge
+    candidates = PRIMITIVES * len(EDGES)  # candidate operations of a cell: every operation on every edge
     cells = memory.s2_cells(args.init_channels, args.num_cells, math.prod(train.image_size), candidates)
     needs = memory.supernet("s2", cells, args)
     memory.check_search(needs, args, [train_loader, valid_loader], device, len(candidates))

@@ -1,4 +1,4 @@
-"""Drawings of cells as SVG or PNG. matplotlib draws them; no display is needed."""
+"""Drawings of cells as SVG or PNG, made with matplotlib. No display is needed."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ from reporting.views import Drawing, Views, drawings_of
 from support.files import UserError, atomic_write
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes  # importing it takes a second
+    from matplotlib.axes import Axes  # importing matplotlib takes a second
     from matplotlib.figure import Figure
 
 PALETTE = {
@@ -23,7 +23,7 @@ PALETTE = {
     "blue": "#0069b4", "sky": "#1f9bcf", "green": "#00855f", "orange": "#c96a00", "yellow": "#8a8a00", "red": "#c9371f",
     "pink": "#b8478c", "purple": "#6a4fb5", "grey": "#7d8590",
 }  # fmt: skip
-OTHER = "line"  # the colour of operations to which a space gives none
+OTHER = "line"  # colour of operations for which a space defines no colour
 
 # Sizes are in points.
 TEXT = 9
@@ -34,18 +34,18 @@ MARGIN = 12  # around the drawing
 TITLE = 24  # height of the title
 HOP = 18  # from an operation to its node
 ARROW = 6  # size of the arrow at the node
-# Viewers that prefer dark pages get inverted lightness, with the same hues.
+# In dark mode, the drawing's lightness is inverted and its hues are kept.
 DARK_CSS = "@media(prefers-color-scheme:dark){svg{filter:invert(.93) hue-rotate(180deg)}}"
 
 
 @contextlib.contextmanager
 def default_settings(style: Mapping[str, object] | None = None) -> Iterator[None]:
-    """Draw with matplotlib's defaults and `style`, whatever the user's settings are.
+    """Within this block, use matplotlib's defaults and `style` instead of the user's settings.
 
-    Those can ask for TeX, and those of a notebook for its own screen.
+    The user's settings might ask for TeX, and a notebook's settings for the notebook's display.
     """
     if "matplotlib" not in sys.modules:
-        os.environ["MPLBACKEND"] = "agg"  # the import fails if this variable names a backend that is not installed
+        os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails if the variable names a missing backend
     import matplotlib
 
     with matplotlib.rc_context():
@@ -58,7 +58,7 @@ def default_settings(style: Mapping[str, object] | None = None) -> Iterator[None
 
 
 class Route(NamedTuple):
-    """A row of a drawing: an operation, or the concatenation, with its sources and target."""
+    """A row of a drawing: an operation (or the concatenation) with its sources and its target."""
 
     sources: Sequence[str]
     operation: str
@@ -69,10 +69,10 @@ class Route(NamedTuple):
 def cell_figure(drawing: Drawing) -> "Figure":
     """Draw a cell as a matplotlib figure.
 
-    Nodes go down a diagonal, inputs first. Each edge has a row of its own, with its operation just
-    before the target. A line goes down below the source and turns into the row at a dot. So boxes
-    touch neither other boxes nor lines, and lines only meet at right angles. They are connected
-    where there is a dot.
+    The nodes are on a diagonal from top left to bottom right, inputs first. Each edge has its own
+    row, with the box of its operation just before the target node. The edge's line runs down from
+    the source node and turns into the row at a dot. So boxes touch neither other boxes nor lines,
+    and lines only cross at right angles. Two lines are connected only where there is a dot.
     """
     from matplotlib.figure import Figure
 
@@ -92,7 +92,8 @@ def cell_figure(drawing: Drawing) -> "Figure":
     line_ends = {}  # {node: (x, y) at which the line below it ends so far}
     x = MARGIN
     y = TITLE + MARGIN + BOX / 2
-    for name in sorted(dict.fromkeys(names), key=targets.__contains__):  # each once, inputs first
+    # Each node once. Inputs come first, because they are not targets and False sorts before True.
+    for name in sorted(dict.fromkeys(names), key=targets.__contains__):
         incoming = [route for route in routes if route.target == name]
         node_width = max(len(name) * LETTER + 12, 24)
         if not incoming:
@@ -128,12 +129,15 @@ def cell_figure(drawing: Drawing) -> "Figure":
 
 
 def draw_node(axes: "Axes", text: str, left: float, middle: float, width: float, height: float) -> None:
-    """Draw a node as a rounded box; `middle` is its y."""
+    """Draw a node as a rounded box; `middle` is the y coordinate of the box's centre."""
     draw_box(axes, "node", text, left, middle, width, height, edge="ink", fill="node", radius=9)
 
 
 def draw_operation(axes: "Axes", text: str, colour: str, left: float, middle: float, width: float) -> None:
-    """Draw an operation as a box in its colour, a name in PALETTE; `middle` is its y."""
+    """Draw an operation as a box; `middle` is the y coordinate of the box's centre.
+
+    `colour` is a name in PALETTE.
+    """
     draw_box(axes, "op", text, left, middle, width, BOX, edge=colour, fill="paper", radius=3)
 
 
@@ -143,7 +147,7 @@ def draw_box(
 ) -> None:  # fmt: skip
     """Draw a box with its text.
 
-    `svg_of` makes `kind` its class. `edge` and `fill` are names in PALETTE.
+    `kind` becomes the box's class in the SVG, see `svg_of`. `edge` and `fill` are names in PALETTE.
     """
     from matplotlib.patches import FancyBboxPatch
 
@@ -155,7 +159,7 @@ def draw_box(
 
 
 def draw_line(axes: "Axes", xs: list[float], ys: list[float], style: str = "-", **marker: object) -> None:
-    """Draw a straight line. `marker` is passed on to matplotlib: a dot or an arrow at one end."""
+    """Draw a straight line. `marker` has matplotlib's settings for a dot or an arrow at one end."""
     axes.plot(xs, ys, style, color=PALETTE["line"], lw=1.1, **marker)
 
 
@@ -163,8 +167,9 @@ def draw_line(axes: "Axes", xs: list[float], ys: list[float], style: str = "-", 
 def svg_of(figure: "Figure", title: str, description: str) -> str:
     """Return a figure as an <svg> element in which text stays text. Equal figures give equal bytes.
 
-    matplotlib numbers its elements. An id with a number becomes a class, so that many figures can
-    share a page. Only marks keep an id: it depends on their shape and on the title.
+    matplotlib gives its elements numbered ids, which would clash if several figures share a page.
+    So each numbered id becomes a class. Only markers keep an id, which depends on the marker's
+    shape and on the title.
     """
     from matplotlib import rc_context
 
@@ -181,7 +186,7 @@ def svg_of(figure: "Figure", title: str, description: str) -> str:
 
 
 def cell_svg(drawing: Drawing) -> str:
-    """Return a cell as SVG text, with a description in words."""
+    """Return the drawing of a cell as SVG, with a description in words."""
     description = "; ".join(f"{edge.source} to {edge.target}: {edge.operation}" for edge in drawing.edges)
     description += f". The output c_{{k}} concatenates {', '.join(drawing.concat)}." if drawing.concat else "."
     return svg_of(cell_figure(drawing), drawing.title, description)
@@ -193,7 +198,7 @@ def cell_svg(drawing: Drawing) -> str:
 def load_cell(path: str | os.PathLike, views: Views) -> Cell:
     """Return the cell in a genotype file.
 
-    Raises UserError, which names the file, also if it cannot be drawn.
+    Raises UserError, which names the file, if the cell cannot be read or cannot be drawn.
     """
     cell = genotype_files.load(path)
     try:
@@ -207,8 +212,9 @@ def load_cell(path: str | os.PathLike, views: Views) -> Cell:
 def write_cell(folder: str | os.PathLike, cell: Cell, views: Views, format: str = "svg", name: str = "") -> list[str]:
     """Write the drawings of a cell into `folder` and return their paths.
 
-    A Genotype has cell_normal and cell_reduce, an arch string has cell. With `name`, the files are
-    NAME_normal and so on, and the titles begin with it. Raises UserError and OSError.
+    The files of a Genotype are cell_normal and cell_reduce, and the file of an arch string is cell.
+    With `name`, file names begin with `name` instead of "cell", and titles begin with `name` too.
+    Raises UserError and OSError.
     """
     os.makedirs(folder, exist_ok=True)
     paths = []

@@ -1,6 +1,6 @@
 """Charts of a history as SVG, drawn by matplotlib, and the HTML tables below them.
 
-A row is a line of a run's history, as a dictionary.
+In this module, a row is one line of a run's history, as a dictionary.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,7 +10,8 @@ from typing import NamedTuple
 from reporting import cells
 from reporting.cells import PALETTE
 
-# matplotlib's settings for a chart. At 4.2 inches its text is legible at 330 pixels.
+# matplotlib's settings for a chart. The text of a chart that is 4.2 inches wide is still legible
+# when a page shows the chart 330 pixels wide.
 WIDTH = 4.2
 STYLE = {
     "font.size": 9.5, "text.color": PALETTE["ink"], "axes.labelcolor": PALETTE["soft"], "axes.xmargin": 0,
@@ -27,21 +28,21 @@ STYLE = {
 
 
 def step_of(rows: Sequence[dict]) -> str:
-    """Return what the rows of a history count: "generation" or "epoch"."""
+    """Return the name of the step that the rows of a history count: "generation" or "epoch"."""
     return "generation" if "generation" in rows[0] else "epoch"
 
 
 def column(rows: Iterable[dict], key: str) -> list[float | None]:
     """Return the values of a key, such as "lr" or "true_accuracy/cifar10/test".
 
-    None stands for what is no finite number, and for values from 1e15 on, which no chart could
-    show.
+    A value that is not a finite number becomes None. So does a number from 1e15 on, because no
+    chart could show such a number.
     """
     values = []
     for value in rows:
         for name in key.split("/"):
             value = value.get(name) if isinstance(value, dict) else None
-        usable = type(value) in (int, float) and abs(value) < 1e15  # not of bool
+        usable = type(value) in (int, float) and abs(value) < 1e15  # False for bool, inf and NaN
         values.append(float(value) if usable else None)
     return values
 
@@ -52,7 +53,11 @@ def finite_values(rows: Iterable[dict], key: str) -> list[float]:
 
 
 def format_number(value: float | None, digits: int = 2) -> str:
-    """Return a number as text: `digits` decimals from 0.1 to 1000, and a dash for None."""
+    """Return a number as text, or a dash for None.
+
+    Numbers from 0.1 to 1000 have `digits` decimals. Whole numbers and numbers from 1000 on have no
+    decimals. Numbers below 0.1 have three significant digits.
+    """
     if value is None:
         return "–"
     if abs(value) >= 1000 or value == int(value):
@@ -64,7 +69,7 @@ def format_number(value: float | None, digits: int = 2) -> str:
 
 
 def scrolling(content: str, label: str) -> str:
-    """Return HTML that scrolls sideways by itself on a page that is narrower than `content`."""
+    """Return HTML in which `content` scrolls sideways if the page is narrower than `content`."""
     return f'<div class=wide tabindex=0 role=region aria-label="{label}">{content}</div>'
 
 
@@ -80,7 +85,7 @@ def definition_list(values: Mapping[str, object]) -> str:
 def table(caption: str, head: Sequence[str], body: Iterable[Sequence[object]]) -> str:
     """Return an HTML table.
 
-    The first cell of each line of `body` is the line's heading. Cells are HTML.
+    The first cell of each line of `body` is the heading of that line. Cells are HTML.
     """
     caption = escape(caption)
     heads = "".join(f"<th scope=col>{name}</th>" for name in head)
@@ -99,6 +104,13 @@ def figure_with_table(title: str, subtitle: str, svg: str, numbers: str) -> str:
     )
 
 
+def section(title: str, *charts: str, card: str = "") -> str:
+    """Return a section: a heading, a card, and charts side by side; "" without card and charts."""
+    card = f"<div class=card>{card}</div>" if card else ""
+    figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
+    return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
+
+
 # ---- charts
 
 
@@ -107,7 +119,7 @@ class Line(NamedTuple):
 
     label: str
     colour: str  # name in PALETTE
-    key: str  # of the rows
+    key: str  # key of the line's values in the rows, see `column`
 
 
 class Level(NamedTuple):
@@ -119,7 +131,7 @@ class Level(NamedTuple):
 
 
 class Band(NamedTuple):
-    """The keys of a mean and its standard deviation, between which a chart is shaded."""
+    """The keys of a mean and a standard deviation. The chart shades mean ± standard deviation."""
 
     mean: str
     deviation: str
@@ -133,10 +145,12 @@ def chart(
     band: Band | None = None,
     levels: Sequence[Level] = (),
     from_zero: bool = False,
+    highest: float | None = None,
 ) -> str:
-    """Return a chart of the history and its numbers as HTML; "" if no line has a value.
+    """Return a chart of a history as HTML, with a table of its numbers; "" if no line has a value.
 
-    With `from_zero` the vertical axis begins at 0.
+    With `from_zero` the vertical axis begins at 0. It ends at `highest` at the latest, if that is
+    given: 100 for a percentage.
     """
     import numpy as np
     from matplotlib.figure import Figure
@@ -171,6 +185,8 @@ def chart(
             axes.axhline(level.value, ls="--", color=PALETTE[level.colour], label=label)
         if from_zero:
             axes.set_ylim(bottom=0)
+        if highest is not None and axes.get_ylim()[1] > highest:
+            axes.set_ylim(top=highest)
         figure.legend(loc="outside lower left", ncols=2)
         svg = cells.svg_of(figure, title, description)
     texts = [[format_number(value, 3) for value in values] for values in columns]
@@ -179,36 +195,61 @@ def chart(
 
 
 class Point(NamedTuple):
-    """An individual in a chart of fitness against a cost."""
+    """An individual in a scatter chart of fitness."""
 
-    cost: float
+    x: float  # a cost, or the true accuracy
     fitness: float  # percent
 
 
-def scatter(title: str, subtitle: str, axis: str, individuals: Sequence[Point], front: Sequence[Point]) -> str:
-    """Return a chart of fitness against a cost as HTML, with a table of the front.
+class Marks(NamedTuple):
+    """The points of a scatter chart that look alike."""
 
-    The first individual is the winner. `front` is not dominated when all costs count. The line
-    connects those of its points that are not dominated if only this cost counts.
+    label: str
+    colour: str  # name in PALETTE
+    style: str  # as matplotlib's plot takes it: "o", "x", "*" or "o-"
+    points: Sequence[Point]
+
+
+def points(individuals: Sequence[dict], key: str) -> list[Point]:
+    """Return `key` and fitness of those individuals that have both."""
+    pairs = zip(column(individuals, key), column(individuals, "fitness"), strict=True)
+    return [Point(*pair) for pair in pairs if None not in pair]
+
+
+def of_group(final: Sequence[dict], group: str) -> list[dict]:
+    """Return the rows of a group, such as "random architectures"."""
+    return [row for row in final if row["group"] == group]
+
+
+def scatter(title: str, subtitle: str, axis: str, groups: Sequence[Marks], numbers: str) -> str:
+    """Return a chart of fitness against something as HTML.
+
+    `axis` labels the horizontal axis. Later groups are drawn over earlier ones. `numbers` is the
+    HTML of a table that the reader can unfold.
     """
     from matplotlib.figure import Figure
 
-    line = []
-    for point in sorted(front, key=lambda point: (point.cost, -point.fitness)):
-        if not line or point.fitness > line[-1].fitness:
-            line.append(point)
-    winner = individuals[0]
+    groups = [group for group in groups if group.points]
     with cells.default_settings(STYLE):
-        figure = Figure(figsize=(WIDTH, 2.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 3.0), layout="constrained")
         axes = figure.subplots()
         axes.set_xmargin(0.05)
         axes.set_xlabel(axis)
-        axes.plot(*zip(*individuals, strict=True), "o", color=PALETTE["grey"], label=f"{len(individuals)} individuals")
-        axes.plot(*zip(*line, strict=True), "o-", color=PALETTE["blue"], label="front")
-        axes.plot(winner.cost, winner.fitness, "*", color=PALETTE["red"], markersize=11, label="winner")
-        figure.legend(loc="outside lower left", ncols=3)
-        description = f"{len(individuals)} individuals; the winner has {format_number(winner.cost)} {axis}"
-        description += f" and a fitness of {format_number(winner.fitness)} %."
-        svg = cells.svg_of(figure, title, description)
-    body = [[format_number(value, 3) for value in point] for point in front]
-    return figure_with_table(title, subtitle, svg, table(f"{title}: the front", [axis, "fitness, %"], body))
+        axes.set_ylabel("fitness, %")
+        for group in groups:
+            size = 11 if group.style == "*" else 4
+            look = {"color": PALETTE[group.colour], "markersize": size, "label": group.label}
+            axes.plot(*zip(*group.points, strict=True), group.style, **look)
+        figure.legend(loc="outside lower left", ncols=2)
+        counts = ", ".join(f"{group.label}: {len(group.points)}" for group in groups)
+        svg = cells.svg_of(figure, title, f"{counts}. {axis} and fitness of each are in the table of numbers.")
+    return figure_with_table(title, subtitle, svg, numbers)
+
+
+def rising(points: Sequence[Point]) -> list[Point]:
+    """Return the points that no other point with a smaller or equal x reaches in fitness."""
+    line = []
+    for point in sorted(points, key=lambda point: (point.x, -point.fitness)):
+        if not line or point.fitness > line[-1].fitness:
+            line.append(point)
+    return line

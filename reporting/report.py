@@ -1,18 +1,18 @@
-"""The report of a run: one self-contained HTML page, made of the files in the run directory.
+"""The report of a run: one self-contained HTML page, made from the files in the run directory.
 
-The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each has a table
-of its numbers.
+The page needs no network and no script. Charts are SVG, drawn by matplotlib, and each chart has a
+table of its numbers.
 
-`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts them on a page
-(`render`). Each section is HTML, or "" if there is nothing to show. What a report lacks is noted in
-`ReportedRun.missing`.
+`write_report` reads the run (`read_run`), makes the sections (`sections`) and puts the sections on
+a page (`render`). Each section is HTML, or "" if there is nothing to show. `ReportedRun.missing`
+collects what the report lacks, and the report shows that list.
 """
 
+import contextlib
 import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -22,28 +22,20 @@ from reporting.cells import OTHER, cell_svg, load_cell, write_cell
 from reporting.charts import (
     Band,
     Line,
-    Point,
     chart,
     column,
     definition_list,
     finite_values,
     format_number,
-    scatter,
     scrolling,
+    section,
     step_of,
+    table,
 )
+from reporting.reported_run import ReportedRun, read_run
+from reporting.results import result_section
 from reporting.views import SpaceView, Views, drawings_of
-from run_settings import SETTINGS
-from support.files import (
-    UserError,
-    atomic_write,
-    check_unpacked_size,
-    escaped,
-    open_regular,
-    quoted,
-    read_history,
-    read_json,
-)
+from support.files import UserError, atomic_write, escaped, quoted, read_json
 
 if TYPE_CHECKING:
     from support.runs import Run  # importing torch takes seconds
@@ -61,7 +53,8 @@ dl{grid-template-columns:repeat(auto-fill,minmax(min(100%,260px),1fr));gap:0 24p
 .card,figure{background:var(--card);border:1px solid var(--rule);border-radius:10px;min-width:0;margin:0;padding:14px}
 .missing{margin-top:16px;border-color:#c96a00}
 dl div{display:flex;justify-content:space-between;gap:12px;border-bottom:1px solid var(--rule);padding:3px 0}
-dd{margin:0;text-align:right;overflow-wrap:anywhere}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 12px}
+dd{margin:0;text-align:right;overflow-wrap:break-word;max-width:75%}
+pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0 0 12px}
 figcaption{font-weight:600;margin-bottom:6px}small{font-weight:400}figure>svg{display:block;width:100%;height:auto}
 small,pre,details{font-size:13px}
 .wide{overflow-x:auto;margin-top:8px}.wide>svg{display:block}details .wide{max-height:320px}
@@ -69,7 +62,8 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}capt
 th,td{padding:4px 8px;text-align:right;border-bottom:1px solid var(--rule)}th:first-child{text-align:left}
 """
 
-# The policy makes the browser refuse scripts and the network, whatever the page contains.
+# The Content-Security-Policy makes the browser refuse scripts and network access, whatever the page
+# contains.
 PAGE = """<!doctype html>
 <html lang=en><head><meta charset=utf-8><meta name=viewport content="width=device-width,initial-scale=1">
 <meta http-equiv=Content-Security-Policy content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
@@ -80,46 +74,15 @@ PAGE = """<!doctype html>
 """
 
 
-MOST_POPULATION_BYTES = 64 << 20  # of a saved population, unpacked; 50 individuals have 45 KB
-FILES = ("args.json", "history.jsonl", "genotype.json")  # a run directory has at least one of them
-
-
 # ---- from run directory to page
 
 
-@dataclass
-class ReportedRun:
-    """What a run directory says of its run."""
-
-    path: str
-    about: dict  # the content of args.json, {} if it cannot be read
-    rows: list[dict]  # the history, in order
-    step: str  # what the rows count: "generation" in a search, "epoch" in a retraining
-    view: SpaceView
-    views: Views
-    missing: list[str] = field(default_factory=list)  # what the report lacks, and why, as sentences
-
-    @property
-    def arguments(self) -> dict:
-        """The command-line arguments by name, {} if they are not known."""
-        return self.about.get("args", {})
-
-    @property
-    def is_search(self) -> bool:
-        """Whether the run is a search, not a retraining."""
-        return self.step == "generation"
-
-    def file(self, name: str) -> str:
-        """Return the path of a file of the run."""
-        return os.path.join(self.path, name)
-
-
 def write_report(run_dir: str | os.PathLike, views: Views) -> str:
-    """Write RUN_DIR/report.html from what the run has saved so far; return its path.
+    """Write RUN_DIR/report.html from what the run has saved so far; return the report's path.
 
-    `views` holds the search spaces that the run can be of. The report itself says what it lacks.
-    Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl is not valid,
-    and if the report cannot be written.
+    `views` holds the views of all search spaces that the run may belong to. The report lists
+    information that is missing. Raises UserError if `run_dir` is not a run directory, if a line of history.jsonl
+    is not valid, or if the report cannot be written.
     """
     run = read_run(run_dir, views)
     page = render(run, sections(run))
@@ -127,47 +90,6 @@ def write_report(run_dir: str | os.PathLike, views: Views) -> str:
     with atomic_write(path) as file:
         file.write(page.encode())
     return path
-
-
-def read_run(run_dir: str | os.PathLike, views: Views) -> ReportedRun:
-    """Read arguments and history of a run. Raises UserError: see `write_report`."""
-    if not any(os.path.isfile(os.path.join(run_dir, name)) for name in FILES):
-        raise UserError(f"{run_dir} is not a run directory: it has none of {', '.join(FILES)}")
-    missing = []
-    try:
-        about = read_about(os.path.join(run_dir, "args.json"))
-    except UserError as error:
-        missing.append(f"The settings: {error}.")
-        about = {}
-    rows = read_history(run_dir, SETTINGS)
-    if rows:
-        step = step_of(rows)
-    else:
-        step = "epoch" if about.get("kind") == "eval" else "generation"
-    row_of_step = {row[step]: row for row in rows}  # a step that was repeated after a crash counts once
-    rows = [row_of_step[number] for number in sorted(row_of_step)]
-    view = views.get(str(about.get("space"))) or guessed_view(rows, views)
-    return ReportedRun(os.fspath(run_dir), about, rows, step, view, views, missing)
-
-
-def read_about(path: str) -> dict:
-    """Return the content of args.json.
-
-    Raises UserError if it lacks the arguments or the versions.
-    """
-    about = read_json(path)
-    if not isinstance(about, dict) or not all(isinstance(about.get(key), dict) for key in ("args", "versions")):
-        raise UserError("args.json does not hold the arguments of a run")
-    return about
-
-
-def guessed_view(rows: list[dict], views: Views) -> SpaceView:
-    """Return the view that fits the last cell of a history, or the first view."""
-    best = rows[-1].get("best_genotype") if rows else None
-    for view in views.values():
-        if isinstance(best, view.cell_type):
-            return view
-    return next(iter(views.values()))
 
 
 def sections(run: ReportedRun) -> list[str]:
@@ -200,14 +122,19 @@ def retraining_sections(run: ReportedRun) -> list[str]:
     if not run.rows:
         run.missing.append("The charts: history.jsonl has no epoch yet.")
         return [cell]
-    return [accuracy_section(run.rows), cell, time_section(run.rows)]
+    return [accuracy_section(run.rows), class_section(run), cell, time_section(run.rows)]
 
 
 def render(run: ReportedRun, parts: list[str]) -> str:
-    """Return the page with these sections."""
+    """Return the HTML page of a run with the sections `parts`."""
     title = run.view.title if run.is_search else "EvNAS retraining"
     words = [run.arguments.get("dataset"), run.about.get("started"), os.path.basename(os.path.abspath(run.path))]
     about = escape(" · ".join(str(word) for word in words if word))
+    return page_of(title, about, parts)
+
+
+def page_of(title: str, about: str, parts: Sequence[str]) -> str:
+    """Return an HTML page with these sections. `about` is the HTML of the line below the title."""
     page = PAGE.format(title=title, css=CSS, about=about, body="\n".join(parts))
     return "\n".join(escaped(line) for line in page.split("\n"))
 
@@ -215,19 +142,13 @@ def render(run: ReportedRun, parts: list[str]) -> str:
 # ---- sections
 
 
-def section(title: str, *charts: str, card: str = "") -> str:
-    """Return a heading, a card and charts side by side; "" if they are empty."""
-    card = f"<div class=card>{card}</div>" if card else ""
-    figures = f"<div class=charts>{''.join(charts)}</div>" if any(charts) else ""
-    return f"<section><h2>{title}</h2>{card}{figures}</section>" if card or figures else ""
-
-
 def summary_section(run: ReportedRun) -> str:
-    """Return the most important figures."""
+    """Return the section with the most important figures of a run."""
     if not run.rows:
         return ""
     last = run.rows[-1:]
-    minutes, seconds = divmod(int(sum(finite_values(run.rows, "seconds"))), 60)
+    total = sum(finite_values([*run.rows, *last_measurement(run)], "seconds"))
+    minutes, seconds = divmod(int(total), 60)
     figures = {
         f"{run.step.capitalize()}s": f"{last[0][run.step]} of {run.arguments.get('epochs', '?')}",
         "Time": f"{minutes} min {seconds} s",
@@ -251,8 +172,19 @@ def summary_section(run: ReportedRun) -> str:
     return section("Summary", card=definition_list(figures))
 
 
+def last_measurement(run: ReportedRun) -> list[dict]:
+    """Return the content of baselines.json, whose "seconds" are part of a search's time, in a list.
+
+    The list is empty if there is no such file. Another section notes a damaged file.
+    """
+    with contextlib.suppress(UserError):
+        result = read_json(run.file("baselines.json"))
+        return [result] if isinstance(result, dict) else []
+    return []
+
+
 def missing_card(missing: Sequence[str]) -> str:
-    """Return what the report lacks."""
+    """Return a card that lists what the report lacks; "" if it lacks nothing."""
     if not missing:
         return ""
     notes = "".join(f"<li>{escape(note)}</li>" for note in missing)
@@ -260,7 +192,7 @@ def missing_card(missing: Sequence[str]) -> str:
 
 
 def cell_section(run: ReportedRun, title: str) -> str:
-    """Return the drawings of the cell in genotype.json, else of that in the history's last row."""
+    """Return the drawings of the cell in genotype.json, or else in the history's last row."""
     try:
         cell = cell_of(run)
         drawings = drawings_of(cell, run.views)
@@ -286,47 +218,6 @@ def cell_of(run: ReportedRun) -> Cell:
     return cell
 
 
-def result_section(run: ReportedRun) -> str:
-    """Return the winner next to random architectures, and fitness against costs."""
-    from costs import COSTS  # imports torch
-
-    charts = []
-    card = ""
-    try:
-        if os.path.exists(run.file("baselines.json")):
-            result = read_json(run.file("baselines.json"))
-            winner = [result["winner"]]
-            values = {"Winner's fitness, %": finite_values(winner, "fitness")}
-            values |= {f"Winner's {cost.axis}": finite_values(winner, cost.name) for cost in COSTS}
-            values["Mean of random ones, %"] = finite_values([result], "random_mean")
-            values["Best of random ones, %"] = finite_values([result], "random_best")
-            figures = {name: format_number(found[0]) for name, found in values.items() if found}
-            sentence = result["sentence"]
-            card = f"<p>{escape(sentence[:1].upper() + sentence[1:])}.</p>"
-            card += f"<p>Retrain it with:</p><pre>{escape(result['retrain'])}</pre>"
-            card += definition_list(figures) + run.view.tables(result)
-        if os.path.exists(run.file("pareto.json")):
-            pareto = read_json(run.file("pareto.json"))
-            for cost in COSTS:
-                individuals = points(pareto["individuals"], cost.name)
-                front = points(pareto["front"], cost.name)
-                if individuals and front:
-                    title = f"Fitness against {cost.axis}"
-                    charts.append(scatter(title, "on the final weights, %", cost.axis, individuals, front))
-            card += f"<p>The charts show {escape(pareto['about'])}.</p>" if charts else ""
-    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
-        run.missing.append(
-            f"Part of the winner's comparison: baselines.json or pareto.json is damaged ({error!s:.200})."
-        )
-    return section("The winner and random architectures", *charts, card=card)
-
-
-def points(individuals: list[dict], cost: str) -> list[Point]:
-    """Return the cost and fitness of those individuals that have both."""
-    pairs = zip(column(individuals, cost), column(individuals, "fitness"), strict=True)
-    return [Point(*pair) for pair in pairs if None not in pair]
-
-
 def fitness_section(rows: list[dict]) -> str:
     """Return the charts of fitness and of the training of the shared weights."""
     fitness = [Line("best", "red", "fitness_best"), Line("mean", "blue", "fitness_mean")]
@@ -335,8 +226,8 @@ def fitness_section(rows: list[dict]) -> str:
     loss = [Line("loss", "purple", "train_loss")]
     return section(
         "Fitness and training",
-        chart(rows, "Fitness", "top-1 accuracy on validation images, %", fitness, band),
-        chart(rows, "Training accuracy", "of the shared weights, %", top1),
+        chart(rows, "Fitness", "top-1 accuracy on validation images, %", fitness, band, highest=100),
+        chart(rows, "Training accuracy", "of the shared weights, %", top1, highest=100),
         chart(rows, "Training loss", "of the shared weights", loss),
     )
 
@@ -353,19 +244,42 @@ def accuracy_section(rows: list[dict]) -> str:
     return section(
         "Loss and accuracy",
         chart(rows, "Loss", "cross-entropy", loss),
-        chart(rows, "Top-1 accuracy", "%", top1),
-        chart(rows, "Top-5 accuracy", "%", top5),
+        chart(rows, "Top-1 accuracy", "%", top1, highest=100),
+        chart(rows, "Top-5 accuracy", "%", top5, highest=100),
     )
 
 
+def class_section(run: ReportedRun) -> str:
+    """Return the section on accuracy by class, from test.json; "" if there is no such file."""
+    if not os.path.exists(run.file("test.json")):
+        return ""
+    try:
+        result = read_json(run.file("test.json"))
+        classes = [str(name) for name in result["classes"]]
+        counts = [[int(number) for number in row] for row in result["confusion"]]
+        body = []
+        for i, (name, accuracy) in enumerate(zip(classes, result["accuracy_by_class"], strict=True)):
+            mistakes = sorted((j for j in range(len(classes)) if j != i and counts[i][j]), key=lambda j: -counts[i][j])
+            taken_for = ", ".join(f"{classes[j]} ({counts[i][j]})" for j in mistakes[:3])
+            body.append([escape(name), format_number(accuracy), str(sum(counts[i])), escape(taken_for) or "–"])
+        about = f"Of {result['images']} images of {result['dataset']}, with {os.path.basename(result['weights'])}"
+    except (UserError, LookupError, TypeError, ValueError, AttributeError) as error:
+        run.missing.append(f"Accuracy by class: test.json is damaged ({error!s:.200}).")
+        return ""
+    head = ["Class", "Accuracy, %", "Images", "Most often taken for"]
+    return section("Accuracy by class", card=table(about, head, body))
+
+
 def population_section(run: ReportedRun) -> str:
-    """Return the charts of the populations: their operations and distinct architectures."""
+    """Return the charts of each generation's population: operations and distinct architectures."""
+    import populations
+
     rows = []
     errors = {}  # {generation: why its population cannot be read}
     for row in run.rows:
         generation = row["generation"]
         try:
-            shares = operation_shares(run.file(os.path.join("population", f"{generation:03d}.npz")), run.view)
+            shares = operation_shares(populations.path_of(run.path, generation), run.view)
         except UserError as error:
             shares = {}
             errors[str(generation)] = str(error)
@@ -383,9 +297,9 @@ def population_section(run: ReportedRun) -> str:
 
 
 def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[Line]:
-    """Return a line for each operation that occurs in cells of this name.
+    """Return a chart's line for each operation that occurs in cells of this name.
 
-    Operations without a colour are grey.
+    Operations without a colour of their own are grey.
     """
     lines = []
     for operation in dict.fromkeys([*view.colours, *view.operations]):  # in the order of the colours
@@ -396,23 +310,20 @@ def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[L
 
 
 def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
-    """Return {"normal cell max_pool_3x3": percent of edges, ..} of a saved population.
+    """Return {"normal cell max_pool_3x3": percent of edges, ..} for a saved population.
 
     Raises UserError if the file is not a population of this space.
     """
-    import numpy as np
     import torch
 
+    import populations
+
+    alphas = torch.from_numpy(populations.load(path).alphas)  # (P, G, E, O)
     try:
-        with open_regular(path) as packed, np.load(packed, allow_pickle=False) as file:
-            check_unpacked_size(file.zip, MOST_POPULATION_BYTES)
-            alphas = torch.from_numpy(file["alphas"].astype("float32"))  # (P, G, E, O)
         counts = view.decode(alphas).sum((0, 2))  # (G, O)
         if counts.shape != (len(view.cell_names), len(view.operations)):
             raise ValueError(f"alphas have the shape {tuple(alphas.shape)}")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    except Exception as error:  # zipfile and numpy raise nearly any exception for damaged files
+    except (IndexError, RuntimeError, ValueError) as error:  # the alphas are those of another space
         raise UserError(f"{path}: not a saved population ({type(error).__name__}: {error})") from error
     shares = 100 * counts / counts.sum(1, keepdims=True)
     names = [f"{cell} {operation}" for cell in view.cell_names for operation in view.operations]
@@ -433,7 +344,7 @@ def time_section(rows: list[dict]) -> str:
 
 
 def settings_section(run: ReportedRun) -> str:
-    """Return the command, the arguments and the versions."""
+    """Return the section with the command, the arguments and the versions of a run."""
     if not run.about:
         return ""
     circumstances = {key: run.about[key] for key in ("git", "threads", "started") if key in run.about}
@@ -449,8 +360,8 @@ def settings_section(run: ReportedRun) -> str:
 def finish_run(run: "Run", cell: Cell, view: SpaceView) -> None:
     """Draw the cell and write the report of a run that has finished.
 
-    If a drawing fails, the log says why and how to try again. The results of the run are saved all
-    the same.
+    If drawing or writing fails, the log says why and how to try again. The run's results are
+    already saved at this point.
     """
     if not run.writes:
         return

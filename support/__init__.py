@@ -1,10 +1,9 @@
-"""Files, runs, devices, processes and command lines: everything here works without the method of
-the project.
+"""Files, runs, devices, processes and command lines. Nothing here depends on the search method.
 
-Importing this package makes two things end in one line instead of a traceback, if a script of the
-project was started: Ctrl-C, and a package that is not installed. `support.cli.command` cannot do
-that while a script is still importing torch. So scripts import `support.cli` before torch;
-ruff.toml sorts it first.
+If the running program is a script of this project, importing this package sets `sys.excepthook`.
+Ctrl-C and a missing package then print one line instead of a traceback. `support.cli.command` also
+prints such lines, but only after a script has imported everything, and importing torch takes
+seconds. So scripts import `support.cli` before torch; ruff.toml sorts that import first.
 """
 
 import sys
@@ -23,8 +22,10 @@ def is_started_script() -> bool:
 
 
 def end_in_one_line(exception_type: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    """Be a sys.excepthook: print one line for Ctrl-C and for a package that is not installed, which
-    exits with 2.
+    """Handle an uncaught exception: this function becomes `sys.excepthook`.
+
+    For Ctrl-C and for a package that is not installed it prints one line instead of a traceback. A
+    missing package exits with code 2.
     """
     if exception_type is KeyboardInterrupt:
         emit("interrupted", sys.stderr)
@@ -36,7 +37,7 @@ def end_in_one_line(exception_type: type[BaseException], error: BaseException, t
 
 
 def is_of_others(module: str | None) -> bool:
-    """Return whether a module, such as "torch.nn", is not one of this project's."""
+    """Return whether a module, such as "torch.nn", comes from outside this project."""
     top = (module or "").split(".")[0]
     return bool(top) and not (PROJECT / top).exists() and not (PROJECT / f"{top}.py").exists()
 

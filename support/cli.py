@@ -1,6 +1,7 @@
-"""Command lines: flags, defaults in the help, and errors that end in one line. No torch here.
+"""Command lines: types of flags, defaults in the help, and error messages of one line.
 
-Scripts import this module before torch, see support/__init__.py.
+This module does not import torch. Scripts import this module before torch; support/__init__.py
+explains why.
 """
 
 import argparse
@@ -15,8 +16,7 @@ from pathlib import Path
 
 from support.files import UserError, emit
 
-# What ends a run although the program has no fault: a part of torch's message, and what the user is
-# told.
+# Errors that are not bugs of this program: {part of the exception's message: advice to the user}.
 OUT_OF_MEMORY = "out of memory: try --checkpoint (in training) or a smaller --batch_size"
 NO_COMPILER = "torch.compile found no compiler that works: give --no-compile, also with --resume"
 REMEDIES = {
@@ -26,7 +26,7 @@ REMEDIES = {
     "can't start new thread": OUT_OF_MEMORY,
     "cannot allocate memory": OUT_OF_MEMORY,  # the loader of shared libraries, in an import
     "without setting an exception": OUT_OF_MEMORY,  # Python, when there is no memory for the MemoryError
-    "without exception set": OUT_OF_MEMORY,  # the same
+    "without exception set": OUT_OF_MEMORY,  # another wording of Python's message
     "InvalidCxxCompiler": NO_COMPILER,
     "CppCompileError": NO_COMPILER,
     "TritonMissing": NO_COMPILER,  # on a GPU
@@ -38,11 +38,11 @@ LARGEST = 3.4028235e38  # the largest float32
 
 
 def command(main: Callable) -> Callable:
-    """Decorate `main(argv=None)`, so that an error that the user can fix ends in one line on stderr
-    and exit code 2.
+    """Decorate `main(argv=None)` so that it ends with one line, not a traceback, after some errors.
 
-    Such errors are UserError, OSError, being out of memory, and those in REMEDIES. Ctrl-C ends in
-    one line and exit code 130.
+    The user can fix UserError, OSError, MemoryError, and errors whose message REMEDIES lists. Such
+    an error prints one line on stderr and exits with code 2. Ctrl-C prints one line and exits with
+    code 130.
     """
 
     @functools.wraps(main)
@@ -73,8 +73,10 @@ def command(main: Callable) -> Callable:
 
 
 def open_missing_streams() -> None:
-    """Open /dev/null for standard streams that the caller has closed, so that no file of a run gets
-    their numbers.
+    """Open /dev/null in place of standard streams that the caller has closed.
+
+    Otherwise a file of the run could get the file descriptor of stdout or stderr, and output of a
+    library would go into that file.
     """
     for name in ("stdin", "stdout", "stderr"):
         if getattr(sys, name) is None:
@@ -93,9 +95,9 @@ def os_error_text(error: OSError) -> str:
 
 
 def remedy(error: BaseException | None) -> str | None:
-    """Return the line that REMEDIES has for an exception, or for one of those that led to it.
+    """Return the advice in REMEDIES for an exception, or for an exception that led to it.
 
-    None: there is none.
+    Returns None if REMEDIES has no advice.
     """
     while error is not None:
         for line in ["out of memory"] if isinstance(error, MemoryError) else str(error).splitlines():
@@ -107,9 +109,9 @@ def remedy(error: BaseException | None) -> str | None:
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults of flags, except None and False, which say nothing.
+    """A help formatter that shows the default of each flag, unless the default is None or False.
 
-    Keeps the lines of the description.
+    Line breaks in the description are kept.
     """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -117,7 +119,7 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser without abbreviations, whose errors are one line instead of the usage."""
+    """An ArgumentParser that refuses abbreviated flags and reports an error in one line."""
 
     def __init__(self, **kwargs: object) -> None:
         super().__init__(formatter_class=Formatter, allow_abbrev=False, **kwargs)
@@ -128,11 +130,11 @@ class Parser(argparse.ArgumentParser):
 
 
 class Published(argparse.Action):
-    """A flag of the published scripts that this project does not have: accepted, hidden from
-    --help, noted on stderr.
+    """A flag that only the published scripts have.
 
-    `instead` is the command line that replaces it, with {} for its value. Without `instead` the
-    flag is ignored, and the note says `why`.
+    The flag is accepted, but hidden from --help, and a note on stderr says what replaces it.
+    `instead` is the command line that replaces the flag, with {} in place of the flag's value.
+    Without `instead` the flag is ignored, and the note says `why`.
     """
 
     def __init__(
@@ -155,8 +157,8 @@ class Published(argparse.Action):
         value: object,
         flag: str | None = None,
     ) -> None:
-        """Note the flag once, and parse what replaces it."""
-        from support import distributed  # imports torch, which commands without such a flag can do without
+        """Print the note about the flag once, and parse the command line that replaces the flag."""
+        from support import distributed  # imports torch, which is needed only for such a flag
 
         words = [word.format(value) for word in self.instead.split()] if self.instead else []
         if flag not in self.noticed:  # the arguments of a resumed run are parsed twice
@@ -180,20 +182,22 @@ def file_name(text: str) -> str:
 def number(
     number_type: type, low: float | None = None, high: float | None = None, above: float | None = None
 ) -> Callable[[str], int | float]:
-    """Return an argparse type for int or float numbers of at least `low`, at most `high` and
-    greater than `above`.
+    """Return an argparse type that parses an int or a float and checks its bounds.
+
+    The number must be at least `low`, at most `high` and greater than `above`. A bound of None is
+    not checked.
     """
     all_bounds = [("at least", operator.ge, low), ("greater than", operator.gt, above), ("at most", operator.le, high)]
     bounds = [bound for bound in all_bounds if bound[2] is not None]
 
     def parse(text: str) -> int | float:
         try:
-            value = number_type(re.sub(r"^(\d+)\.0*$", r"\1", text))  # so that int takes 50.0
+            value = number_type(re.sub(r"^(\d+)\.0*$", r"\1", text))  # so that int accepts 50.0
         except ValueError:
             whole = "whole " if number_type is int else ""
             raise argparse.ArgumentTypeError(f"{text!r} is not a {whole}number") from None
         if not abs(value) <= LARGEST:
-            raise argparse.ArgumentTypeError(f"{text} is not a finite number of float32")
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number in float32")
         if not all(holds(value, limit) for _, holds, limit in bounds):
             allowed = " and ".join(f"{word} {limit}" for word, _, limit in bounds)
             raise argparse.ArgumentTypeError(f"{text} must be {allowed}")

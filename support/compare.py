@@ -1,4 +1,7 @@
-"""Where two nested structures of dicts and lists differ first. No torch here."""
+"""Find the first difference between two nested structures of dicts and lists.
+
+This module does not import torch.
+"""
 
 import itertools
 from collections.abc import Callable
@@ -22,10 +25,10 @@ def compare_values(now: object, before: object) -> Difference | None:
 
 
 def comparable_value(value: object) -> object:
-    """Return a string, a number or None as it is, and the type of anything else.
+    """Return a string, a number or None unchanged, and the type of any other value.
 
-    Only these are compared with ==, since a hostile file can hold values whose comparison never
-    ends.
+    Only strings, numbers, None and types are compared with ==. A hostile file can hold objects
+    whose comparison never ends.
     """
     return value if value is None or isinstance(value, (str, int, float)) else type(value)
 
@@ -33,11 +36,11 @@ def comparable_value(value: object) -> object:
 def first_difference(
     now: object, before: object, summary: Callable[[object], object], name: str = ""
 ) -> Difference | None:
-    """Return the first place where the summaries of the values in nested dicts and lists differ, or
-    None.
+    """Return the first place where two nested structures of dicts and lists differ, or None.
 
-    Only keys that both dicts have are compared. `before` may come from a hostile file, `now` may
-    not.
+    Two values differ if their `summary` differs. Only keys that both dicts have are compared.
+    `before` may come from a hostile file, but `now` must be trusted: the recursion is at most as
+    deep as `now`.
     """
     if isinstance(now, dict) and isinstance(before, dict):
         keys = [key for key in now if key in before]

@@ -1,6 +1,4 @@
-"""The device that computes: its flags, its choice, number formats, compilation, CUDA graphs and
-memory.
-"""
+"""The compute device: flags, choice, number formats, compilation, CUDA graphs and memory."""
 
 from support.cli import number
 
@@ -38,27 +36,28 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
     text = "compile parts of the network with torch.compile; takes minutes at the start, then runs faster"
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = (
-        "on one GPU, record the training step as a CUDA graph, so that it does not wait for Python; "
+        "on one GPU, record the training step as a CUDA graph, so that the GPU does not wait for Python; "
         "same results, more memory"
     )
     group.add_argument("--cuda_graph", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = (
-        "do not keep activations for the backward pass, compute them a second time; same results, less memory, slower"
+        "recompute activations in the backward pass instead of keeping them in memory; "
+        "same results, less memory, slower"
     )
     group.add_argument("--checkpoint", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = (
-        "before training, compare the kernels of one training step with float64; "
+        "before training, compare the kernels of one training step with float64 arithmetic; "
         "not needed in float32 on the CPU, and skipped there"
     )
     group.add_argument("--self_check", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def choose_device(args: argparse.Namespace) -> torch.device:
-    """Return the device that the flags of this module choose, set it up, and join the other
-    processes.
+    """Return the device that --device and --gpu select, set it up, and join the process group.
 
-    It is --device, or CUDA device --gpu if there is a GPU, else the CPU. Under torchrun each
-    process has a GPU of its own. Raises UserError for a device or a setting that cannot be used.
+    Without --device, the device is CUDA device --gpu if there is a GPU, and otherwise the CPU.
+    Under torchrun each process uses its own GPU. Raises UserError for a device or a setting that
+    cannot be used.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.gpu is not None and args.device is None and name == "cpu":
@@ -67,10 +66,10 @@ def choose_device(args: argparse.Namespace) -> torch.device:
         name = f"cuda:{distributed.local_rank(args.gpu or 0)}"
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device).item()  # item(), because tensors on the device "meta" have no values
+        torch.zeros(1, device=device).item()  # item() fails on the device "meta", whose tensors have no values
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"device {name} cannot be used ({reason}). Choose another one with --device") from error
+        raise UserError(f"device {name} cannot be used ({reason}). Choose another device with --device") from error
     set_up(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -79,22 +78,22 @@ def choose_device(args: argparse.Namespace) -> torch.device:
             raise UserError(f"--amp: {gpu} does not support bfloat16. Leave --amp out")
     if args.compile and device.type == "cpu" and not has_compiler():
         raise UserError(
-            "--compile: no C++ compiler found (g++, or what CXX names). Install one, or leave --compile out"
+            "--compile: no C++ compiler found (g++, or what CXX names). Install a compiler, or leave --compile out"
         )
     distributed.join_process_group(device)
     return device
 
 
 def has_compiler() -> bool:
-    """Return whether the C++ compiler is installed that torch.compile uses for the CPU."""
+    """Return whether the C++ compiler that torch.compile needs on the CPU is installed."""
     return shutil.which(os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")) is not None
 
 
 def set_up(device: torch.device) -> None:
-    """Make the libraries under PyTorch fast, but keep float32 exact."""
+    """Set up cuDNN or the memory allocator for speed, without rounding float32 to TF32."""
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True
-        torch.backends.cudnn.allow_tf32 = False  # by default, the inputs of convolutions are rounded to TF32
+        torch.backends.cudnn.allow_tf32 = False  # by default, cuDNN rounds the inputs of convolutions to TF32
     else:
         keep_freed_memory()
 
@@ -102,20 +101,22 @@ def set_up(device: torch.device) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the next tensor.
 
-    Without this, a CPU spends much of the time on new pages.
+    By default glibc returns the memory of large freed tensors to the operating system. The CPU then
+    spends much of its time on getting new pages.
     """
-    with contextlib.suppress(AttributeError):  # another C library
+    with contextlib.suppress(AttributeError):  # a C library other than glibc has no mallopt
         libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is a mapping of its own
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: do not use mmap for large blocks
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: bytes to keep at the top of the heap
 
 
 def autocast(device: torch.device, enabled: bool) -> contextlib.AbstractContextManager:
-    """Return a context that computes in bfloat16 where that is safe, or not at all.
+    """Return an autocast context: to bfloat16 if `enabled`, otherwise one without autocast.
 
-    Its cache of converted weights lasts for one block, so use a block for each step.
+    The context caches weights that it has converted to bfloat16. Weights change in each step, so
+    enter a new context for each step.
     """
-    if not (enabled or torch.amp.is_autocast_available(device.type)):  # such as on the device "meta"
+    if not (enabled or torch.amp.is_autocast_available(device.type)):  # on the device "meta", for example
         return contextlib.nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if enabled else None, enabled=enabled)
 
@@ -130,11 +131,13 @@ def memory_format(device: torch.device) -> torch.memory_format:
 
 @functools.cache
 def compiled(function: Callable) -> Callable:
-    """Return torch.compile(function), the same object for each function, with a graph for each
-    shape of its inputs.
+    """Return torch.compile(function), which compiles one graph for each shape of the inputs.
+
+    Later calls with the same function return the same object, so its graphs are shared.
     """
-    # A network calls it with many shapes: several sizes, with and without gradients, and a last,
-    # smaller batch. The limit is called recompile_limit in newer versions.
+    # A network calls the function with many kinds of inputs: several sizes, with and without
+    # gradients, and a smaller last batch. So we raise the limit on the number of graphs. Newer
+    # versions of PyTorch call this limit recompile_limit.
     torch._dynamo.config.cache_size_limit = max(torch._dynamo.config.cache_size_limit, 64)
     return torch.compile(function, dynamic=False)
 
@@ -143,9 +146,10 @@ class Recorded:
     """A function of CUDA tensors that is recorded as a CUDA graph, so that its kernels are launched
     all at once.
 
-    The first two calls compute normally, so that libraries, compilers and the optimiser are ready.
-    Whatever the function reads besides its inputs must be tensors that stay at their addresses, or
-    never change. Inputs of other shapes than the first ones are computed without the graph.
+    The first two calls run without a graph, so that libraries, compilers and the optimiser are
+    initialised before the recording. Besides its inputs, the function may only read tensors that
+    keep their addresses, and values that never change. Inputs whose shapes differ from those of the
+    first call are computed without the graph.
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
@@ -156,7 +160,7 @@ class Recorded:
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs: torch.Tensor) -> torch.Tensor:
-        """Return what the function returns, in a tensor that the next call does not change."""
+        """Return the function's result as a new tensor, which later calls do not overwrite."""
         if self.inputs is None:
             self.inputs = [x.clone() for x in inputs]
         if any(x.shape != recorded.shape for x, recorded in zip(inputs, self.inputs, strict=True)):
@@ -168,15 +172,17 @@ class Recorded:
             return self.on_side_stream()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()
-            # Meanwhile another thread may pin the memory of the next images.
+            # "thread_local", because another thread may pin memory for the next images meanwhile.
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
                 self.output = self.function(*self.inputs)
         self.graph.replay()
         return self.output.clone()
 
     def on_side_stream(self) -> torch.Tensor:
-        """Compute normally, but on another stream: gradients belong to the stream of their first
-        backward pass.
+        """Run the function without a graph, on a side stream.
+
+        A gradient is tied to the stream of its first backward pass. The first backward pass must
+        not use the default stream, because a CUDA graph cannot be recorded on that stream.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
@@ -186,12 +192,11 @@ class Recorded:
 
 
 def region_function(function: Callable, compile: bool = False, checkpoint: bool = False) -> Callable:
-    """Return a function that computes a region of a network: `function`, compiled and checkpointed
-    if asked.
+    """Return `function`, which computes a region of a network, compiled and checkpointed if asked.
 
-    With `checkpoint` only its arguments are kept, and the backward pass computes the rest a second
-    time. If modules are among the arguments, their running statistics change only the first time.
-    `function` must not draw random numbers.
+    With `checkpoint` only the function's arguments are kept in memory, and the backward pass runs
+    the function a second time. The second run leaves the running statistics of modules among the
+    arguments unchanged. `function` must not draw random numbers.
     """
     function = compiled(function) if compile else function
     if not checkpoint:
@@ -212,10 +217,11 @@ def region_function(function: Callable, compile: bool = False, checkpoint: bool 
 
 @contextlib.contextmanager
 def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """In this block, BatchNorms in training mode do not change their running statistics.
+    """Within this block, BatchNorms in training mode do not change their running statistics.
 
-    They still save for the backward pass what they save normally.
+    BatchNorms still save the same tensors for the backward pass as outside the block.
     """
+    # Momentum 0 keeps the old statistics, and BatchNorm skips a counter that is None.
     norms = [norm for module in modules for norm in module.modules() if getattr(norm, "track_running_stats", False)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
@@ -230,27 +236,28 @@ def frozen_statistics(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def device_text(device: torch.device) -> str:
-    """Return a line for the log: what the run computes on."""
+    """Return a line for the log that names the device on which the run computes."""
     if device.type == "cuda":
         return f"running on {torch.cuda.get_device_name(device)} ({device})"
     return f"running on the {device.type.upper()}, {torch.get_num_threads()} threads"
 
 
 def total_memory(device: torch.device) -> int:
-    """Return the memory of a device in bytes: a GPU's, else the machine's, or the limit of a
-    container.
+    """Return the total memory of a device in bytes.
+
+    For the CPU this is the machine's memory, or the container's limit if that is smaller.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]
     sizes = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # not Linux, the other version of cgroups, or "max"
+        with contextlib.suppress(OSError, ValueError):  # each version of cgroups has one of the files; "max": no limit
             sizes.append(int(Path(path).read_text()))
     return min(sizes)
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """Return the peak memory in MiB: of the GPU's allocator, or of the whole process on the CPU."""
+    """Return the peak memory of PyTorch on a GPU, or of the whole process on the CPU, in MiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,6 +1,4 @@
-"""Several processes under torchrun: which one this is, sums over all of them, and what only the
-first one prints.
-"""
+"""Several processes under torchrun: ranks, sums over all processes, and output from rank 0 only."""
 
 import atexit
 import contextlib
@@ -20,7 +18,7 @@ from support.files import UserError, emit
 def from_torchrun(name: str, default: int) -> int:
     """Return the number in an environment variable that torchrun sets.
 
-    Raises UserError if it is not a number.
+    Raises UserError if the variable is not a number.
     """
     try:
         return int(os.environ.get(name, default))
@@ -30,7 +28,7 @@ def from_torchrun(name: str, default: int) -> int:
 
 
 def rank() -> int:
-    """Return the number of this process in the run, from 0."""
+    """Return the rank of this process in the run, counted from 0."""
     return from_torchrun("RANK", 0)
 
 
@@ -40,7 +38,7 @@ def world_size() -> int:
 
 
 def local_rank(default: int = 0) -> int:
-    """Return the number of this process on its machine, from 0, or `default` without torchrun."""
+    """Return the rank of this process on its machine, or `default` without torchrun."""
     return from_torchrun("LOCAL_RANK", default)
 
 
@@ -56,31 +54,30 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def progress(batches: Iterable, title: str, done: int = 0) -> tqdm:
-    """Return `batches` with a progress bar, `done` of them over already.
+    """Return `batches` with a progress bar that starts at `done`.
 
-    Without a terminal there is no bar.
+    The bar is hidden on other ranks than 0, and if stderr is not a terminal. A narrow terminal cuts
+    a line off at its end, so the loss comes before the times.
     """
     hidden = rank() > 0 or not sys.stderr.isatty()
-    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True)
+    form = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
+    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True, bar_format=form)
 
 
 def join_process_group(device: torch.device) -> None:
-    """Meet the other processes under torchrun: NCCL between GPUs, gloo between CPUs.
-
-    Raises UserError.
-    """
+    """Join the process group under torchrun: NCCL for GPUs, gloo for CPUs. Raises UserError."""
     if ("RANK" in os.environ) != ("WORLD_SIZE" in os.environ) or not 0 <= rank() < world_size():
         raise UserError("RANK and WORLD_SIZE are inconsistent: unset both, or start with torchrun")
     if world_size() > 1 and not torch.distributed.is_initialized():
-        # This must be imported before the group is made. Imported later (by torch.compile, for
-        # example), its default arguments hold the group. Then the group's threads live until Python
-        # ends, and can abort the process there.
+        # Import torch.distributed.nn before the process group is made. A later import (by
+        # torch.compile, for example) stores the group in default arguments of that module. The
+        # group's threads then live until Python exits, and can abort the process at its exit.
         importlib.import_module("torch.distributed.nn")
         try:
             torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"cannot meet the other processes ({reason:.200}): start with torchrun") from error
+            raise UserError(f"cannot connect to the other processes ({reason:.200}): start with torchrun") from error
         atexit.register(leave_process_group)
 
 
@@ -100,13 +97,13 @@ def one_after_the_other() -> Iterator[None]:
         torch.distributed.barrier()
     try:
         yield
-    finally:  # if the first process fails, the others enter too, and find out for themselves
+    finally:  # if the first process fails, the others still enter the block, and fail in it too
         if world_size() > 1 and local_rank() == 0:
             torch.distributed.barrier()
 
 
 def sum_over_ranks(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the sum of `tensor` over all processes. It may be computed in place."""
+    """Return the sum of `tensor` over all processes. The sum may be computed in place."""
     if world_size() > 1:
         if torch.distributed.get_backend() == "nccl":
             tensor = tensor.cuda()  # NCCL only sums on GPUs
@@ -121,13 +118,13 @@ def average_over_ranks(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def stack_over_ranks(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a row for each process: its `tensors`, flattened and concatenated.
+    """Return a matrix (processes, elements) with one row for each process.
 
-    The shape is (processes, elements).
+    A process's row holds its `tensors`, flattened and concatenated.
     """
     row = torch.cat([t.flatten() for t in tensors]) if tensors else torch.empty(0)
     rows = row.new_zeros(world_size(), len(row))
-    rows[rank()] = row
+    rows[rank()] = row  # the other rows stay 0, so the sum over processes has everyone's row
     return sum_over_ranks(rows)
 
 
@@ -138,11 +135,11 @@ def fill(tensors: Sequence[torch.Tensor], row: torch.Tensor) -> None:
 
 
 def same_everywhere(text: str) -> list[str] | None:
-    """Return None if every process calls this with the same `text`, else the texts of all
-    processes, by rank.
+    """Return None if all processes pass the same `text`, else a list of their texts by rank.
 
-    Digests and lengths are exchanged first, since they have the same shape in all processes
-    whatever the texts are.
+    Processes can only exchange tensors of equal shapes, but texts can differ in length. So the
+    processes first exchange digests and lengths. If the texts differ, the processes then exchange
+    the texts, padded to the greatest length.
     """
     if world_size() == 1:
         return None

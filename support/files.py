@@ -1,6 +1,6 @@
-"""Files that may be wrong or hostile are read safely, and files are never left half-written.
+"""Read files that may be damaged or hostile, and write files so that none is left half-written.
 
-No torch here.
+This module does not import torch.
 """
 
 import contextlib
@@ -23,14 +23,15 @@ from support.settings import RunSettings
 
 AnyPath = str | os.PathLike
 
-MOST_ROWS = 10**6  # of a history
+MOST_ROWS = 10**6  # rows of a history
 MOST_STEPS = 700_000  # opcodes of a pickle; the largest of our files has fewer than 300,000
 
 
 class UserError(ValueError):
-    """Something that the user can fix. Its message is one line: where, what is wrong, what to do.
+    """An error that the user can fix.
 
-    Scripts print it and exit with 2.
+    The message is one line: where the error is, what is wrong, and what to do. Scripts print the
+    message and exit with code 2.
     """
 
 
@@ -38,23 +39,22 @@ class UserError(ValueError):
 
 
 def open_regular(path: AnyPath, mode: str = "rb") -> IO:
-    """Open a file as `open` does, but refuse pipes, which can block forever, and devices, which can
-    be endless.
+    """Open a file as `open` does, but refuse anything that is not a regular file. Raises OSError.
 
-    Nothing is written through a symbolic link. Text is UTF-8, and characters that UTF-8 does not
-    have are written with backslashes. (File names can have bytes that Python reads as lone
-    surrogates.) Raises OSError.
+    A pipe could block forever, and a device could be endless. A symbolic link is refused for
+    writing. Text files are UTF-8. Lone surrogates, which Python uses for undecodable bytes in file
+    names, are written as backslash escapes.
     """
 
     def opener(path: str, flags: int) -> int:
         writes = flags & (os.O_WRONLY | os.O_RDWR)
         if writes and os.path.islink(path):
-            raise OSError(errno.ELOOP, "it is a symbolic link, and nothing is written through one", path)
+            raise OSError(errno.ELOOP, "this is a symbolic link, and files are not written through links", path)
         file = os.open(path, flags | os.O_NONBLOCK | (os.O_NOFOLLOW if writes else 0), 0o666)
         mode = os.fstat(file).st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Python refuses a directory itself
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # Python's open refuses directories
             os.close(file)
-            raise OSError(errno.EINVAL, "it is not a regular file", path)
+            raise OSError(errno.EINVAL, "this is not a regular file", path)
         return file
 
     text = {} if "b" in mode else {"encoding": "utf-8", "errors": "backslashreplace"}
@@ -65,9 +65,9 @@ def open_regular(path: AnyPath, mode: str = "rb") -> IO:
 def atomic_write(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
     """Open a temporary file next to `path`, which replaces `path` only if the block succeeds.
 
-    After the block, `path` has its new content even if the power fails: the file is synced and
-    renamed, and its folder is synced. Raises UserError if the folder cannot be written or the disk
-    is full. An existing `path` is then unchanged.
+    After the block, the new content of `path` survives a power failure, because the file and its
+    folder are synced. Raises UserError if the folder is not writable or the disk is full. After an
+    error, an existing file `path` is unchanged.
     """
     temporary = f"{path}.tmp{os.getpid()}"  # see remove_temporary_files
     try:
@@ -86,10 +86,10 @@ def atomic_write(path: AnyPath, mode: str = "wb") -> Iterator[IO]:
 
 
 def sync_folder(folder: AnyPath) -> None:
-    """Make names in `folder` that are new, renamed or removed survive a power cut. Raises OSError.
+    """Sync a folder, so that new, renamed and removed names in it survive a power failure.
 
-    Does nothing on a file system that cannot sync folders, and in a folder that can be written but
-    not read.
+    Does nothing if the file system cannot sync folders, or if the folder is not readable. Raises
+    OSError.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -105,10 +105,7 @@ def sync_folder(folder: AnyPath) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Make the folder `path` and missing folders above it, so that they survive a power cut.
-
-    Raises OSError.
-    """
+    """Make the folder `path` and any missing parents, and sync them. Raises OSError."""
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:
@@ -116,31 +113,35 @@ def make_folder(path: Path) -> None:
 
 
 def keep_as(path: Path, name: Path) -> None:
-    """Give the file `path` a second name in the same folder.
+    """Give the file `path` the second name `name` in the same folder.
 
-    It is copied if the file system has no links. Both names exist at every moment, even if the
-    power fails. Raises UserError.
+    `name` becomes a hard link, or a copy if the file system has no hard links. An existing file
+    `name` is replaced in one step. So neither file is ever missing, even if the power fails. Raises
+    UserError.
     """
     link = f"{name}.tmp{os.getpid()}"
     try:
-        with contextlib.suppress(FileNotFoundError):  # left by a process that was killed and had the same number
+        with contextlib.suppress(FileNotFoundError):  # a killed process with the same process ID may have left it
             os.unlink(link)
         os.link(path, link)
-    except OSError:  # a file system without links
+    except OSError:  # the file system has no hard links
         with atomic_write(name) as file:
             file.write(read_bytes(path))
         return
     try:
         os.replace(link, name)
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(link)  # if `name` already was the same file, os.replace has done nothing
+            os.unlink(link)  # os.replace does nothing if `name` already was a link to the same file
         sync_folder(name.parent)
     except OSError as error:
         raise UserError(f"cannot write {name}: {error.strerror or error}") from error
 
 
 def remove_temporary_files(folder: Path) -> None:
-    """Remove what `atomic_write` and `keep_as` left in `folder` when their processes were killed."""
+    """Remove temporary files that killed processes left in `folder`.
+
+    Such files come from `atomic_write` and `keep_as`.
+    """
     for path in folder.iterdir() if folder.is_dir() else ():
         if re.search(r"\.tmp\d+$", path.name) and not path.is_dir():
             with contextlib.suppress(OSError):
@@ -149,21 +150,19 @@ def remove_temporary_files(folder: Path) -> None:
 
 @contextlib.contextmanager
 def no_empty_folders(path: AnyPath) -> Iterator[None]:
-    """If the block fails, remove those folders on the way to `path` that it has made and left
-    empty.
-    """
+    """If the block fails, remove the folders of `path` that the block has made and left empty."""
     missing = [folder for folder in (Path(path), *Path(path).parents) if not folder.exists()]
     try:
         yield
     except BaseException:
         for folder in missing:
-            with contextlib.suppress(OSError):  # it is not empty, or does not exist
+            with contextlib.suppress(OSError):  # the folder is not empty, or does not exist
                 folder.rmdir()
         raise
 
 
 def write_json(path: AnyPath, value: object) -> None:
-    """Write `value` as indented JSON, see `atomic_write`. Raises UserError."""
+    """Write `value` to `path` as indented JSON, using `atomic_write`. Raises UserError."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=2)
         file.write("\n")
@@ -172,8 +171,9 @@ def write_json(path: AnyPath, value: object) -> None:
 def append_line(path: AnyPath, line: str, sync: bool = False) -> None:
     """Append a line to a text file, with control characters escaped.
 
-    With `sync` the line survives a power cut, provided that the file's name does, see
-    `sync_folder`. Raises UserError if writing fails. The file can then end with a part of the line.
+    With `sync` the line survives a power failure, provided that the folder was synced after the
+    file was made (see `sync_folder`). Raises UserError if writing fails. After an error, the file
+    may end with a part of the line.
     """
     try:
         with open_regular(path, "a") as file:
@@ -186,23 +186,23 @@ def append_line(path: AnyPath, line: str, sync: bool = False) -> None:
 
 
 def end_last_line(path: Path) -> None:
-    """Complete the last line of a text file if a crash cut it off. Raises UserError."""
+    """Add a missing line end to a text file, if a crash cut off its last line. Raises UserError."""
     if path.is_file() and read_bytes(path)[-1:] not in (b"", b"\n"):
         append_line(path, "")
 
 
-# ---- what people and shells read
+# ---- text for people and shells
 
-# Characters that a terminal would obey or a reader misread: C0 and C1 controls, line separators,
-# marks that turn the direction of text, and the surrogates that stand for bytes of file names that
-# are not UTF-8.
+# Characters that a terminal would interpret or a reader would misread: C0 and C1 controls, line
+# separators, marks that change the direction of text, and surrogates. Python uses surrogates for
+# bytes of file names that are not UTF-8.
 CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def escaped(text: str) -> str:
-    r"""Return `text` with control characters as \n, \x1b, \u202e.
+    r"""Return `text` with control characters escaped, such as \n, \x1b and \u202e.
 
-    File and class names can contain any character.
+    File names and class names can contain any character.
     """
     return CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
@@ -210,7 +210,7 @@ def escaped(text: str) -> str:
 def quoted(word: object) -> str:
     """Return a word quoted for a shell, on one line.
 
-    Control characters use the form $'...' of bash and zsh.
+    A word with control characters is written in the form $'...' of bash and zsh.
     """
     text = str(word)
     if not CONTROLS.search(text):
@@ -220,16 +220,17 @@ def quoted(word: object) -> str:
 
 
 def emit(text: object, stream: TextIO, write: Callable = print) -> None:
-    """Print a line and flush it, with control characters escaped.
+    """Print a line with control characters escaped, and flush the stream.
 
-    If the stream is lost (a closed pipe, a full disk), it is replaced by /dev/null: the program
-    goes on.
+    If the stream cannot be written (a closed pipe, a full disk), the stream is redirected to
+    /dev/null, so that the program continues.
     """
     try:
         write(escaped(text), file=stream)
         stream.flush()
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # also for what is left in the stream's buffer
+        # /dev/null also takes what is left in the stream's buffer.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 # ---- reading
@@ -238,7 +239,7 @@ def emit(text: object, stream: TextIO, write: Callable = print) -> None:
 def read_bytes(path: AnyPath) -> bytes:
     """Return the content of a file.
 
-    Raises UserError, which names the file, if it cannot be read.
+    Raises UserError, which names the file, if the file cannot be read.
     """
     try:
         with open_regular(path) as file:
@@ -250,7 +251,7 @@ def read_bytes(path: AnyPath) -> bytes:
 def read_json(path: AnyPath) -> object:
     """Return the JSON value in a file.
 
-    Raises UserError, which names the file, if it is missing or not JSON.
+    Raises UserError, which names the file, if the file is missing or not JSON.
     """
     content = read_bytes(path)
     try:
@@ -260,9 +261,9 @@ def read_json(path: AnyPath) -> object:
 
 
 def read_history(run_dir: str | os.PathLike, settings: RunSettings) -> list[dict]:
-    """Return the rows of RUN_DIR/history.jsonl, an empty list if there is no such file.
+    """Return the rows of RUN_DIR/history.jsonl, or an empty list if that file does not exist.
 
-    The run may be writing the file, so an unfinished last line is left out. Raises UserError, which
+    A run may be writing the file, so an unfinished last line is left out. Raises UserError, which
     names the line, if a row is not valid.
     """
     path = os.path.join(run_dir, "history.jsonl")
@@ -277,7 +278,7 @@ def read_history(run_dir: str | os.PathLike, settings: RunSettings) -> list[dict
         except (ValueError, RecursionError) as error:
             if number == len(lines) and not line.endswith(b"\n"):
                 break
-            remedy = "--resume makes the file again from the run's checkpoint"
+            remedy = "--resume rebuilds the file from the run's checkpoint"
             raise UserError(f"{where}: not valid JSON ({error}); {remedy}") from error
         check_history_row(row, rows, where, settings)
         rows.append(row)
@@ -293,10 +294,10 @@ def step_field(rows: list[dict], settings: RunSettings) -> str:
 def check_history_row(
     row: object, before: list[dict], where: str, settings: RunSettings, in_order: bool = False
 ) -> None:
-    """Check the form of a row of a history.
+    """Check that a row of a history has the right form.
 
-    With `in_order` its step must follow those of the rows `before` it. Raises UserError, which
-    begins with `where`.
+    With `in_order` the row's step must follow the steps of the rows `before`. Raises UserError,
+    whose message begins with `where`.
     """
     name = step_field(before or [row], settings) if isinstance(row, dict) else settings.step_fields[-1]
     step = row.get(name) if isinstance(row, dict) else None
@@ -324,9 +325,9 @@ def digest(path: AnyPath) -> str:
 
 
 def check_unpacked_size(archive: zipfile.ZipFile, limit: int) -> None:
-    """Raise ValueError if the members of an archive claim to have more than `limit` bytes together."""
+    """Raise ValueError if the members of an archive declare more than `limit` bytes in total."""
     if sum(member.file_size for member in archive.infolist()) > limit:
-        raise ValueError(f"it unpacks to more than {limit} bytes")
+        raise ValueError(f"the archive unpacks to more than {limit} bytes")
 
 
 def restricted_unpickle(
@@ -338,30 +339,33 @@ def restricted_unpickle(
 ) -> object:
     """Return the object in the pickle `data`, which was read from `path`.
 
-    Only the callables in `allowed`, {(module, name): object}, are known. `kwargs` go to
-    pickle.Unpickler.
+    The pickle may only refer to the objects in `allowed`, {(module, name): object}. `kwargs` are
+    passed to pickle.Unpickler.
 
-    Raises UserError for any other callable (which is not executed), for the opcodes named in
-    `refused`, for more than MOST_STEPS opcodes, and for damaged data. Memo indices and the number
-    of opcodes are checked before anything is built: a pickle of 20 bytes can ask for gigabytes, and
-    one byte can make an object of 216 bytes.
+    Raises UserError if the pickle refers to any other object, which is not executed. Also raises
+    UserError for opcodes named in `refused`, for more than MOST_STEPS opcodes, and for damaged
+    data.
+
+    Memo indices and the number of opcodes are checked before any object is built. Without these
+    checks, a pickle of 20 bytes could ask for gigabytes, and each byte could make an object of 216
+    bytes.
     """
 
     class Restricted(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
             if (module, name) not in allowed:
                 reference = f"{module}.{name}"
-                raise UserError(f"{path}: refused: it refers to {reference!r:.200}, and such a file never does")
+                raise UserError(f"{path}: refused: the pickle refers to {reference!r:.200}, and a valid one never does")
             return allowed[module, name]
 
     try:
         for step, (opcode, argument, _) in enumerate(pickletools.genops(data)):
             if step == MOST_STEPS:
-                raise UserError(f"{path}: refused: it has more than {MOST_STEPS:,} pickle opcodes, far too many")
+                raise UserError(f"{path}: refused: the file has more than {MOST_STEPS:,} pickle opcodes, far too many")
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and argument > len(data):
                 raise UserError(f"{path}: not a valid pickle: memo index {argument}")
             if opcode.name in refused:
-                raise UserError(f"{path}: refused: it contains {opcode.name}, and such a file never does")
+                raise UserError(f"{path}: refused: the pickle contains {opcode.name}, and a valid one never does")
         return Restricted(io.BytesIO(data), **kwargs).load()
     except UserError:
         raise

@@ -1,4 +1,4 @@
-"""Opening image files that nobody vouches for, as upright RGB images of 8 bits; caching what was decoded."""
+"""Open untrusted image files as upright 8-bit RGB images, and cache decoded images."""
 
 import contextlib
 import os
@@ -12,38 +12,40 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from support.files import UserError, atomic_write, check_unpacked_size, open_regular
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff", ".gif")
-# The formats of these suffixes. Pillow may try no others: for EPS it starts Ghostscript, and its readers of rare
-# formats raise nearly any exception.
+# The image formats of SUFFIXES. Pillow must not try any other format: it opens EPS files with
+# Ghostscript, and its readers of rare formats raise nearly any exception.
 FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF", "GIF")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened image as a new one in RGB with 8 bits, upright.
+    """Return an opened image as a new, upright RGB image with 8 bits per channel.
 
-    Grey is repeated in the three channels, alpha is dropped, 16 bits are divided by 257. Raises
-    ValueError for 32 bits and floating point, because nothing says which values are black and
-    white.
+    Grey values are repeated in the three channels, alpha is dropped, and 16-bit values are divided
+    by 257. Raises ValueError for 32-bit and floating-point pixels, because the file does not say
+    which values are black and white.
     """
     image.load()
     is_tiff = image.format == "TIFF"
-    about = image.info  # has the EXIF block
-    # Pillow's mode I has 32 bits, except that a PGM file, and in Pillow 10 a PNG file, with 16 bits has this mode too.
+    about = image.info  # the image's metadata, with the EXIF block
+    # Pillow's mode I is for 32-bit pixels. But a 16-bit PGM file, and in Pillow 10 a 16-bit PNG
+    # file, has this mode too.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         # convert("RGB") would clip the values to 255.
         image = Image.fromarray(np.rint(np.asarray(image) / 257).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("its pixels have 32 bits or are floating-point numbers; save it with 8 or 16 bits")
+        raise ValueError("the pixels have 32 bits or are floating-point numbers; save the image with 8 or 16 bits")
     image = image.convert("RGB")
-    if not is_tiff:  # Pillow turns TIFF files itself
+    if not is_tiff:  # Pillow turns TIFF images upright when it loads them
         image.info = dict(about)
-        # A damaged EXIF block raises nearly any exception. Pillow turns the pixels before it writes the block anew.
+        # A damaged EXIF block raises nearly any exception. Pillow rotates the pixels first, so they
+        # are upright even if Pillow cannot write the block again.
         with contextlib.suppress(Exception):
             ImageOps.exif_transpose(image, in_place=True)
     return image
 
 
 def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
-    """Return an RGB image scaled until it just covers width x height, then cropped to that at its centre."""
+    """Return an RGB image, scaled to just cover width x height and cropped around its centre."""
     if image.size == (width, height):
         return image
     return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
@@ -52,7 +54,7 @@ def to_size(image: Image.Image, width: int, height: int) -> Image.Image:
 def refuse_bombs() -> None:
     """Make Pillow raise an error for images of more than 89 million pixels.
 
-    By default it warns of them, and raises an error only beyond twice as many.
+    By default Pillow only warns of such images, and raises an error above twice as many pixels.
     """
     bomb = Image.DecompressionBombWarning
     if not any(action == "error" and kind is bomb for action, _, kind, *_ in warnings.filters):
@@ -60,17 +62,21 @@ def refuse_bombs() -> None:
 
 
 def open_image(path: str | os.PathLike, use: Callable[[Image.Image], Any] = to_rgb) -> Any:
-    """Open an image file and return `use` of it, by default its upright RGB form.
+    """Open an image file and return `use(image)`, by default the upright RGB image.
 
     Raises UserError, which names the file.
     """
     refuse_bombs()
     try:
-        # Pillow gets an open file: a path to a plain TIFF it would map into memory, ignoring the orientation.
+        # Pillow gets an open file, not a path. Given the path of a plain TIFF file, Pillow would
+        # map the file into memory and ignore the image's orientation.
         with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return use(image)
     except UnidentifiedImageError as error:
-        raise UserError(f"cannot read image {path}: it is not {', '.join(FORMATS)}. Convert or remove it.") from error
+        formats = ", ".join(FORMATS)
+        raise UserError(
+            f"cannot read image {path}: the format is not one of {formats}. Convert or remove it."
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise UserError(f"image {path} is too large: {error}; make it smaller or remove it") from error
     except (OSError, ValueError, SyntaxError) as error:
@@ -78,11 +84,11 @@ def open_image(path: str | os.PathLike, use: Callable[[Image.Image], Any] = to_r
 
 
 def load_cache(path: str | os.PathLike, key: bytes, limit: int) -> dict[str, np.ndarray]:
-    """Return the arrays {name: array} that `save_cache` wrote with the same key, or {} if there are none.
+    """Return the arrays {name: array} that `save_cache` wrote with the same key, or {}.
 
-    A file that is damaged, or unpacks to many more than `limit` bytes, is ignored.
+    A file that is damaged, or that unpacks to many more than `limit` bytes, is ignored.
     """
-    with contextlib.suppress(Exception):  # a damaged file raises nearly any
+    with contextlib.suppress(Exception):  # a damaged file raises nearly any exception
         with open_regular(path) as file, np.load(file, allow_pickle=False) as content:
             check_unpacked_size(content.zip, limit + 2**16)
             if content["key"].tobytes() == key:
@@ -91,6 +97,9 @@ def load_cache(path: str | os.PathLike, key: bytes, limit: int) -> dict[str, np.
 
 
 def save_cache(path: str | os.PathLike, key: bytes, **arrays: np.ndarray) -> None:
-    """Write arrays to a cache file, if it can be written. The key says what they were made from."""
+    """Write arrays to a cache file, if that file can be written.
+
+    The key identifies the data from which the arrays were made.
+    """
     with contextlib.suppress(UserError), atomic_write(path) as file:
         np.savez(file, key=np.frombuffer(key, np.uint8), **arrays)

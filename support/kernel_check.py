@@ -1,22 +1,27 @@
-"""Check PyTorch's kernels one by one, as a program calls them, against float64 in NCHW on the CPU.
+"""Compare each PyTorch kernel that a program calls with float64 arithmetic in NCHW on the CPU.
 
     with KernelCheck() as check:
         loss = network(x).mean()
         loss.backward()
     wrong = [row for row in check.rows if row.worst > 1]
 
-Convolutions, matrix products, BatchNorms, pools and means are computed a second time, from the same
-inputs as the kernel's, so that errors do not add up from one operation to the next. Each kernel is
-checked once for each combination of shapes, layouts, dtypes and settings.
+Convolutions, matrix products, BatchNorms, pools and means are checked. Each of these operations is
+computed a second time from the kernel's own inputs, so that errors do not add up from one operation
+to the next. Each kernel is checked once for each combination of shapes, layouts, dtypes and
+settings.
 
-How large an error may be: in a sum of n terms, each addition rounds to float32 or better. The error
-is then about sqrt(n) u times the sum of the magnitudes of the terms, where u is the unit roundoff
-(Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019). We allow `SLACK` times as much, because fast
-algorithms such as Winograd's add transformed terms. A kernel may also store partial sums in the
-format of the result: one for each image in a gradient of weights, one for each tap of the kernel in
-a convolution. A random partial sum is about as large as the root of the sum of its terms' squares,
-which is at least the sum of their magnitudes divided by sqrt(n). We did not fit this bound to any
-measured error.
+The bound on an error has two parts.
+
+- Summation: we expect a kernel to round each addition to float32 or better. The error of a sum of n
+  terms is then about sqrt(n) u times the sum of the terms' magnitudes, where u is the unit roundoff
+  (Higham & Mary, SIAM J. Sci. Comput. 41(5), 2019). We allow `SLACK` times this error, because fast
+  algorithms such as Winograd's add transformed terms.
+- Storage: a kernel may store partial sums in the format of the result. A gradient of weights may
+  store one partial sum for each image, and a convolution one for each tap of its kernel. A random
+  partial sum is about as large as the square root of the sum of its squared terms. This square root
+  is at least the sum of the terms' magnitudes, divided by sqrt(n).
+
+We did not fit the bound to any measured error.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,15 +32,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 SLACK = 16
-TAIL = 6  # standard deviations within which the largest of a million normal errors is
+TAIL = 6  # the largest of a million normal errors is within this number of standard deviations
 
 
 @dataclass(frozen=True)
 class Row:
-    """The errors of one output of one kernel, as multiples of what rounding explains.
+    """The errors of one output of a kernel, as multiples of the error that rounding explains.
 
-    `worst` is the largest ratio of an element's error to its bound, `overall` the ratio of the
-    norms.
+    `worst` is the largest ratio of an element's error to the element's bound. `overall` is the norm
+    of all errors divided by the norm of the errors that rounding explains.
     """
 
     kernel: str
@@ -50,11 +55,12 @@ class Row:
 
 @dataclass
 class Expected:
-    """What one output should be (float64, on the CPU), and the sum of the magnitudes of its terms.
+    """The expected value of one output of a kernel, and what its rounding error depends on.
 
-    `terms` is the number of terms in the sum, and `stores` the number of partial sums that a kernel
-    may store in the format of the result. If `exact`, the output copies an input and nothing is
-    rounded.
+    `value` is in float64 on the CPU. Each element is a sum of `terms` terms, and `magnitude` is the
+    sum of the magnitudes of these terms. `stores` is the number of partial sums that a kernel may
+    store in the format of the result. If `exact`, the output only copies elements of an input, so
+    nothing is rounded.
     """
 
     output: str
@@ -66,7 +72,10 @@ class Expected:
 
 
 class KernelCheck(TorchDispatchMode):
-    """Checks each kernel that is called in the block; `rows` has a Row for each of its outputs."""
+    """Checks each kernel that is called in its `with` block.
+
+    `rows` gets a Row for each output of each kernel.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +85,7 @@ class KernelCheck(TorchDispatchMode):
     def __torch_dispatch__(
         self, kernel: torch._ops.OpOverload, types: tuple, args: tuple = (), kwargs: dict | None = None
     ) -> object:
-        """Run a kernel, and compare its outputs with what is expected."""
+        """Run a kernel, and compare the kernel's outputs with the expected values."""
         kwargs = kwargs or {}
         expect = EXPECTED.get(kernel)
         inputs = [value for value in args if isinstance(value, torch.Tensor)]
@@ -86,7 +95,8 @@ class KernelCheck(TorchDispatchMode):
         if setting in self.seen:
             return kernel(*args)
         self.seen.add(setting)
-        precise = [to_reference(value) for value in args]  # before the kernel, which may change running statistics
+        # Copy the inputs before the kernel runs, because the kernel may change running statistics.
+        precise = [to_reference(value) for value in args]
         found = kernel(*args)
         outputs = found if isinstance(found, tuple | list) else [found]
         for output, expected in zip(outputs, expect(*precise), strict=False):
@@ -97,16 +107,18 @@ class KernelCheck(TorchDispatchMode):
 
 
 def compare(output: torch.Tensor, expected: Expected, dtype: torch.dtype) -> tuple[float, float]:
-    """Return the largest ratio of an error to its bound, and the ratio of the norms of both.
+    """Return the errors of an output as `worst` and `overall` of a Row.
 
-    `dtype` is the coarsest format among the kernel's inputs: a kernel may store its result in it
-    before converting it.
+    `dtype` is the coarsest format among the kernel's inputs. A kernel may round its result to this
+    format before it converts the result to the format of the output.
     """
     stored = max(unit_roundoff(dtype), unit_roundoff(output.dtype))
     summed = min(stored, unit_roundoff(torch.float32))
     value = expected.value
     root = expected.terms**0.5
-    of_sum = SLACK * root * summed * expected.magnitude
+    of_sum = SLACK * root * summed * expected.magnitude  # the summation part of the bound
+    # The storage part. Rounding errors of stored partial sums are independent, so their sum grows
+    # with the square root of their number.
     of_stores = stored * expected.stores**0.5 * (value.abs() + expected.magnitude / root)
     if expected.exact:
         of_sum, of_stores = torch.zeros_like(value), torch.zeros_like(value)
@@ -129,8 +141,9 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 
 
 def to_reference(value: object) -> object:
-    """Return a tensor in NCHW on the CPU, in float64 if it is floating-point, and anything else as
-    it is.
+    """Return a tensor in NCHW on the CPU, converted to float64 if it is floating-point.
+
+    Any other value is returned unchanged.
     """
     if not isinstance(value, torch.Tensor):
         return value
@@ -138,7 +151,7 @@ def to_reference(value: object) -> object:
     return value.double() if value.is_floating_point() else value.clone()
 
 
-# ---- what is expected: a function of a kernel's arguments in float64 for each kernel
+# ---- expected outputs: each function gets the arguments of its kernel in float64
 
 
 def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, *settings: object) -> list[Expected]:
@@ -153,6 +166,8 @@ def convolution_backward(
 ) -> list[Expected | None]:
     values = aten.convolution_backward(gradient, x, weight, *settings)
     magnitudes = aten.convolution_backward(gradient.abs(), x.abs(), weight.abs(), *settings)
+    # Each output pixel of each image adds one term to a weight's gradient. A pixel of one input
+    # channel is multiplied with `of_input` weights.
     pixels = gradient.numel() // gradient.shape[1]
     of_input = weight.numel() // x.shape[1]
     names = ("gradient of the input", "gradient of the weights", "gradient of the bias")
@@ -163,8 +178,10 @@ def convolution_backward(
 
 
 def linear_in_input(kernel: Callable, output: str) -> Callable:
-    """Return what to expect of a kernel that is linear in its first argument, with coefficients of
-    at least 0.
+    """Return the function for `EXPECTED` of a kernel that is linear in its first argument.
+
+    The kernel's coefficients must be at least 0. The kernel of |x| is then the sum of the
+    magnitudes of the terms.
     """
 
     def expect(x: torch.Tensor, *settings: object) -> list[Expected]:
@@ -193,7 +210,8 @@ def average_pool_backward(
 
 def max_pool(x: torch.Tensor, *settings: object) -> list[Expected]:
     value, _ = aten.max_pool2d_with_indices(x, *settings)
-    return [Expected("output", value, value.abs(), exact=True)]  # indices differ where two neighbours are equal
+    # The indices are not compared, because they may differ where two neighbours are equal.
+    return [Expected("output", value, value.abs(), exact=True)]
 
 
 def max_pool_backward(
@@ -232,7 +250,7 @@ def batch_norm(
     momentum: float,
     eps: float,
 ) -> list[Expected]:
-    """Of y, and in training of the batch's mean and inverse standard deviation."""
+    """Return the expected y and, in training, the expected mean and inverse std of the batch."""
     count = x.numel() // x.shape[1]
     mean, var = (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)) if training else (running_mean, running_var)
     inverse_std = (var + eps).rsqrt()
@@ -244,7 +262,8 @@ def batch_norm(
     if not training:
         return [Expected("output", y, magnitude)]
     of_mean = x.abs().mean((0, 2, 3))
-    of_inverse_std = inverse_std * x.square().mean((0, 2, 3)) / (var + eps) / 2  # by its derivative with regard to var
+    # The magnitude of the variance, times the derivative of (var + eps) ** -0.5.
+    of_inverse_std = inverse_std * x.square().mean((0, 2, 3)) / (var + eps) / 2
     magnitude = magnitude + per_channel(scale.abs() * of_mean)
     magnitude = magnitude + centred.abs() * per_channel(of_inverse_std / inverse_std)
     return [
@@ -266,7 +285,7 @@ def batch_norm_backward(
     eps: float,
     mask: Sequence[bool],
 ) -> list[Expected | None]:
-    """Of the gradients of x, weight and bias."""
+    """Return the expected gradients of x, weight and bias."""
     count = x.numel() // x.shape[1]
     if not training:
         mean, inverse_std = running_mean, (running_var + eps).rsqrt()
@@ -344,8 +363,9 @@ def name_of(kernel: torch._ops.OpOverload) -> str:
 
 
 def setting_of(value: object) -> object:
-    """Return what decides which kernel runs: device, dtype, shape and strides of a tensor, else the
-    value as text.
+    """Return the part of an argument that decides which kernel runs.
+
+    For a tensor this is its device, dtype, shape and strides. Any other value is returned as text.
     """
     if isinstance(value, torch.Tensor):
         return value.device.type, value.dtype, tuple(value.shape), value.stride()
@@ -353,8 +373,9 @@ def setting_of(value: object) -> object:
 
 
 def setting_text(kernel: torch._ops.OpOverload, args: Sequence[object]) -> str:
-    """Return the setting as text, such as "cpu, bfloat16, channels-last, 64x16x32x32, kernel 5x5,
-    dilation 2".
+    """Return a kernel's device, dtype, layout, shapes and settings as text.
+
+    An example is "cpu, bfloat16, channels-last, 64x16x32x32, kernel 5x5, dilation 2".
     """
     tensors = [value for value in args if isinstance(value, torch.Tensor)]
     x = tensors[1] if kernel is aten.convolution_backward.default else tensors[0]

@@ -1,7 +1,7 @@
-"""Stand-ins for numpy's classes in pickles of third parties, for `support.files.restricted_unpickle`.
+"""Safe replacements for numpy's classes, for `support.files.restricted_unpickle`.
 
-numpy's own classes accept states that crash numpy or ask for gigabytes. These take only what an
-array or a number needs.
+numpy's own classes accept pickled states that crash numpy or ask for gigabytes. The replacements
+are for pickles from third parties, and only accept what an array or a number needs.
 """
 
 import numpy as np
@@ -10,7 +10,7 @@ NUMBERS = ("f8", "f4", "f2", "i8", "i4", "i2", "i1", "u8", "u4", "u2", "u1", "b1
 
 
 class Dtype:
-    """Stands in for numpy.dtype: keeps only the code and the byte order of a number's type."""
+    """Replaces numpy.dtype: keeps only the code and the byte order of a number's type."""
 
     def __init__(self, code: str, *_: object) -> None:
         if code not in NUMBERS:
@@ -24,9 +24,9 @@ class Dtype:
 
 
 class Array:
-    """Stands in for numpy.ndarray; `array` is the real one.
+    """Replaces numpy.ndarray; `array` is the real numpy array.
 
-    It is made by frombuffer, so it takes no more memory than its bytes in the file.
+    The array is made by np.frombuffer, so it takes no more memory than its bytes in the file.
     """
 
     def __init__(self, *_: object) -> None:
@@ -34,10 +34,10 @@ class Array:
 
     def __setstate__(self, state: tuple) -> None:
         _version, shape, dtype, fortran, raw = state
-        raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # Python 2 wrote its bytes as text
+        raw = raw.encode("latin-1") if isinstance(raw, str) else raw  # Python 2 wrote bytes as text
         self.array = np.frombuffer(raw, dtype.code).reshape(shape, order="F" if fortran else "C")
 
 
 def scalar(dtype: Dtype, data: bytes) -> int | float | bool:
-    """Stand in for numpy.core.multiarray.scalar: return a Python number."""
+    """Replace numpy.core.multiarray.scalar: return a Python number."""
     return np.frombuffer(data, dtype.code)[0].item()

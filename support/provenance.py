@@ -1,6 +1,4 @@
-"""Where results come from: versions, the project's commit, and the commands that repeat or continue
-them.
-"""
+"""What a run records about its origin: versions, the project's commit, and shell commands."""
 
 import importlib.metadata
 import os
@@ -16,16 +14,15 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of Python and of the packages that results depend on, and of the CUDA
-    that torch is for.
-    """
+    """Return the versions of Python, of packages that affect results, and of CUDA in PyTorch."""
     packages = {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")}
     return {"python": platform.python_version(), **packages, "cuda": torch.version.cuda}
 
 
 def git_revision() -> str | None:
-    """Return the project's commit, with a + if files differ from it, or None outside a git
-    checkout.
+    """Return the project's commit, or None outside a git checkout.
+
+    A + follows the commit if files differ from the commit.
     """
     # Without --git-dir, git would also find the repository of a folder above the project.
     command = "git --git-dir=.git describe --always --exclude=* --abbrev=12 --dirty=+".split()
@@ -37,10 +34,10 @@ def git_revision() -> str | None:
 
 
 def shell_command(prog: str, *words: object) -> str:
-    """Return the shell command that starts a program of the project with these words, from the
-    current directory.
+    """Return a shell command that starts a program of this project with the arguments `words`.
 
-    `prog` is a script such as "train.py", or a module such as "python -m package.module".
+    `prog` is a script such as "train.py", or a module such as "python -m package.module". The
+    command works from the current directory.
     """
     root = os.path.relpath(PROJECT)
     if not prog.startswith("python"):

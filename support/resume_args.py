@@ -1,9 +1,8 @@
-"""The arguments of a resumed run: read from its args.json, checked, and compared with its
-checkpoint.
+"""Read the arguments of a resumed run from args.json, and compare them with the checkpoint.
 
-A run may only continue as it began. Its fingerprint says how that was: the arguments that can
-change the result, the number of threads, and what the program adds, such as digests of the data.
-Checkpoints hold it under the key "bound".
+A run may only continue under the conditions it started with. The run's fingerprint records these
+conditions: the arguments that can change the result, the number of threads, and what the program
+adds, such as digests of the data. Checkpoints hold the fingerprint under the key "bound".
 """
 
 import argparse
@@ -24,22 +23,22 @@ MOST_THREADS = 10_000
 
 
 class Saved(NamedTuple):
-    """What args.json holds."""
+    """The content of args.json."""
 
-    values: dict[str, object]  # the arguments as they were written
-    args: argparse.Namespace  # the same, parsed; arguments that are missing in the file have their defaults
+    values: dict[str, object]  # the arguments as args.json has them
+    args: argparse.Namespace  # the parsed arguments; those missing in args.json have their defaults
     threads: int
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None, settings: RunSettings) -> argparse.Namespace:
     """Parse a command line.
 
-    With --resume RUN_DIR, the saved arguments of that run are the defaults. The parser must have
-    the argument --resume. PyTorch gets the number of threads that the run had.
+    With --resume RUN_DIR, the saved arguments of that run are the defaults, and PyTorch's number of
+    threads is set to the run's. The parser must have the argument --resume.
 
     Raises UserError if an argument on the command line differs from the saved one and could change
-    the result, and if args.json holds something that the parser refuses or that contradicts the
-    checkpoint.
+    the result. Also raises UserError if the parser refuses the content of args.json, or if that
+    content contradicts the checkpoint.
     """
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -55,7 +54,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None, settings: Run
 def load_saved(parser: argparse.ArgumentParser, path: Path, settings: RunSettings, known: Collection[str]) -> Saved:
     """Read the arguments in the file `path` (args.json) and parse them again.
 
-    The parser has the arguments `known`. Raises UserError.
+    `known` are the names of the parser's arguments. Raises UserError.
     """
     with required_file():
         content = read_json(path)
@@ -65,7 +64,8 @@ def load_saved(parser: argparse.ArgumentParser, path: Path, settings: RunSetting
     unknown = ", ".join(f"--{name:.40}" for name in values if name not in known)
     if unknown:
         raise UserError(
-            f"{path}: written by another version of the program, which had {unknown:.200}. Resume the run with it"
+            f"{path}: written by another version of the program, which had {unknown:.200}. "
+            "Resume the run with that version"
         )
     missing = {
         name: value for name, value in settings.values_if_missing.items() if name in known and name not in values
@@ -81,9 +81,10 @@ def load_saved(parser: argparse.ArgumentParser, path: Path, settings: RunSetting
 
 
 def command_line(parser: argparse.ArgumentParser, values: dict[str, object]) -> list[str]:
-    """Return the words that `parser` turns into `values`, so that they pass its types and choices.
+    """Return a command line that `parser` parses into `values`.
 
-    Raises UserError for a value that no word stands for.
+    Parsing it checks the saved values against the parser's types and choices. Raises UserError for
+    a value that a command line cannot express.
     """
     words = []
     for name, value in values.items():
@@ -109,11 +110,10 @@ def check_overrides(args: argparse.Namespace, saved: argparse.Namespace, setting
 
 
 def check_against_checkpoint(path: Path, saved: Saved, settings: RunSettings) -> None:
-    """Compare the saved arguments with those in the checkpoint, and give PyTorch the number of
-    threads that are saved.
+    """Compare the saved arguments with the checkpoint's, and set the saved number of threads.
 
-    Sums are split among threads, so a CPU run is bit-identical only with the same number of them.
-    Raises UserError.
+    PyTorch splits sums among threads. So a resumed run on the CPU is bit-identical only with the
+    same number of threads. Raises UserError.
     """
     now = {name: value for name, value in fixed_arguments(saved.args, settings).items() if name in saved.values}
     before = checkpoints.load(path.with_name("checkpoint.pt"), settings)["bound"]
@@ -123,13 +123,11 @@ def check_against_checkpoint(path: Path, saved: Saved, settings: RunSettings) ->
 
 @contextlib.contextmanager
 def required_file() -> Iterator[None]:
-    """Within this block, a UserError also says that a run cannot continue without the file that was
-    read.
-    """
+    """Within this block, each UserError also says that a run cannot continue without the file."""
     try:
         yield
     except UserError as error:
-        raise UserError(f"{error}. A run cannot continue without it: restore it, or start a new run") from error
+        raise UserError(f"{error}. A run cannot continue without this file: restore it, or start a new run") from error
 
 
 # ---- fingerprints
@@ -144,19 +142,20 @@ def fixed_arguments(args: argparse.Namespace, settings: RunSettings) -> dict[str
 def fingerprint_of(
     args: argparse.Namespace, threads: int, inputs: dict[str, object], settings: RunSettings
 ) -> dict[str, object]:
-    """Return the fingerprint of a run, which JSON can hold.
+    """Return the fingerprint of a run, in a form that JSON can hold.
 
-    `inputs` are what else it depends on.
+    `inputs` holds what the run depends on besides its arguments, such as digests of its data.
     """
     return {"args": fixed_arguments(args, settings), "threads": threads, **inputs}
 
 
 def check_fingerprint(path: Path, now: dict[str, object], before: dict[str, object]) -> None:
-    """Raise UserError, which begins with `path`, if the fingerprint `before` of a checkpoint
-    differs from `now`.
+    """Raise UserError if the checkpoint's fingerprint `before` differs from `now`.
+
+    The message begins with `path`.
     """
     if found := compare_values(now, before):
         raise UserError(
             f"{path}: {found.name} is {found.now!r:.100} now, but {found.before!r:.100} in the run's checkpoint. "
-            "A run can only continue as it began: restore that, or start a new run"
+            "A run can only continue with its original settings and data: restore them, or start a new run"
         )

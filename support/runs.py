@@ -1,10 +1,10 @@
-"""A run's directory: created or opened, locked, with its log, history, checkpoints and TensorBoard
-curves.
+"""A run's directory: create or open it, lock it, and write its log, history and checkpoints.
 
-args.json log.txt history.jsonl checkpoint.pt checkpoint.prev.pt weights/ runs/ (and what the
-program adds)
+A run directory holds args.json, log.txt, history.jsonl, checkpoint.pt, checkpoint.prev.pt, the
+folders weights/ and runs/ (TensorBoard's curves), and the files that a program adds.
 
-Only rank 0 writes. The checkpoint is the truth: the other files can be made again from it.
+Only rank 0 writes files. If a file contradicts the checkpoint, the checkpoint is right: the other
+files can be rebuilt from it.
 """
 
 import argparse
@@ -45,19 +45,18 @@ from support.files import (
 from support.resume_args import check_fingerprint, fingerprint_of, fixed_arguments
 from support.settings import RunSettings
 
-# What a run that ended before its first checkpoint leaves in its directory.
+# The files of a run that ended before its first checkpoint.
 BEGUN = {"args.json", "log.txt"}
-# What messages call a run without a directory. The name of the directory can differ among
-# processes.
+# What messages call a new run. The name of a new run's directory can differ among processes.
 NEW = "new run"
 
 
 class Run:
     """An open run directory, locked against other processes. Made by `Run.create` or `Run.resume`.
 
-    `completed` is the number of steps (such as epochs) that the last checkpoint counts, `rows` are
-    those of the history, and `state` is what the last checkpoint holds ({} in a new run). `writes`
-    is whether this process is the one that writes files.
+    `completed` is the number of steps (such as epochs) that were completed at the last checkpoint.
+    `rows` are the rows of the history. `state` is the content of the last checkpoint, or {} in a
+    new run. `writes` says whether this process writes files, which only rank 0 does.
     """
 
     def __init__(self, path: str | os.PathLike, settings: RunSettings) -> None:
@@ -92,12 +91,13 @@ class Run:
         inputs: dict[str, object],
         new_name: bool = True,
     ) -> "Run":
-        """Make PARENT/NAME and write args.json.
+        """Make the run directory PARENT/NAME and write args.json. Raises UserError.
 
-        `inputs` is what the run depends on besides its arguments, as JSON: digests of its data, for
-        example. If the directory exists, -2, -3 .. is appended to the name. Without `new_name` the
-        name is kept, and the directory may only hold a run without a checkpoint. That run's files
-        are moved to PARENT/NAME/old-1 (-2, -3 ..). Raises UserError.
+        `inputs` holds what the run depends on besides its arguments, such as digests of its data,
+        as values for JSON. If the directory exists, -2 (or -3, and so on) is appended to the name.
+        With `new_name=False` the name is kept, and an existing directory may only hold a run
+        without a checkpoint. The files of that run are moved to PARENT/NAME/old-1 (or old-2, and so
+        on).
         """
         fingerprint = fingerprint_of(args, torch.get_num_threads(), inputs, settings)
         check_alike(NEW, fingerprint)
@@ -141,8 +141,8 @@ class Run:
     ) -> "Run":
         """Open an earlier run at its last checkpoint. Call `restore` next.
 
-        Raises UserError, also if the arguments, the threads or the `inputs` differ from those of
-        the checkpoint.
+        Raises UserError, for example if the arguments, the number of threads or the `inputs` differ
+        from the checkpoint's.
         """
         fingerprint = fingerprint_of(args, torch.get_num_threads(), inputs, settings)
         check_alike(path, fingerprint)
@@ -164,14 +164,14 @@ class Run:
     def __exit__(
         self, exception_type: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Close the run. After a second Ctrl-C, say how to continue and exit with 130."""
+        """Close the run. After a second Ctrl-C, log how to continue and exit with code 130."""
         with contextlib.closing(self):
             if exception_type is KeyboardInterrupt and (self.path / checkpoints.NAME).exists():
                 self.log_interruption("at once")
                 raise SystemExit(130)
 
     def close(self) -> None:
-        """Release the lock and the signals, and close TensorBoard's file."""
+        """Release the lock, restore the signal handlers, and close TensorBoard's file."""
         signals.release(self._signals)
         if self._board:
             self._board.close()
@@ -185,8 +185,9 @@ class Run:
             distributed.say(text, file)
 
     def record(self, step: int, entry: dict) -> None:
-        """Append one row to the history (which the next checkpoint will hold), to history.jsonl,
-        and to TensorBoard.
+        """Append one row to the history, to history.jsonl and to TensorBoard's curves.
+
+        The next checkpoint will hold the history.
         """
         if not self.writes:
             return
@@ -203,9 +204,7 @@ class Run:
             self._board.flush()
 
     def save_weights(self, network: nn.Module, name: str, about: dict) -> None:
-        """Write weights/NAME, a plain state dict, and what `about` says of it to a JSON file next
-        to it.
-        """
+        """Write the network's state dict to weights/NAME, and `about` to a JSON file next to it."""
         if self.writes:
             make_folder(self.path / "weights")
             weights.save_weights(network, self.path / "weights" / name, about)
@@ -213,9 +212,9 @@ class Run:
     def save_checkpoint(self, completed: int, state: dict) -> None:
         """Write checkpoint.pt, and keep the previous one as checkpoint.prev.pt.
 
-        Call this before writing any file that can be made again from the checkpoint. A crash at any
-        moment then leaves files that are as old as the checkpoint or older, and `restore` has them
-        made again.
+        Save the checkpoint before writing any file that can be rebuilt from the checkpoint. After a
+        crash, such a file is then never newer than the checkpoint. A resumed run rebuilds files
+        that are older than the checkpoint.
         """
         self.completed = completed
         if self.writes:
@@ -231,14 +230,16 @@ class Run:
     def restore(self, state: object) -> None:
         """Load the last checkpoint into `state`, which has state_dict() and load_state_dict().
 
-        A new run saves it. Then the history, the log and TensorBoard's curves are those of the
-        checkpoint again. Raises UserError if the checkpoint does not fit (it is another run's, or
-        arguments changed), and if processes start with different weights.
+        A new run saves `state` as its first checkpoint instead. A resumed run also sets
+        history.jsonl and TensorBoard's curves back to the checkpoint.
+
+        Raises UserError if the checkpoint does not fit `state`, because it is from another run or
+        the arguments have changed. Also raises UserError if processes start with different weights.
         """
         if self.state:
             try:
                 expected = state.state_dict()
-                expected.pop("optimizer")  # a new one has no momentum yet
+                expected.pop("optimizer")  # a new optimiser has no momentum buffers to compare
                 if found := checkpoints.compare_shapes(expected, self.state):
                     raise ValueError(f"{found.name} is {found.before!r:.100} in the file, not {found.now!r:.100}")
                 state.load_state_dict(self.state)
@@ -259,7 +260,10 @@ class Run:
             self._follow_checkpoint()
 
     def _follow_checkpoint(self) -> None:
-        """Make history.jsonl, log.txt and TensorBoard's curves those of the checkpoint."""
+        """Set history.jsonl and TensorBoard's curves back to the checkpoint, and log its step.
+
+        The new curves are complete before the old curves are removed.
+        """
         with atomic_write(self.path / "history.jsonl", "w") as file:
             file.writelines(json.dumps(row) + "\n" for row in self.rows)
         unit = step_field(self.rows, self.settings)
@@ -274,8 +278,9 @@ class Run:
 
     @contextlib.contextmanager
     def saving_when_interrupted(self, state: Callable[[], dict]) -> Iterator[None]:
-        """If a signal interrupts the block, save `state()`, say how to continue, and exit with 128
-        + the signal.
+        """If a signal interrupts the block, save `state()`, log how to continue, and exit.
+
+        The exit code is 128 plus the number of the signal.
         """
         try:
             yield
@@ -298,15 +303,15 @@ class Run:
 def check_alike(where: str | os.PathLike, value: dict[str, object]) -> None:
     """Check that `value`, which JSON can hold, is the same in all processes of a run.
 
-    Every process has to call this. Each raises UserError, with the first difference and its rank,
-    if one differs.
+    Every process has to call this function. If a value differs, all processes raise UserError with
+    the first difference and its rank.
     """
     texts = distributed.same_everywhere(json.dumps(value))
     if texts is None:
         return
     rank = next(rank for rank, text in enumerate(texts) if text != texts[0])
     found = compare_values(json.loads(texts[0]), json.loads(texts[rank]))
-    reason = "what they were given differs"  # such as keys that only one of them has
+    reason = "their inputs differ"  # the reason if, for example, only one process has some key
     if found:
         reason = f"{found.name} is {found.now!r:.100} in process 0, but {found.before!r:.100} in process {rank}"
     raise UserError(
@@ -317,8 +322,9 @@ def check_alike(where: str | os.PathLike, value: dict[str, object]) -> None:
 def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> None:
     """Check that all processes of a run have the same arguments, except paths.
 
-    Call this once they have met. Where they wait for each other depends on the arguments. Every
-    process raises UserError if one differs.
+    Call this after `devices.choose_device`, which joins the process group. The arguments
+    decide at which steps processes wait for each other, so different arguments must be found before
+    that. If an argument differs, all processes raise UserError.
     """
     fixed = fixed_arguments(args, settings)
     synchronised = {name: getattr(args, name) for name in settings.synchronised_arguments}
@@ -329,12 +335,15 @@ def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> No
 
 
 def refuse_links(path: Path, folders: tuple[str, ...]) -> None:
-    """Raise UserError if one of the folders in `path` is a symbolic link: files would be written
-    somewhere else.
+    """Raise UserError if one of the `folders` in `path` is a symbolic link.
+
+    Otherwise files would be written to the target of the link.
     """
     for name in folders:
         if (path / name).is_symlink():
-            raise UserError(f"{path / name}: this is a symbolic link, and nothing is written through one. Remove it")
+            raise UserError(
+                f"{path / name}: this is a symbolic link, and files are not written through links. Remove it"
+            )
 
 
 def lock(path: Path) -> TextIO:
@@ -345,21 +354,21 @@ def lock(path: Path) -> TextIO:
     try:
         file = open_regular(path / ".lock", "a")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A forked process, such as one that reads images, would keep the lock if it outlives this
-        # one.
+        # A forked process, such as one that reads images, inherits the lock. If the forked process
+        # outlived this one, the run would stay locked.
         os.register_at_fork(after_in_child=file.close)
     except BlockingIOError:
-        raise UserError(f"{path}: in use by another process. Wait for it, or stop it") from None
+        raise UserError(f"{path}: in use by another process. Wait for that process, or stop it") from None
     except OSError as error:
         raise UserError(f"{path}: cannot open the run directory ({error.strerror})") from error
     return file
 
 
 def make_directory(path: Path, new_name: bool = True) -> Path:
-    """Make and return `path`.
+    """Make the directory `path` and return its path. Raises UserError.
 
-    With `new_name`, make path-2, path-3 .. if it exists. Raises UserError. So two runs that start
-    in the same second get a directory each.
+    With `new_name`, an existing directory is not used, and path-2 (or path-3, and so on) is made
+    instead. So two runs that start in the same second get different directories.
     """
     try:
         make_folder(path.parent)
@@ -373,24 +382,26 @@ def make_directory(path: Path, new_name: bool = True) -> Path:
                 return path.with_name(name)
     except OSError as error:
         raise UserError(f"{path}: cannot make the run directory ({error.strerror})") from error
-    raise UserError(f"{path}: cannot make the run directory: too many have this name. Choose another name")
+    raise UserError(f"{path}: cannot make the run directory: too many runs have this name. Choose another name")
 
 
 def set_aside(run: Run) -> None:
-    """Move what an earlier run left in the directory of a new one into old-1 (-2, -3 ..) there.
+    """Move the files of an earlier run into the folder old-1 (or old-2, ...) of a new run's directory.
 
-    Inner runs stay, since they have copies of everything they need. So do args.json and log.txt if
-    there is nothing else. Raises UserError if the earlier run can be continued, and if the
-    directory is not a run's.
+    Runs inside the directory stay, because they have copies of everything they need. If args.json
+    and log.txt are the only files, they stay too. Raises UserError if the earlier run can be
+    continued, or if the directory is not a run directory.
     """
     here = {name for name in os.listdir(run.path) if not re.fullmatch(r"\.lock|old-\d+", name)}
     last = run.path / checkpoints.NAME
     previous = run.path / checkpoints.PREVIOUS_NAME
     if last.name in here:
-        raise UserError(f"{run.path}: holds a run. Continue it with --resume, or choose another name")
+        raise UserError(f"{run.path}: holds a run. Continue the run with --resume, or choose another name")
     if previous.name in here:
         command = f"mv {quoted(previous)} {quoted(last)}"
-        raise UserError(f"{run.path}: holds a run. Continue it with --resume, after {command}, or choose another name")
+        raise UserError(
+            f"{run.path}: holds a run. After {command}, continue the run with --resume, or choose another name"
+        )
     if here and "args.json" not in here:
         raise UserError(f"{run.path}: holds other files. Empty the directory, or choose another name")
     left = {name for name in here if not name.startswith(run.settings.inner_run_prefix)}
@@ -399,7 +410,7 @@ def set_aside(run: Run) -> None:
     numbered = (run.path / f"old-{i}" for i in itertools.count(1))
     aside = next(path for path in numbered if not path.exists())
     make_folder(aside)
-    # args.json is moved last: until then this remains the directory of a run.
+    # Move args.json last: as long as it is there, the directory is recognised as a run directory.
     for name in sorted(left, key=lambda name: name == "args.json"):
         os.rename(run.path / name, aside / name)
     sync_folder(aside)
@@ -410,11 +421,11 @@ def set_aside(run: Run) -> None:
 def is_finished(
     args: argparse.Namespace, settings: RunSettings, *, completed: int, files: list[str], last_file: str
 ) -> bool:
-    """Return whether the run `args.resume` (None: there is none) has come to its end with these
-    arguments.
+    """Return whether `args.resume` is a run that has already finished with these arguments.
 
-    Then its checkpoint counts `completed` steps, it has the history of its checkpoint, all `files`,
-    and a `last_file` that was written after the checkpoint. Raises UserError.
+    A finished run has a checkpoint of `completed` steps, the same history as the checkpoint, all
+    `files`, and a `last_file` that was written after the checkpoint. Without `args.resume` the
+    answer is False. Raises UserError.
     """
     if not args.resume:
         return False
@@ -439,8 +450,9 @@ def is_finished(
 
 
 def open_board(run: Run) -> object:
-    """Return a SummaryWriter on the run's runs/, or False, with a line in the log, if there cannot
-    be one.
+    """Return a TensorBoard writer for the run's folder runs/.
+
+    If TensorBoard cannot be used, log why and return False.
     """
     try:
         from torch.utils.tensorboard import SummaryWriter

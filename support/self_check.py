@@ -1,9 +1,10 @@
-"""Before a run starts, one of its training steps is compared with precise arithmetic.
+"""Compare one training step with float64 arithmetic before a run starts.
 
-A library's kernel can be wrong only on one device, in one dtype or layout, or from one size on. The
-only symptom is a loss that falls a little more slowly. So a run first checks one step, unless it
-computes in float32 on the CPU. The step uses random images and a copy of the network. The check
-takes seconds and does not change the run's random numbers.
+A library's kernel can be wrong on one device, in one dtype or layout, or only from some size on.
+The only symptom of a wrong kernel is a loss that falls a little more slowly. So a run first checks
+one training step, unless the run computes in float32 on the CPU without --compile. The step uses
+random images and a copy of the network. The check takes seconds and does not change the run's
+random numbers.
 """
 
 import argparse
@@ -18,19 +19,22 @@ from support import devices
 from support.files import UserError
 from support.kernel_check import KernelCheck, Row
 
-# Pixels in the batch whose kernels are checked. It has at least two images.
+# Number of pixels in the batch with which kernels are checked. The batch has at least two images.
 PIXELS = 16 * 32 * 32
-# Largest error (norm), as a multiple of what rounding explains. It is not 1, because some kernels
-# store partial sums in the format of the result.
+# Largest allowed error (norm), as a multiple of the error that rounding explains. The limit is
+# above 1, because some kernels store partial sums in the format of the result.
 LIMIT = 4
-# Largest difference between the gradients of a compiled and an uncompiled step, as a share of their
-# norm. Rounding can flip a ReLU in a deep network, which changes gradients by up to 1 %.
+# Largest allowed difference between the gradients of a compiled and an uncompiled step, as a share
+# of the gradient's norm. Rounding can flip a ReLU in a deep network, which changes gradients by up
+# to 1 %.
 COMPILED = 0.05
 
 
 def is_needed(args: argparse.Namespace, device: torch.device) -> bool:
-    """Return whether a run has to be checked: --self_check is on, and it is not float32 on the CPU,
-    uncompiled.
+    """Return whether a run has to be checked.
+
+    With --self_check, every run is checked unless it computes in float32 on the CPU without
+    --compile.
     """
     return args.self_check and (device.type != "cpu" or args.amp or args.compile)
 
@@ -43,12 +47,12 @@ def self_check(
     classes: int,
     args: argparse.Namespace,
 ) -> str:
-    """Check a training step of `network` on `images` random images of `image_shape`; return a line
-    for the log.
+    """Check a training step of `network` on random images, and return a line for the log.
 
-    `loss(network, x, y, compile)` returns the loss of normalised images x (B, 3, H, W) of classes
-    y (B,). Of the flags, --amp and --compile count. Raises UserError, which names the operation,
-    its setting and the remedy.
+    There are `images` images of shape `image_shape`. `loss(network, x, y, compile)` returns the
+    loss for normalised images x (B, 3, H, W) of the classes y (B,). Only --amp and --compile are
+    read from `args`. If an operation is wrong, raises UserError, which names the operation, its
+    setting and the remedy.
     """
     start = time.perf_counter()
     device = next(network.parameters()).device
@@ -75,7 +79,7 @@ def training_step(
     compile: bool,
     generator: torch.Generator,
 ) -> tuple[float, dict[str, torch.Tensor]]:
-    """Compute a training step with a copy of `network`, see `self_check`.
+    """Compute a training step with a copy of `network`; see `self_check` for the arguments.
 
     Returns the loss and the gradients {name of the operation: flat tensor, float64}.
     """
@@ -125,8 +129,10 @@ def check_compiled_step(
     args: argparse.Namespace,
     generator: torch.Generator,
 ) -> None:
-    """Raise UserError if the compiled step differs more from a float32 step than the uncompiled
-    step does.
+    """Raise UserError if the compiled step has larger errors than rounding explains.
+
+    The compiled and the uncompiled step are both compared with an uncompiled float32 step. The
+    errors of the uncompiled step say how much rounding explains.
     """
     state = generator.get_state()
 
@@ -139,11 +145,13 @@ def check_compiled_step(
     compiled = gradients(amp=args.amp, compile=True)
     for name, expected in precise.items():
         norm = expected.norm()
-        allowed = 2 * (uncompiled[name] - expected).norm() / norm + COMPILED  # bfloat16 rounds both, but differently
+        # Twice the uncompiled step's error, because bfloat16 rounds the compiled step differently.
+        allowed = 2 * (uncompiled[name] - expected).norm() / norm + COMPILED
         error = (compiled[name] - expected).norm() / norm
         if not error <= allowed:
             raise UserError(
                 f"self-check: --compile with PyTorch {torch.__version__} computes the gradient of {name} wrongly here: "
-                f"it differs by {error:.3g} of its norm where rounding explains {allowed:.3g}; leave --compile out, or "
-                "install another version of PyTorch (--no-self_check trains all the same)"
+                f"the error is {error:.3g} of the gradient's norm, and rounding explains only {allowed:.3g}; "
+                "leave --compile out, or "
+                "install another version of PyTorch (--no-self_check trains anyway)"
             )

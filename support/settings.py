@@ -1,4 +1,4 @@
-"""What this package has to be told about the program that uses it. No torch here."""
+"""What a program tells this package about its runs. This module does not import torch."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -6,37 +6,38 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What is special about a program's runs: their arguments, their files and their history.
+    """The arguments, the files and the history of a program's runs.
 
     A resumed run must have the arguments that it started with. The first five fields name the
-    exceptions.
+    exceptions to this rule.
     """
 
-    # Files and folders. They may move: the run's fingerprint holds a digest of what they contain.
+    # Arguments that name files and folders, which may be moved. The run's fingerprint holds a
+    # digest of their content.
     path_arguments: frozenset[str]
-    # Arguments that change the result by rounding at most, and paths: a resumed run may change
-    # them.
+    # Arguments that a resumed run may change: paths, and arguments that change the result by
+    # rounding at most.
     free_arguments: frozenset[str]
-    # Free arguments on which all processes of a run must still agree, because they synchronise by
-    # them.
+    # Free arguments that must still be the same in all processes of a run, because they decide at
+    # which steps the processes synchronise.
     synchronised_arguments: frozenset[str]
-    # Arguments that the program compares itself, and does not save.
+    # Arguments that are not saved in args.json. The program checks these arguments itself.
     unsaved_arguments: frozenset[str]
-    # Where a run was created. It may have been moved since.
+    # Arguments that say where a run was created. The run may have been moved since.
     place_arguments: frozenset[str]
-    # Values that stand for arguments missing from args.json, where today's default would change the
-    # result.
+    # Values for arguments that are missing from an old args.json. An argument needs such a value if
+    # today's default would change the result.
     values_if_missing: Mapping[str, object]
 
-    # The first bytes of a checkpoint. Change them when the content of checkpoints changes.
+    # The first bytes of a checkpoint. Change these bytes when the content of checkpoints changes.
     checkpoint_magic: bytes
     # Folders in a run directory that the program writes to, besides weights/ and runs/.
     folders: tuple[str, ...]
-    # The beginning of the names of other runs that may be inside a run directory.
+    # Prefix of the names of other runs that may be inside a run directory.
     inner_run_prefix: str
 
-    # History fields that count what is finished. A history has one of them, and its rows count from
-    # 1.
+    # Names of the history field that counts steps. A history has one of these fields, which counts
+    # from 1.
     step_fields: tuple[str, ...]
     # History fields that are not numbers.
     other_fields: frozenset[str]

@@ -1,5 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP: the first one lets a run finish its step or batch and save, a second
-one stops it.
+"""Ctrl-C, SIGTERM and SIGHUP: the first signal lets a run save, and a second one stops it at once.
+
+After the first signal, the run still finishes its current step or batch.
 """
 
 import signal
@@ -10,15 +11,18 @@ import torch
 
 from support import distributed
 
-received: int | None = None  # the signal that came while a run is open
+received: int | None = None  # the first signal that arrived while a run is open
 
 
 class Interrupted(Exception):
-    """A signal has ended a loop over batches. The text says where."""
+    """Raised when a signal ends a loop over batches. The text says where the loop ended."""
 
 
 def catch() -> dict:
-    """Handle the signals from now on, if this is the main thread. Returns what `release` needs."""
+    """Install the signal handlers, if this is the main thread.
+
+    Returns the old handlers, for `release`.
+    """
     if threading.current_thread() is not threading.main_thread():
         return {}
     # A signal that is ignored, as in a background job of a script or under nohup, stays ignored.
@@ -31,16 +35,16 @@ def release(handlers: dict) -> None:
     global received
     received = None
     for number, handler in handlers.items():
-        # Under torchrun only Ctrl-C: torchrun sends SIGTERM when a process is lost, and the others
-        # must still be able to print their messages.
+        # Under torchrun, restore only the handler of Ctrl-C. When a process is lost, torchrun sends
+        # SIGTERM to the other processes, which must still be able to print their messages.
         if number == signal.SIGINT or distributed.world_size() == 1:
             signal.signal(number, handler)
 
 
 def _receive(number: int, frame: FrameType | None) -> None:
     global received
-    # torchrun passes signals on, even those that its processes have received already, and sends
-    # SIGTERM when a process is lost. So only a second Ctrl-C means that the user does not want to
+    # torchrun passes on signals that its processes have already received, and it sends SIGTERM when
+    # a process is lost. So under torchrun only a second Ctrl-C means that the user does not want to
     # wait.
     if received and (number == signal.SIGINT or distributed.world_size() == 1):
         raise KeyboardInterrupt
@@ -48,11 +52,11 @@ def _receive(number: int, frame: FrameType | None) -> None:
 
 
 def stop_requested(device: torch.device, at_meeting_point: bool = True) -> bool:
-    """Return whether to stop now, because a process has received a signal.
+    """Return whether to stop now because a process of the run has received a signal.
 
-    Several processes have to stop at the same step, so they ask each other. They do that only if
-    all of them are `at_meeting_point`, a step at which they wait for each other anyway. At other
-    steps the answer is no.
+    Several processes have to stop at the same step, so each process tells the others whether it has
+    received a signal. Processes only do this if `at_meeting_point`, which must be True at a step
+    where all processes wait for each other anyway. At other steps this function returns False.
     """
     if distributed.world_size() == 1:
         return received is not None

@@ -1,5 +1,6 @@
-"""Weights files: plain state dicts, read without executing anything, each with a JSON file that
-describes it.
+"""Weights files: plain state dicts, each with a JSON file that describes it.
+
+Reading a weights file executes nothing that the file contains.
 """
 
 import collections
@@ -28,14 +29,14 @@ from support.files import (
     write_json,
 )
 
-# In the names of a state dict: what DataParallel and torch.compile call the network that they wrap.
+# Parts that DataParallel and torch.compile add to the names in a state dict.
 WRAPPERS = ("module", "_orig_mod")
 
 
 def load_torch(path: AnyPath, what: str = "weights file") -> object:
     """Return what torch.save wrote to `path`, on the CPU. Nothing in the file is executed.
 
-    Raises UserError, which names the file. `what` says in its messages what the file should be.
+    Raises UserError, which names the file. The message calls the expected kind of file `what`.
     """
     try:
         with open_regular(path) as file:
@@ -43,8 +44,8 @@ def load_torch(path: AnyPath, what: str = "weights file") -> object:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL (\S+\w)", str(error))  # what the pickle asked for
-        reason = f"it refers to {found[1]}, and a {what} never does" if found else "not a pickle of tensors"
+        found = re.search(r"GLOBAL (\S+\w)", str(error))  # the name that the pickle refers to
+        reason = f"the file refers to {found[1]}, and a {what} never does" if found else "not a pickle of tensors"
         raise UserError(f"{path} is refused: {reason}. Nothing in it was executed") from error
     except Exception as error:  # a damaged archive raises nearly any exception
         raise UserError(f"{path} is damaged or not a {what}: {' '.join(str(error).split())[:200]}") from error
@@ -53,8 +54,8 @@ def load_torch(path: AnyPath, what: str = "weights file") -> object:
 def unpickle_tensors(file: IO[bytes]) -> object:
     """Return what torch.save wrote to an open file, on the CPU.
 
-    torch.save does not compress, so a file that unpacks to more than its size is refused. Raises
-    nearly any exception if the file is damaged.
+    torch.save does not compress, so a file that unpacks to more than its own size is refused. A
+    damaged file raises nearly any exception.
     """
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
@@ -64,11 +65,10 @@ def unpickle_tensors(file: IO[bytes]) -> object:
 
 
 def read_state(path: AnyPath) -> dict[str, torch.Tensor]:
-    """Return the state dict {name: tensor} in a weights file of any network, published ones
-    included.
+    """Return the state dict {name: tensor} in a weights file, which may be a published one.
 
-    The file holds it directly or under "state_dict". What DataParallel and torch.compile put into
-    the names is removed. Raises UserError.
+    The file holds the state dict directly or under the key "state_dict". The parts that
+    DataParallel and torch.compile add to names are removed. Raises UserError.
     """
     read_info(path)
     state = load_torch(path)
@@ -84,18 +84,36 @@ def read_state(path: AnyPath) -> dict[str, torch.Tensor]:
 
 
 def load_weights(model: nn.Module, path: AnyPath) -> None:
-    """Load a weights file into `model`, see `read_state` and `load_state`. Raises UserError."""
+    """Load a weights file into `model`, using `read_state` and `load_state`. Raises UserError."""
     load_state(model, read_state(path), path)
+
+
+def load_as_beginning(model: nn.Module, path: AnyPath, fresh: tuple[str, ...]) -> list[str]:
+    """Load a weights file into `model`, except for entries that do not fit and may start anew.
+
+    Those are entries whose names start with one of `fresh`, and which the file lacks or has in
+    another shape. They keep the model's values, and their names are returned. Raises UserError if
+    another entry does not fit.
+    """
+    state = read_state(path)
+    expected = model.state_dict()
+    kept = [
+        name
+        for name, value in expected.items()
+        if name.startswith(fresh) and (name not in state or state[name].shape != value.shape)
+    ]
+    load_state(model, state | {name: expected[name].cpu() for name in kept}, path, optional=fresh)
+    return kept
 
 
 def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: AnyPath, optional: tuple[str, ...] = ()) -> None:
     """Load a state dict, which `read_state` returned for the file `path`, into `model`.
 
     A model on the device "meta" is moved to the CPU first. The file may hold entries that the model
-    does not have, if they start with one of `optional` or the model lists them in `not_loaded`. It
-    may lack BatchNorm's counters, which PyTorch before 0.4.1 did not have and which a test does not
-    use. Raises UserError, with up to three examples, if anything else is missing, unexpected, or
-    has another shape.
+    does not have, if their names start with one of `optional` or are in the model's `not_loaded`.
+    The file may lack BatchNorm's batch counters, which PyTorch before 0.4.1 did not have and which
+    testing does not use. Raises UserError, with up to three examples, if any other entry is
+    missing, unexpected, or of another shape.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in state and not name.endswith("num_batches_tracked")]
@@ -104,6 +122,7 @@ def load_state(model: nn.Module, state: dict[str, torch.Tensor], path: AnyPath, 
     differing = [[f"{name} is missing" for name in missing], [f"{name} is not in the network" for name in unknown]]
     of_known = [(name, state[name]) for name in expected if name in state]
     differing.append([f"{name} {text}" for name, value in of_known for text in problems(value, expected[name])])
+    # The message shows three examples, so put one of each kind (missing, unknown, unfit) first.
     first = [texts.pop(0) for texts in differing if texts]
     differing = first + [text for texts in differing for text in texts]
     if differing:
@@ -130,10 +149,10 @@ def problems(value: torch.Tensor, expected: torch.Tensor) -> Iterator[str]:
 
 
 def locate(path: AnyPath) -> AnyPath:
-    """Return `path`, or the file of the same name in the folder weights/ next to it if only that
-    exists.
+    """Return `path`, or the file of the same name in a folder weights/ next to `path`.
 
-    So a run can be named as the published scripts do, which have no such folder.
+    The file in weights/ is returned only if `path` does not exist. The published scripts have no
+    folder weights/, so a path in the published form still works.
     """
     inside = Path(path).parent / "weights" / Path(path).name
     return inside if inside.is_file() and not Path(path).is_file() else path
@@ -147,14 +166,13 @@ def info_path(path: AnyPath) -> Path:
 def save_weights(model: nn.Module, path: AnyPath, about: dict) -> None:
     """Write the state dict to `path`, and a JSON file with `about` and a checksum next to it.
 
-    Raises UserError. A reader, or a crash, can come between the two files. So the JSON file is
-    written first, and under "before" it also describes the weights that it finds. It then describes
-    old and new weights.
+    A crash or a reader can come between the two writes. So the JSON file is written first and
+    describes both the new weights and, under "before", the old ones. Raises UserError.
     """
-    content = io.BytesIO()  # torch.save hides that a disk is full
+    content = io.BytesIO()  # in memory, because torch.save to a file hides that a disk is full
     torch.save({name: value.cpu().contiguous() for name, value in model.state_dict().items()}, content)
     about = {**about, "sha256": hashlib.sha256(content.getbuffer()).hexdigest()}
-    with contextlib.suppress(UserError):  # no weights yet, or damaged ones
+    with contextlib.suppress(UserError):  # there are no old weights, or they are damaged
         about["before"] = read_info(path) or {"sha256": hashlib.sha256(read_bytes(path)).hexdigest()}
     write_json(info_path(path), about)
     with atomic_write(path) as file:
@@ -162,10 +180,9 @@ def save_weights(model: nn.Module, path: AnyPath, about: dict) -> None:
 
 
 def read_info(path: AnyPath) -> dict:
-    """Return what was saved about the weights at `path`, or {} if there is no JSON file next to
-    them.
+    """Return the content of the JSON file next to the weights at `path`, or {} without that file.
 
-    Raises UserError if that file describes other weights.
+    Raises UserError if the JSON file describes other weights.
     """
     if not info_path(path).is_file():
         return {}
@@ -179,11 +196,10 @@ def read_info(path: AnyPath) -> dict:
 
 
 def matching_info(path: AnyPath) -> dict | None:
-    """Return what the JSON file next to the weights at `path` says about them, or None if it is
-    about other weights.
+    """Return the description of the weights at `path` in the JSON file next to them.
 
-    A run may be writing both files, so they are read again until they do not change meanwhile.
-    Raises UserError.
+    Returns None if the JSON file describes other weights. A run may be writing both files, so they
+    are read again until neither changes during the reading. Raises UserError.
     """
     read_at = None
     while (now := [version(file) for file in (info_path(path), path)]) != read_at:

@@ -103,13 +103,25 @@ def make_images(tmp_path, write_images):
 
 
 def draw_no_charts(patch=setattr):
-    """Have reports with the titles of their charts alone: drawing takes longer than a tiny run."""
+    """Have reports with only the titles of charts and cells: drawing takes longer than a tiny run."""
     import nas201.report
-    from reporting import report
+    from reporting import report, results
 
     for module in (report, nas201.report):
         patch(module, "chart", lambda rows, title, *_, **__: title)
-    patch(report, "scatter", lambda title, *_: title)
+    for module in (results, nas201.report):
+        patch(module, "scatter", lambda title, *_: title)
+    for module in (results, report):
+        patch(module, "cell_svg", lambda drawing: drawing.title)
+    patch(report, "write_cell", write_titles)
+
+
+def write_titles(folder, cell, views):
+    """Write the files of `reporting.cells.write_cell`, with a title in place of each drawing."""
+    from reporting.views import drawings_of
+
+    for name, drawing in drawings_of(cell, views, "").items():
+        (folder / f"{name}.svg").write_text(drawing.title)
 
 
 def describe_cells(patch=setattr):

@@ -253,7 +253,11 @@ def assert_same_run(run, expected):
         assert state.pop("history") == read_history(folder)
     assert_same(*states)
     assert history(run) == history(expected)
-    for path in [p for name in ("weights/*.pt", "genotype.*", "*.svg", "pareto.json") for p in expected.glob(name)]:
+    for path in [
+        p
+        for name in ("weights/*.pt", "genotype.*", "*.svg", "pareto.json", "individuals.csv")
+        for p in expected.glob(name)
+    ]:
         same = (run / path.relative_to(expected)).read_bytes() == path.read_bytes()
         assert same, path
     for path in expected.glob("population/*.npz"):

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = {"train_search", "train", "test_cifar", "test_cifar100", "test_imagenet", "visualize", "predict", "export"}
+SCRIPTS = {
+    "train_search",
+    "train",
+    "test_cifar",
+    "test_cifar100",
+    "test_imagenet",
+    "visualize",
+    "predict",
+    "export",
+    "summary",
+}
 SHARED = {"retrained", "views"}  # of scripts: they know both spaces
 METHOD = {
     "model_search",
@@ -28,6 +38,7 @@ METHOD = {
     "image_folder",
     "imagenet16",
     "class_names",
+    "class_results",
     "splits",
     "augment",
     "loaders",
@@ -35,6 +46,8 @@ METHOD = {
     "recipes",
     "utils",
     "run_settings",
+    "populations",
+    "remembered",
     "seed_roles",
     "shared_flags",
 }
@@ -43,8 +56,9 @@ SEARCHES = {
     "search_space",
     "search_state",
     "baselines",
+    "individuals",
 }  # a space has its view, and a search ends with its report
-S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.summary", "nas201.report"}
+S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.simulate", "nas201.summary", "nas201.report"}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
 IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
 for path in PATHS:

@@ -87,8 +87,9 @@ def test_block_can_be_pasted_twice(block):
 
 @pytest.mark.parametrize(("module", "arguments"), [entry for entry in commands() if of_this_folder(entry[0])])
 def test_flags_exist(module, arguments, capsys):
+    command = re.findall(r"^ ([a-z]+) ", arguments) if module == "nas201.benchmark" else []
     with contextlib.suppress(SystemExit):
-        importlib.import_module(module).main(["--help"])
+        importlib.import_module(module).main([*command, "--help"])
     known = set(re.findall(r"--\w+", capsys.readouterr().out))
     assert set(re.findall(r"(?<= )--\w+", arguments)) <= known
 
