@@ -124,17 +124,6 @@ def write_titles(folder, cell, views):
         (folder / f"{name}.svg").write_text(drawing.title)
 
 
-def describe_cells(patch=setattr):
-    """Have drawings hold only their title and description, for runs that are only compared.
-
-    Drawing the cells of a tiny run takes as long as training its networks.
-    """
-    from reporting import cells
-
-    patch(cells, "cell_figure", lambda drawing: None)
-    patch(cells, "svg_of", lambda figure, title, description: f"<svg><title>{title}</title>{description}</svg>")
-
-
 @pytest.fixture
 def quick_report(monkeypatch):
     draw_no_charts(monkeypatch.setattr)
@@ -145,18 +134,4 @@ def quick_reports():
     """As `quick_report`, for the runs of a module's fixtures."""
     with pytest.MonkeyPatch.context() as patch:
         draw_no_charts(patch.setattr)
-        yield
-
-
-@pytest.fixture
-def quick_drawing(quick_report, monkeypatch):
-    """As `quick_report`, and the cells are described in words."""
-    describe_cells(monkeypatch.setattr)
-
-
-@pytest.fixture(scope="module")
-def quick_drawings(quick_reports):
-    """As `quick_drawing`, for the runs of a module's fixtures."""
-    with pytest.MonkeyPatch.context() as patch:
-        describe_cells(patch.setattr)
         yield

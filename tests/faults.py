@@ -37,7 +37,7 @@ SCRIPTS = list(ARGUMENTS) if FULL else ["train"]
 COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
 
 
-quick_drawing = (lambda test: test) if FULL else pytest.mark.usefixtures("quick_drawing")
+quick_report = (lambda test: test) if FULL else pytest.mark.usefixtures("quick_report")
 
 
 def few(full, short):
@@ -129,9 +129,8 @@ def work(script, argv, output, conditions):
     for number in (1, 2):
         os.dup2(file, number)
     if not FULL:
-        conftest.draw_no_charts()
         if not conditions.get("drawn"):
-            conftest.describe_cells()
+            conftest.draw_no_charts()
         # It checks the processes that read images every so many seconds (default 5).
         dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
     if "die_at" in conditions:

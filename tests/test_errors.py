@@ -208,7 +208,7 @@ def test_missing_weights_are_refused_with_the_flags_or_the_file(fails, tmp_path)
 
 
 @pytest.fixture(scope="module")
-def trained(quick_drawings, tmp_path_factory):
+def trained(quick_reports, tmp_path_factory):
     """The weights of a network that was trained on the digits."""
     folder = tmp_path_factory.mktemp("trained")
     train.main([*TRAIN, *EVNASA, "--dir", str(folder), "--save", "/checkpoints/last/"])  # as published: of a path
@@ -474,7 +474,7 @@ def test_other_scripts_that_would_normalise_a_single_pixel_are_refused(fails, sm
     fails(train.main, [*retraining, "--batch_size", 11], "4x4 pixels")
 
 
-@pytest.mark.usefixtures("quick_drawing")
+@pytest.mark.usefixtures("quick_report")
 def test_batches_of_more_than_one_pixel_are_trained_on(small_images, tmp_path):
     search, _, retraining = lines_for(small_images)
     train.main([*retraining, "--batch_size", "10", "--dir", str(tmp_path / "retrained")])

@@ -22,7 +22,6 @@ import zlib
 from functools import partial
 from pathlib import Path
 
-import conftest
 import numpy as np
 import pytest
 import torch
@@ -41,13 +40,13 @@ import train_search
 import visualize
 from nas201 import benchmark, summary
 from nas201.genotypes import NUM_ARCHS, PRIMITIVES, to_arch_string
-from reporting import report
+from reporting import cells, report
 from support import files, images, weights
 from support.files import UserError
 from views import DARTS
 
 import faults
-from faults import COUNTS, FULL, ROOT, few, outcome, quick_drawing, saved
+from faults import COUNTS, FULL, ROOT, few, outcome, quick_report, saved
 from helpers import Call, bomb, load_checkpoint, reported_run
 
 counted = faults.counted
@@ -156,7 +155,7 @@ def valid_summary(name, folder):
 )
 def test_malformed_file_is_read_or_refused_in_one_line(tmp_path, monkeypatch, kind, valid):
     if not FULL:
-        conftest.describe_cells(monkeypatch.setattr)  # nor are charts drawn, only made
+        monkeypatch.setattr(cells, "svg_of", lambda figure, title, description: title)  # made, but not drawn
     path, main, argv = valid(tmp_path)
     assert outcome(main, *argv) == "accepted"
 
@@ -469,7 +468,7 @@ def test_mutated_image_is_read_or_refused_by_name(tmp_path, capfd):
 NAMES = [os.fsdecode(b"\xff\xfe \xe9"), "na\u00efve \u9032\u5316", "a'b\"c $(touch x) --epochs 9\nd"]
 
 
-@quick_drawing
+@quick_report
 @pytest.mark.parametrize("name", few(NAMES, ["".join(NAMES)]))
 def test_name_of_any_kind_can_be_searched_retrained_tested_and_resumed(make_images, tmp_path, monkeypatch, name):
     """The name of the data, a class and the run; on a terminal that only knows ASCII."""

@@ -139,7 +139,7 @@ def write_state(state, folder):
 
 @pytest.fixture(scope="module", autouse=True)
 def drawings(request):
-    request.getfixturevalue("quick_reports" if FULL else "quick_drawings")
+    request.getfixturevalue("quick_reports")
 
 
 class Recorded(NamedTuple):

@@ -237,7 +237,7 @@ def test_run_without_tensorboard_and_display_says_what_is_missing(whole, process
     assert drawings
     for path in drawings:
         assert "<path" in path.read_text()
-        shutil.copy(whole.run / path.name, path)  # these describe the cells in words
+        shutil.copy(whole.run / path.name, path)  # other runs of these tests draw no cells
     assert_same_run(run, whole.run)
     COUNTS["without TensorBoard and display"]["works, says what is missing"] += 1
 

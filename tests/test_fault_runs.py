@@ -32,7 +32,7 @@ counted = faults.counted
 @pytest.fixture(scope="module", autouse=True)
 def drawings(request):
     if not FULL:
-        request.getfixturevalue("quick_drawings")
+        request.getfixturevalue("quick_reports")
 
 
 class Finished(NamedTuple):

@@ -37,7 +37,7 @@ from helpers import (
     write_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_drawings")
+pytestmark = pytest.mark.usefixtures("quick_reports")
 
 
 class Script(NamedTuple):
