@@ -2,8 +2,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 DEMO ?= demo
-# Tests run in this many processes. The tests of a file stay in one process, because they share
-# fixtures. Files come in the order of their names, not by how many tests they have.
+# Number of processes that run the tests. All tests of a file run in one process, because they share
+# fixtures. Test files start in the order of their names. (By default, pytest-xdist would start the
+# files with the most tests first.)
 WORKERS ?= 2
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
@@ -19,8 +20,8 @@ demo: $(VENV)/.installed
 	$(BIN)/python test_cifar.py --dataset digits --dir $(DEMO)/search/eval-digits-*
 	@echo "The search, its report and the found cell: $(DEMO)/search; the retrained network: $(DEMO)/search/eval-digits-*"
 
-# Measure the figures of benchmarks/README.md. Needs an idle machine. TABLE=FILE names a
-# NAS-Bench-201 table, which one row needs.
+# Measure the figures of benchmarks/README.md. This needs an idle machine. One figure needs a
+# NAS-Bench-201 table, which you name with TABLE=FILE.
 bench: $(VENV)/.installed
 	@git log -1 --format='commit %h'
 	$(BIN)/python benchmarks/search_s1.py --rounds 3
@@ -29,8 +30,8 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/retrain.py
 	$(BIN)/python benchmarks/kernels.py
 
-# Compare every primitive with float64, on the CPU or with DEVICE=cuda on a GPU. Takes minutes; see
-# docs/conformance.md.
+# Compare every convolution, pool and BatchNorm with float64. This takes minutes on the CPU. With
+# DEVICE=cuda it runs on a GPU. See docs/conformance.md.
 conformance: $(VENV)/.installed
 	$(BIN)/python benchmarks/conformance.py --device $(or $(DEVICE),cpu)
 
@@ -40,22 +41,22 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m slow -n $(WORKERS) --dist loadfile
 
-# Run the tests that need a CUDA device. They skip without one.
+# Run the tests that need a CUDA device. Without a CUDA device these tests are skipped.
 test-gpu: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs -m cuda
 
-# Inject every fault that tests/test_fault_*.py know, and print a table of the outcomes.
+# Inject all faults of tests/test_fault_*.py, and print a table of the outcomes.
 test-faults: $(VENV)/.installed-dev
 	EVNAS_FAULTS=full $(BIN)/python -m pytest -s -m "slow or not slow" tests/test_fault_*.py
 
-# Run the fast tests with the oldest versions that requirements*.txt allow, in their own
-# environment. Needs Python 3.10 or 3.11, because some of these versions were never built for newer
-# ones.
+# Run the fast tests with the oldest versions that requirements*.txt allow, in a separate
+# environment. This needs Python 3.10 or 3.11, because some of these versions do not exist for newer
+# versions of Python.
 test-floors: $(VENV)-floors/.installed
 	$(VENV)-floors/bin/python -m pytest $(PARALLEL)
 
-# Print which lines the fast tests do not run. Lines that run in other processes or in slow tests
-# count as not run.
+# Print the lines that the fast tests do not execute. Lines that are executed only in other processes
+# or in slow tests are printed too.
 coverage: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest $(PARALLEL) --cov-report=term-missing:skip-covered \
 		$(addprefix --cov=,$(basename $(wildcard *.py)) support reporting nas201)

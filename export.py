@@ -211,6 +211,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "genotype": about["genotype"],
         "mean": about["mean"],
         "std": about["std"],
+        "image_size": [height, width],
+        "recipe": about["family"],
         "input": f"RGB, {input_values}, (batch, 3, {height}, {width})",
         "versions": provenance.versions() | {"git": provenance.git_revision()},
     }

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from support import devices, distributed, signals
+from support.clock import Clock, EveryMinute, Work
 from support.files import UserError
 from training import TRAIN_AGAIN
 
@@ -94,13 +95,15 @@ def measure_fitness(
     *,
     amp: bool = False,
     where: str = "fitness",
+    clock: Clock | None = None,
 ) -> torch.Tensor:
     """Return the top-1 accuracy in percent, float64 (P,), of `alphas` (P, G, E, O).
 
     `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is
     loaded and augmented once and shown to all individuals, so they are compared on the same images.
     Equal alphas are measured once. Several processes divide the individuals among themselves, and
-    each process returns the fitness of all individuals.
+    each process returns the fitness of all individuals. `clock` counts individuals times batches as
+    "fitness".
 
     Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an
     individual has logits that are not finite.
@@ -111,18 +114,30 @@ def measure_fitness(
     correct = torch.zeros(len(individuals), dtype=torch.int64, device=device)
     broken = torch.zeros(len(individuals), dtype=torch.int64, device=device)  # batches with logits that are not finite
     share = range(distributed.rank(), len(individuals), distributed.world_size())
+    minute = EveryMinute()
+    clock = clock or Clock(fitness=Work(left=len(share) * len(loader)))
+    clock.start()
+    bar = distributed.progress(loader, where, units=len(share))
     with batch_norm_mode(network, statistics):
         evaluator = make_evaluator(network, statistics)
-        for x, y in distributed.progress(loader, where):
+        for batch, (x, y) in enumerate(bar):
             if signals.stop_requested(device):
                 raise signals.Interrupted(where)
             with devices.autocast(device, amp):
                 evaluator.set_batch(x)
-                for i in share:
+                for count, i in enumerate(share, start=batch * len(share) + 1):
                     logits = evaluator.logits(individuals[i])
                     correct[i] += (logits.argmax(1) == y).sum()
                     broken[i] += ~logits.isfinite().all()
+                    clock.add("fitness", 1)
+                    if not bar.disable:
+                        bar.set_postfix_str(clock.text(), refresh=False)
+                        bar.update()
+                    elif minute.due():
+                        total = len(share) * len(loader)
+                        distributed.say(f"{where}: {count} of {total} measurements; {clock.text()}")
     correct, broken = distributed.sum_over_ranks(torch.stack([correct, broken])).cpu()
+    clock.add("fitness", 0)  # the time that a GPU has taken since the last individual was given to it
     if broken.any():
         position = distinct.first[broken.nonzero()[0].item()]
         individual = f"individual {position + 1} of {len(alphas)}"

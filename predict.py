@@ -1,10 +1,12 @@
-"""Classify images with a retrained network: print the five best classes of each image and their probabilities.
+"""Classify images with a retrained network: print the best classes of each image and their probabilities.
 
 Example: python predict.py runs/eval-EXP-20260101-120000 picture.png folder/
 """
 
-from support.cli import Parser, command
+from support.cli import Parser, command, number
 
+import csv
+import io
 import json
 import os
 import sys
@@ -20,7 +22,7 @@ from support import devices, distributed
 from support.files import UserError
 from support.images import SUFFIXES
 
-BEST = 5  # number of classes that are printed for each image
+BEST = 5  # number of classes that are printed for each image, if the command line does not say
 
 
 def images_in(path: str) -> tuple[list[Path], list[str]]:
@@ -48,8 +50,9 @@ def predict(
     classes: Sequence[str],
     device: torch.device | str,
     skip: Callable[[str], None] | None = None,
+    topk: int = BEST,
 ) -> Iterator[tuple[str | Path, list[tuple[str, float]]]]:
-    """Yield the path of each image and its best classes, as (class, probability), the most probable first.
+    """Yield the path of each image and its `topk` best classes, as (class, probability), the most probable first.
 
     `network` and `transform` are what `retrained.load` returns. The network must be on `device`. If
     an image cannot be read, `skip` is called with the error message, and the next image follows.
@@ -66,7 +69,7 @@ def predict(
         logits, _ = network(x)  # (1, classes)
         if not logits.isfinite().all():
             raise UserError(f"{path}: the network's logits are not finite, so it has no answer. Retrain the network")
-        probabilities, labels = logits[0].softmax(0).topk(min(BEST, len(classes)))
+        probabilities, labels = logits[0].softmax(0).topk(min(topk, len(classes)))
         names = [classes[label] for label in labels.tolist()]
         yield path, list(zip(names, probabilities.tolist(), strict=True))
 
@@ -77,8 +80,13 @@ def make_parser() -> Parser:
     parser.add_argument("run", metavar="RUN_DIR", help=text)
     text = "image files, or folders that are searched for images to any depth"
     parser.add_argument("images", metavar="IMAGE", nargs="+", help=text)
+    text = "number of classes to print for each image, the most probable first"
+    parser.add_argument("--topk", type=number(int, 1), default=BEST, metavar="N", help=text)
+    group = parser.add_mutually_exclusive_group()
     text = "print one JSON object for each image, for other programs to read"
-    parser.add_argument("--json", action="store_true", help=text)
+    group.add_argument("--json", action="store_true", help=text)
+    text = "print a table with the columns image, rank, class, probability"
+    group.add_argument("--csv", action="store_true", help=text)
     devices.add_device_arguments(parser)
     parser.set_defaults(amp=False, compile=False)
     return parser
@@ -87,6 +95,13 @@ def make_parser() -> Parser:
 def as_text(path: str | Path, best: list[tuple[str, float]]) -> list[str]:
     """Return the lines that are printed for an image: its path, then its best classes."""
     return [str(path), *(f"  {100 * probability:6.2f} %  {name}" for name, probability in best)]
+
+
+def as_csv(rows: Iterable[Sequence]) -> list[str]:
+    """Return rows as lines of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().splitlines()
 
 
 @command
@@ -109,11 +124,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         paths += images
         for message in unreadable:
             skip(message)
-    for path, best in predict(network, transform, paths, classes, device, skip):
+    if args.csv:
+        distributed.say("image,rank,class,probability")
+    for path, best in predict(network, transform, paths, classes, device, skip, args.topk):
         if args.json:
-            distributed.say(json.dumps({"image": str(path), "classes": dict(best)}))
-            continue
-        for line in as_text(path, best):
+            lines = [json.dumps({"image": str(path), "classes": dict(best)})]
+        elif args.csv:
+            lines = as_csv([str(path), rank, *answer] for rank, answer in enumerate(best, start=1))
+        else:
+            lines = as_text(path, best)
+        for line in lines:
             distributed.say(line)
     if skipped:
         distributed.say(

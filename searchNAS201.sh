@@ -1,18 +1,18 @@
 #!/usr/bin/env bash
-# Run three EvNAS searches on NAS-Bench-201, with the seeds 18, 19 and 20, and print a summary of them.
+# Run three EvNAS searches on NAS-Bench-201 with the seeds 18, 19 and 20, and print a summary of the three.
 #
 #   ./searchNAS201.sh DATASET GPU OUTPUT_DIR [more flags of nas201.train_search]
 #   ./searchNAS201.sh digits cpu out --epochs 3 --pop_size 8 --tsize 3 --init_channels 4 --num_cells 1
 #
 # DATASET      a choice of --dataset, such as cifar10 or ImageNet16-120
-# GPU          the number of a GPU; -1 or cpu for the CPU
-# OUTPUT_DIR   folder of the runs, which are named search-DATASET-seed18 and so on
+# GPU          the number of a GPU, or cpu (or -1) for the CPU
+# OUTPUT_DIR   the folder for the runs; their names are search-DATASET-seed18 and so on
 #
 # If you call the script again, it skips the runs that have finished and continues the others.
 #
 # Environment variables:
-# PYTHON       the interpreter (default: python)
-# DATA         folder of the data set (default: ../data, for ImageNet16-120 ../data/ImageNet16)
+# PYTHON       the Python interpreter (default: python)
+# DATA         the folder of the data set (default: ../data; for ImageNet16-120 it is ../data/ImageNet16)
 set -euo pipefail
 
 module=nas201.train_search

@@ -1,6 +1,11 @@
-# What searchNAS201.sh and searchS1.sh share: one search for each of the seeds 18, 19 and 20. Do not call it directly.
-# The caller sets `module`, the search, and `published`, flags that the published search passes. It sources this file
-# with its own arguments. Afterwards `output`, `dataset` and `runs` are set, and `run_module` runs a module.
+# The common part of searchNAS201.sh and searchS1.sh: run one search for each of the seeds 18, 19 and 20.
+# Do not call this file directly. The calling script sets two variables and then sources this file:
+#
+# module       the Python module that searches
+# published    an array of flags that the published search passes to the module
+#
+# This file sets the variables `output`, `dataset` and `runs` for the calling script, and defines `run_module`, a
+# function that runs a Python module of this project.
 
 if [ $# -lt 3 ]; then
   echo "error: arguments are missing; usage: $0 DATASET GPU OUTPUT_DIR [more flags]" >&2
@@ -25,10 +30,10 @@ for flag in "$@"; do
   esac
 done
 
-# The script can be called from any folder and through a link. Python looks for modules in the folder of the script,
-# not in the current folder.
+# You can call the scripts from any folder and through a symbolic link. Python has to import the modules from the
+# folder of this file, not from the current folder.
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-# The registry of data sets knows their names and their default folders.
+# datasets.py has the names and the default folders of all data sets.
 data=$("$python" -c 'import sys
 sys.path[0], module, name = sys.argv[1:]
 import datasets
@@ -48,7 +53,7 @@ for seed in 18 19 20; do
   runs+=("$run")
   if [ -e "$run/checkpoint.pt" ]; then
     place=(--resume "$run")
-  else # a new run, or one that ended before its first checkpoint: its files are moved aside
+  else # a new run, or a run that ended before its first checkpoint; the new run moves the old files aside
     place=(--dir "$output" --run_name "${run##*/}")
   fi
   run_module "$module" "${place[@]}" --dataset "$dataset" --data "${DATA:-$data}" "${device[@]}" \

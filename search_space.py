@@ -18,6 +18,7 @@ from costs import Costs
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
 from reporting.views import SpaceView
+from support.clock import Clock
 from training import plain_forward
 
 
@@ -92,6 +93,7 @@ class SearchSetup:
     network: nn.Module  # the supernet
     train_loader: Any
     valid_loader: Any
+    clock: Clock | None = None  # estimates the time left; `search_clock` makes it
     first_population: torch.Tensor | None = None  # (P, G, E, O) raw; random if there is none
     costs: Costs = field(init=False)
 
@@ -119,6 +121,5 @@ class SearchSetup:
         make_evaluator = PlainEvaluator
         if not args.plain:
             make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
-        return measure_fitness(
-            self.network, alphas, self.valid_loader, args.bn, make_evaluator, amp=args.amp, where=where
-        )
+        settings = {"amp": args.amp, "where": where, "clock": self.clock}
+        return measure_fitness(self.network, alphas, self.valid_loader, args.bn, make_evaluator, **settings)

@@ -1,5 +1,6 @@
 """The state of a search, and what each generation writes into the run directory."""
 
+import functools
 import math
 import re
 
@@ -12,10 +13,11 @@ import populations
 import seed_roles
 import utils
 from costs import Costs
-from evolution import next_generation, non_dominated, ranks
+from evolution import VARIANTS, next_generation, non_dominated, ranks
 from search_space import SearchSetup, SearchSpace
-from support import checkpoints, runs, seeds
-from training import TrainingSettings, TrainingState, make_optimizer
+from support import checkpoints, devices, distributed, runs, seeds
+from support.clock import DAY, Clock, Work, duration
+from training import FORWARD, TrainingSettings, TrainingState, make_optimizer
 
 ARCHIVED = 100  # most individuals that the archive keeps from the generations' fronts of fitness and costs
 
@@ -126,6 +128,51 @@ def population_fields(setup: SearchSetup, state: SearchState) -> tuple[dict, str
     return fields, text
 
 
+# ---- the time left
+
+
+def search_clock(setup: SearchSetup, run: runs.Run, state: SearchState) -> Clock:
+    """Return the clock of a search: "training" counts steps, "fitness" individuals times batches.
+
+    What the checkpoint counts is not left any more.
+    """
+    args = setup.args
+    steps = len(setup.train_loader)
+    done = run.completed * steps + (state.partial.steps if state.partial else 0)
+    images = setup.valid_loader.size / max(len(setup.valid_loader), 1)  # in a batch
+    weight = FORWARD * images / args.batch_size
+    when_known = functools.partial(tell_duration, setup, run)
+    clock = Clock(when_known, training=Work(args.epochs * steps - done), fitness=Work(0, weight))
+    plan_fitness(setup, clock, args.pop_size, args.epochs - run.completed)
+    return clock
+
+
+def plan_fitness(setup: SearchSetup, clock: Clock, distinct: int, generations: int) -> None:
+    """Set how many measurements are left: `generations` of `distinct` individuals, and the last measurement."""
+    args = setup.args
+    measured = generations if VARIANTS[args.variant].selection else min(generations, 1)
+    individuals = measured * distinct + distinct + args.baselines
+    clock.work["fitness"].left = individuals * len(setup.valid_loader) / distributed.world_size()
+
+
+def tell_duration(setup: SearchSetup, run: runs.Run, seconds: float) -> None:
+    """Log how long the search will take and, if that is days on a CPU, how to make it shorter."""
+    args = setup.args
+    memory = devices.peak_memory_mb(setup.device)
+    text = f"{'the rest of ' if args.resume else ''}the search will take about {duration(seconds)}"
+    if memory:
+        text += f", and has used {memory:,.0f} MB of memory so far"
+    run.log(text)
+    if setup.device.type == "cpu" and seconds > DAY:
+        share = DAY / seconds
+        train = max(int(share * setup.train_loader.size), 1)
+        valid = max(int(share * setup.valid_loader.size), 1)
+        advice = f"--train_samples {train} --valid_samples {valid}"
+        if share * args.epochs >= 2:
+            advice = f"--epochs {int(share * args.epochs)}, or {advice}"
+        run.log(f"to finish in a day on this machine, use for example {advice}; or use a GPU")
+
+
 # ---- files
 
 
@@ -142,7 +189,8 @@ def save_generation(setup: SearchSetup, run: runs.Run, state: SearchState, row: 
     text = f"{where}: loss {row['train_loss']:.4f}, train top-1 {row['train_top1']:.2f} %"
     if "fitness_best" in row:
         text += f", fitness best {row['fitness_best']:.2f} mean {row['fitness_mean']:.2f}"
-    run.log(f"{text}, {row['distinct']} distinct, {row['seconds']:.1f} s{remarks}")
+    left = f"; {state.clock.text()}" if state.clock.text() else ""
+    run.log(f"{text}, {row['distinct']} distinct, {row['seconds']:.1f} s{remarks}{left}")
 
 
 def save_results(run: runs.Run, space: SearchSpace, state: SearchState) -> None:

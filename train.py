@@ -48,8 +48,17 @@ from run_settings import SETTINGS
 from shared_flags import MOST
 from splits import Files, Split, check_alike, counts_text, describe, subsample
 from support import devices, distributed, resume_args, runs, seeds, self_check
+from support.clock import Clock, Work, duration
 from support.files import UserError
-from training import TrainingSettings, TrainingState, evaluate, make_optimizer, set_learning_rate, train_one_epoch
+from training import (
+    FORWARD,
+    TrainingSettings,
+    TrainingState,
+    evaluate,
+    make_optimizer,
+    set_learning_rate,
+    train_one_epoch,
+)
 from views import VIEWS
 
 # Numbers of epochs: the linear schedule falls slowly in its last 5, and warm-up takes the first 5.
@@ -312,6 +321,7 @@ def retrain(
         save_weights(run, network, about)  # a crash may have come between the checkpoint and its weights files
     if distributed.world_size() > 1:
         state.trained = parallel(network, about["family"])
+    state.clock = retraining_clock(args, run, state, test_loader)
     for epoch in range(run.completed, args.epochs):
         state.begin_epoch()
         where = f"epoch {epoch + 1}/{args.epochs}"
@@ -322,7 +332,8 @@ def retrain(
         with run.saving_when_interrupted(state.unfinished_state_dict):
             entry |= train_epoch(args, epoch, state, where=where, log=run.log)
             confusion = torch.zeros(len(about["classes"]), len(about["classes"]), dtype=torch.int64)
-            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test", confusion=confusion)
+            more = {"confusion": confusion, "clock": state.clock}
+            tested = evaluate(network, test_loader, args, log=run.log, where=f"{where}, test", **more)
         state.best_top1 = max(state.best_top1, tested["top1"])
         entry |= {f"test_{name}": value for name, value in tested.items()}
         entry |= {"best_top1": state.best_top1}
@@ -333,10 +344,22 @@ def retrain(
         run.log(
             f"{where}: loss {entry['train_loss']:.4f}, train top-1 {entry['train_top1']:.2f} %, "
             f"test top-1 {tested['top1']:.2f} % (best {state.best_top1:.2f} %), {entry['seconds']:.1f} s"
+            + (f"; {state.clock.text()}" if state.clock.text() else "")
         )
         if epoch + 1 == args.epochs:
             file = run.path / "weights" / "weights.pt"
             class_results.save(run.path, tested, about["classes"], confusion, weights=file, dataset=args.dataset)
+
+
+def retraining_clock(args: argparse.Namespace, run: runs.Run, state: RetrainingState, test_loader: Loader) -> Clock:
+    """Return the clock of a retraining: "training" counts steps, "test" batches."""
+    epochs = args.epochs - run.completed
+    steps = epochs * len(state.train_loader) - (state.partial.steps if state.partial else 0)
+
+    def tell_duration(seconds: float) -> None:
+        run.log(f"{'the rest of ' if args.resume else ''}the retraining will take about {duration(seconds)}")
+
+    return Clock(tell_duration, training=Work(steps), test=Work(epochs * len(test_loader), FORWARD))
 
 
 def parallel(network: nn.Module, recipe: str) -> DistributedDataParallel:

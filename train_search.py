@@ -28,7 +28,15 @@ from model_search import Network
 from recipes import CIFAR
 from run_settings import SETTINGS
 from search_space import SearchSetup, SearchSpace
-from search_state import SearchState, population_fields, restore_results, save_generation, speed_fields
+from search_state import (
+    SearchState,
+    plan_fitness,
+    population_fields,
+    restore_results,
+    save_generation,
+    search_clock,
+    speed_fields,
+)
 from shared_flags import MOST
 from splits import describe
 from support import devices, resume_args, runs, seeds
@@ -48,6 +56,7 @@ def search(setup: SearchSetup, run: runs.Run) -> SearchState:
     run.restore(state)
     if run.state:
         restore_results(setup, run, state)
+    setup.clock = state.clock = search_clock(setup, run, state)
     for generation in range(run.completed + 1, args.epochs + 1):
         where = f"generation {generation}/{args.epochs}"
         if generation > 1 and state.partial is None:
@@ -67,6 +76,7 @@ def search(setup: SearchSetup, run: runs.Run) -> SearchState:
                 fitness = setup.measure(measured, f"{where}, fitness")
                 state.set_fitness(fitness, setup.costs)
                 individuals_measured = len(unique(measured).first)
+                plan_fitness(setup, state.clock, individuals_measured, args.epochs - generation)
                 fields, remarks = population_fields(setup, state)
                 row |= fields
         row |= speed_fields(setup, state, individuals_measured)

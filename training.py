@@ -19,11 +19,13 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from support import devices, distributed, signals
+from support.clock import Clock, EveryMinute, Work
 from support.files import UserError
 
 CHECKPOINT_IS_KEPT = (
     "the last checkpoint is from before that; start a new run with a smaller --learning_rate or --grad_clip"
 )
+FORWARD = 1 / 3  # duration of a forward pass relative to a training step, until it has been timed
 TRAIN_AGAIN = "these weights are unusable; train again with a smaller --learning_rate or --grad_clip"
 
 
@@ -162,7 +164,7 @@ class TrainingState:
     Subclasses list further attributes to save in `saved`. `progress` is the progress of the running
     epoch. `partial` is the progress of an epoch that a signal interrupted in an earlier run of the
     program, or None. `trained` is the module that is called in training: the network, or a
-    DistributedDataParallel around the network.
+    DistributedDataParallel around the network. `clock` estimates how long the run will still take.
     """
 
     saved: tuple[str, ...] = ()
@@ -183,6 +185,7 @@ class TrainingState:
         self.generators = {"train": train_loader.generator, **generators}
         self.progress = Progress()
         self.partial: Progress | None = None
+        self.clock = Clock(training=Work(left=0))
 
     def generator_states(self) -> dict[str, torch.Tensor]:
         """Return the states of all random number generators by name."""
@@ -331,21 +334,27 @@ def train_one_epoch(
 
     loader.skip = progress.steps
     bar = distributed.progress(loader, where, progress.steps)
+    minute = EveryMinute()
+    state.clock.start()
     unread = []  # results (3,) of the newest steps, still on the device
     stop = False
     for x, y in bar:
         unread.append(step_of_batch(x, y, *inputs_of(progress.steps)))
         progress.steps += 1
         due = progress.steps % settings.report_freq == 0 or progress.steps == len(loader)
+        if bar.disable and distributed.world_size() == 1:  # several processes have to meet at the same step
+            due = due or minute.due()
         stop = signals.stop_requested(device, at_meeting_point=due)
         if due or stop:
             results = torch.stack(unread).tolist()
             check_losses(results, progress.steps - len(results), where)
             progress.add(results)
             unread = []
-            bar.set_postfix_str(progress.report())
+            state.clock.add("training", len(results))
+            report = ", ".join(filter(None, [progress.report(), state.clock.text()]))
+            bar.set_postfix_str(report)
             if bar.disable:
-                log(f"{where}, step {progress.steps}/{len(loader)}: {progress.report()}")
+                log(f"{where}, step {progress.steps}/{len(loader)}: {report}")
         if stop:
             break
     progress.gather(buffers)
@@ -403,13 +412,14 @@ def evaluate(
     log: Callable,
     where: str = "test",
     confusion: torch.Tensor | None = None,
+    clock: Clock | None = None,
 ) -> dict[str, float]:
     """Evaluate a network of model.py or nas201/model.py on all images of `loader`.
 
     Returns "loss", the mean loss, and the accuracies "top1" and "top5" in percent. With fewer than
     five classes, "top5" is always 100. The images are also counted in `confusion` (classes,
-    classes), int64 on the CPU, by true class (row) and predicted class (column). `args` has amp and
-    report_freq.
+    classes), int64 on the CPU, by true class (row) and predicted class (column). `clock` counts
+    batches as "test". `args` has amp and report_freq.
 
     Raises Interrupted between two batches after a signal, and UserError, in every process, if the
     loss is not finite.
@@ -418,12 +428,15 @@ def evaluate(
     device = next(network.parameters()).device
     sums = [torch.zeros(4, device=device)]  # of each batch: loss, top-1 correct, top-5 correct, images
     counts = None if confusion is None else torch.zeros_like(confusion, device=device)
+    clock = clock or Clock(test=Work(left=len(loader)))
+    clock.start()
+    minute = EveryMinute()
     bar = distributed.progress(loader, where)
     for step, (x, y) in enumerate(bar):
         if signals.stop_requested(device, at_meeting_point=step % args.report_freq == 0):
             raise signals.Interrupted(where)
-        if bar.disable and (step + 1) % args.report_freq == 0:
-            log(f"{where}, step {step + 1}/{len(loader)}")
+        if bar.disable and (minute.due() or (step + 1) % args.report_freq == 0):
+            log(", ".join(filter(None, [where, f"step {step + 1}/{len(loader)}", clock.text()])))
         if len(y) == 0:  # under torchrun the last batch can have fewer images than there are processes
             continue
         with devices.autocast(device, args.amp):
@@ -434,7 +447,9 @@ def evaluate(
             counts.view(-1).index_add_(0, y * len(counts) + best[:, 0], torch.ones_like(y))
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums.append(torch.stack([loss, correct[:, 0].sum(), correct.sum(), torch.full_like(loss, len(y))]))
+        clock.add("test", 1)
     total = torch.tensor(torch.stack(sums).tolist(), dtype=torch.float64).sum(0)
+    clock.add("test", 0)  # the time that a GPU has taken since the last batch was given to it
     loss, top1, top5, images = distributed.sum_over_ranks(total).tolist()
     if not math.isfinite(loss):
         raise UserError(f"{where}: the loss is {loss}, so the accuracy means nothing; {TRAIN_AGAIN}")

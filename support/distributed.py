@@ -53,15 +53,29 @@ def say(text: str, file: TextIO | None = None) -> None:
         emit(text, file or sys.stdout, tqdm.write)
 
 
-def progress(batches: Iterable, title: str, done: int = 0) -> tqdm:
+class UnitBar(tqdm):
+    """A progress bar around batches that counts what `update` is called for, not the batches."""
+
+    def __iter__(self) -> Iterator:
+        try:
+            yield from self.iterable
+        finally:
+            self.close()
+
+
+def progress(batches: Iterable, title: str, done: int = 0, units: int | None = None) -> tqdm:
     """Return `batches` with a progress bar that starts at `done`.
 
-    The bar is hidden on other ranks than 0, and if stderr is not a terminal. A narrow terminal cuts
-    a line off at its end, so the loss comes before the times.
+    If each batch consists of several `units` of work, the bar counts these, and the caller has to
+    call `update` after each. The bar is hidden on other ranks than 0, and if stderr is not a
+    terminal. A narrow terminal cuts a line off at its end, so the loss comes before the times.
     """
     hidden = rank() > 0 or not sys.stderr.isatty()
     form = "{desc}: {percentage:3.0f}% {n_fmt}/{total_fmt}{postfix} [{elapsed}<{remaining}, {rate_fmt}] {bar}"
-    return tqdm(batches, desc=title, initial=done, leave=False, disable=hidden, dynamic_ncols=True, bar_format=form)
+    look = {"desc": title, "leave": False, "disable": hidden, "dynamic_ncols": True, "bar_format": form}
+    if units is None:
+        return tqdm(batches, initial=done, **look)
+    return UnitBar(batches, total=len(batches) * units, **look)
 
 
 def join_process_group(device: torch.device) -> None:

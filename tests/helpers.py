@@ -297,7 +297,7 @@ def signal_at(monkeypatch, event, numbers):
         save_checkpoint(run, completed, state)
         happens(f"after checkpoint {completed}")
 
-    watched = lambda batches, where, done=0: progress(Watched(batches, where, done), where, done)  # noqa: E731
+    watched = lambda batches, where, done=0, units=None: progress(Watched(batches, where, done), where, done, units)  # noqa: E731
     monkeypatch.setattr(distributed, "progress", watched)
     monkeypatch.setattr(runs.Run, "save_checkpoint", saving)
 
