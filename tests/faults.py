@@ -1,4 +1,4 @@
-"""What the tests of faults share: processes under conditions, a run that was left alone, the table of outcomes."""
+"""What the tests of faults share: processes under conditions, an uninterrupted run, outcomes."""
 
 import collections
 import contextlib
@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import conftest
 import pytest
@@ -29,9 +30,10 @@ from helpers import search_line, train_line
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = os.environ.get("EVNAS_FAULTS") == "full"
-SEARCH = search_line(cutout_length=4)
-RETRAIN = train_line("--cutout", drop_path_prob=0.5)
+SEARCH = search_line(cutout_length=4, layers=1)
+RETRAIN = train_line("--cutout", drop_path_prob=0.5, layers=1, batch_size=32)  # three steps an epoch
 ARGUMENTS = {"train_search": SEARCH, "train": RETRAIN}
+SCRIPTS = list(ARGUMENTS) if FULL else ["train"]
 COUNTS = collections.defaultdict(collections.Counter)  # fault -> outcome -> how often
 
 
@@ -55,14 +57,15 @@ def counted():
 
 @pytest.fixture(scope="module")
 def process():
-    """`process(script, argv, **conditions)` starts a process of a run; forked from one that has imported torch."""
+    """`process(script, argv, **conditions)` starts a process, forked from one with torch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["faults", "train", "train_search", "sklearn.datasets", "torch.utils.tensorboard"]
-        )
+        # What a run imports (torch._dynamo with its first optimizer): seconds for each process.
+        packages = ["sklearn.datasets", "torch.utils.tensorboard", "torch._dynamo"]
+        packages += ["matplotlib.figure"] if FULL else []  # only one test draws anything
+        context.set_forkserver_preload(["faults", "train", "train_search", *packages])
 
         def start(script, argv, output=os.devnull, **conditions):
             arguments = (script, [str(word) for word in argv], str(output), conditions)
@@ -73,8 +76,20 @@ def process():
         yield start
 
 
-def outcome(main, *argv, naming=""):
-    """Refused (exit code 2 and one line, with `naming` in it) or accepted; anything else fails, as do 30 seconds."""
+def exit_code(running, output=os.devnull):
+    """The exit code of a process. One that does not end within two minutes is killed and fails."""
+    running.join(120)
+    if running.exitcode is None:
+        running.kill()
+        pytest.fail(f"hangs: {Path(output).read_text()}")
+    return running.exitcode
+
+
+def outcome(main, *argv, naming=()):
+    """Call `main` and return whether it refused (exit code 2, one line with all of `naming`).
+
+    Anything else fails, and so does a call that takes more than 30 seconds.
+    """
     errors = io.StringIO()
     alarm = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("hangs"))
     signal.alarm(30)
@@ -84,8 +99,12 @@ def outcome(main, *argv, naming=""):
         return "accepted"
     except SystemExit as stopped:
         text = errors.getvalue()
-        assert stopped.code == 2 and text.startswith("error: ") and text.count("\n") == 1 and len(text) < 2000, text
-        assert str(naming) in text, text
+        assert stopped.code == 2, text
+        assert text.startswith("error: "), text
+        assert text.count("\n") == 1, text
+        assert len(text) < 2000, text
+        for name in naming:
+            assert str(name) in text, text
         return "refused in one line, exit 2"
     finally:
         signal.alarm(0)
@@ -105,13 +124,14 @@ def checkpoint(content):
 
 
 def work(script, argv, output, conditions):
-    """What a process does: `main` of a script under conditions, stdout and stderr in the file `output`."""
+    """Call `main` of a script under conditions, with stdout and stderr in the file `output`."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(file, number)
     if not FULL:
-        conftest.draw_no_charts()
-        # It looks so often, in seconds, whether the processes that read images are alive: 5 otherwise.
+        if not conditions.get("drawn"):
+            conftest.draw_no_charts()
+        # It checks the processes that read images every so many seconds (default 5).
         dataloader._MultiProcessingDataLoaderIter._try_get_data.__defaults__ = (0.2,)
     if "die_at" in conditions:
         die_at(**conditions["die_at"])
@@ -145,9 +165,9 @@ def work(script, argv, output, conditions):
 
 
 def die_at(call, steps_file=None):
-    """Kill this process within the `call`-th step of writing: half through a write, after a rename or a flush.
+    """Kill this process at the `call`-th step of writing: in a write, after a rename or a flush.
 
-    The numbers of the renames and flushes are written to `steps_file`.
+    Writes the numbers of the renames and flushes to `steps_file`.
     """
     calls = 0
 
@@ -201,7 +221,7 @@ def signal_at(call, number):
 
 
 def lose(name, how):
-    """Lose stdout or stderr: closed from the start, a full disk behind it, or a pipe whose reader goes after a line."""
+    """Lose stdout or stderr: it is closed, on a full disk, or a pipe whose reader soon goes."""
     number = {"stdout": 1, "stderr": 2}[name]
     setattr(sys, name, None)
     if how == "closed":
@@ -216,17 +236,24 @@ def lose(name, how):
     setattr(sys, name, open(number, "w", closefd=False))
 
 
-@pytest.fixture(scope="module", params=["train_search", "train"] if FULL else ["train"])
+class Whole(NamedTuple):
+    """A run that was left alone."""
+
+    script: str
+    run: Path  # its directory
+    seconds: float  # from its first checkpoint to its end
+    steps: list[int]  # the steps of writing (see `die_at`) that were renames or flushes
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
 def whole(request, process, tmp_path_factory):
-    """(script, an uninterrupted run's directory, its seconds, the steps of writing that are renames or flushes)."""
     folder = tmp_path_factory.mktemp("whole")
     steps = dict(call=-1, steps_file=folder / "steps")
     running = process(request.param, [*ARGUMENTS[request.param], "--dir", folder], folder / "output", die_at=steps)
     while not list(folder.glob("*/checkpoint.pt")) and running.is_alive():
         time.sleep(0.01)
     started = time.monotonic()
-    running.join(120)
-    assert running.exitcode == 0, (folder / "output").read_text()
+    assert exit_code(running, folder / "output") == 0, (folder / "output").read_text()
     seconds = time.monotonic() - started
     (run,) = [path for path in folder.iterdir() if path.is_dir()]
-    return request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()]
+    return Whole(request.param, run, seconds, [int(line) for line in (folder / "steps").read_text().split()])

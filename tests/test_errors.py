@@ -54,73 +54,79 @@ class Hostile:
         return os.mkdir, ("executed",)
 
 
+def weights_argv(path="w.pt"):
+    """The command line of a test of the weights in a file."""
+    return [*TEST, *EVNASA, "--model_path", path]
+
+
 # ---- cells
 
 
 @pytest.mark.parametrize("main, argv", [(train.main, TRAIN), (test_cifar.main, [*TEST, "--model_path", "w.pt"])])
-def test_unknown_architecture(fails, main, argv):
-    line = fails(main, [*argv, "--arch", "EvNASZ"])
-    assert "'EvNASZ'" in line and all(name in line for name in genotypes.NAMED)
+def test_unknown_architecture_is_refused_with_the_known_ones(fails, main, argv):
+    fails(main, [*argv, "--arch", "EvNASZ"], "'EvNASZ'", *genotypes.NAMED)
 
 
 @pytest.mark.parametrize(
-    "pair, message",
+    "pair, named",
     [
-        (["conv_9x9", 0], r"normal[3] has the unknown operation 'conv_9x9'"),
-        (["sep_conv_3x3", 3], r"normal[3] has the impossible input 3; node 1 can use 0 to 2"),
-        (["sep_conv_3x3", -1], r"normal[3] has the impossible input -1"),
-        ("sep_conv_3x3", r"normal[3] is 'sep_conv_3x3', not an (operation, input) pair"),
+        (["conv_9x9", 0], ["normal[3]", "'conv_9x9'"]),
+        (["sep_conv_3x3", 3], ["normal[3]", "input 3;", "0 to 2"]),
+        (["sep_conv_3x3", -1], ["normal[3]", "input -1"]),
+        ("sep_conv_3x3", ["normal[3]", "'sep_conv_3x3'"]),
     ],
+    ids=["operation", "input", "negative input", "no pair"],
 )
 @pytest.mark.parametrize("where", ["--genotype", "--dir"])
-def test_impossible_genotype(fails, tmp_path, pair, message, where):
+def test_impossible_genotype_is_refused_by_its_place(fails, tmp_path, pair, named, where):
     cell = genotype_files.to_dict(genotypes.EvNASA)
     cell["normal"][3] = pair
     path = tmp_path / "genotype.json"
     path.write_text(json.dumps(cell))
-    line = fails(train.main, [*TRAIN, where, path if where == "--genotype" else tmp_path])
-    assert f"{path}: {message}" in line
+    fails(train.main, [*TRAIN, where, path if where == "--genotype" else tmp_path], path, *named)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"normal": []}', "\0\xff"])
-def test_damaged_genotype(fails, tmp_path, content):
+def test_damaged_genotype_is_refused_by_name(fails, tmp_path, content):
     (tmp_path / "genotype.json").write_text(content, encoding="latin-1")
-    assert "genotype.json" in fails(train.main, [*TRAIN, "--genotype", "genotype.json"])
+    fails(train.main, [*TRAIN, "--genotype", "genotype.json"], "genotype.json")
 
 
-def test_a_pickle_that_calls_anything_is_refused(fails, tmp_path):
+def test_genotype_that_calls_anything_is_refused_and_calls_nothing(fails, tmp_path):
     (tmp_path / "genotype.pickle").write_bytes(pickle.dumps(Hostile()))
-    line = fails(train.main, [*TRAIN, "--genotype", "genotype.pickle"])
-    assert "genotype.pickle" in line and "mkdir" in line
-    torch.save({"stem.0.weight": Hostile()}, tmp_path / "weights.pt")
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "weights.pt"])
-    assert "weights.pt is refused" in line and "mkdir" in line
+    fails(train.main, [*TRAIN, "--genotype", "genotype.pickle"], "genotype.pickle", "mkdir")
     assert not (tmp_path / "executed").exists()
 
 
-def test_no_cell_or_two(fails, tmp_path):
-    assert "--arch NAME, --genotype FILE or --dir" in fails(train.main, TRAIN)
-    assert "leave one out" in fails(train.main, [*TRAIN, *EVNASA, "--genotype", "genotype.json"])
-    assert "neither genotype.json nor genotype.pickle" in fails(train.main, [*TRAIN, "--dir", tmp_path])
-    assert "missing.json" in fails(train.main, [*TRAIN, "--genotype", "missing.json"])
+def test_weights_that_call_anything_are_refused_and_call_nothing(fails, tmp_path):
+    torch.save({"stem.0.weight": Hostile()}, tmp_path / "w.pt")
+    fails(test_cifar.main, weights_argv(), "w.pt", "mkdir")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_no_cell_or_two_are_refused_with_the_flags(fails, tmp_path):
+    fails(train.main, TRAIN, "--arch", "--genotype", "--dir")
+    fails(train.main, [*TRAIN, *EVNASA, "--genotype", "genotype.json"], "--arch", "--genotype")
+    fails(train.main, [*TRAIN, "--dir", tmp_path], tmp_path, "genotype.json", "genotype.pickle")
+    fails(train.main, [*TRAIN, "--genotype", "missing.json"], "missing.json")
 
 
 # ---- weights
 
 
 @pytest.mark.parametrize(
-    "changed, message",
+    "changed, named",
     [
-        (dict(genotype=genotypes.EvNASB), "cells.0._ops.3.op.1.weight is missing"),
-        (dict(classes=7), r"classifier.weight is (7, 32), not (10, 32); classifier.bias is (7,), not (10,)"),
-        (dict(C=4), r"stem.0.weight is (12, 3, 3, 3), not (6, 3, 3, 3)"),
-        (dict(layers=4), "cells.3.preprocess0.conv_1.weight is not in the network"),
+        (dict(genotype=genotypes.EvNASB), ["cells.0._ops.3.op.1.weight"]),
+        (dict(classes=7), ["classifier.weight is (7, 32), not (10, 32)", "classifier.bias is (7,), not (10,)"]),
+        (dict(C=4), ["stem.0.weight is (12, 3, 3, 3), not (6, 3, 3, 3)"]),
+        (dict(layers=4), ["cells.3.preprocess0.conv_1.weight"]),
     ],
+    ids=["cell", "classes", "channels", "layers"],
 )
-def test_weights_of_another_network(fails, tmp_path, changed, message):
+def test_weights_of_another_network_are_refused_with_the_difference(fails, tmp_path, changed, named):
     save_weights(tmp_path / "w.pt", **changed)
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.pt holds no weights of this network: " in line and message in line
+    fails(test_cifar.main, weights_argv(), "w.pt", *named)
 
 
 def strange(value, kind):
@@ -143,14 +149,18 @@ def strange(value, kind):
 @pytest.mark.parametrize(
     "kind", ["sparse", "nested", "quantised", "without values", "complex", "int8", "bool", "not finite"]
 )
-def test_tensors_that_are_no_weights(fails, tmp_path, kind):
+def test_tensor_that_stands_for_no_weights_is_refused_by_name(fails, tmp_path, kind):
     path, name = save_weights(tmp_path / "w.pt"), "classifier.weight"
     state = torch.load(path)
     torch.save({**state, name: strange(state[name], kind)}, path)
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.pt" in line and (name in line or kind == "nested")
+    fails(test_cifar.main, weights_argv(), "w.pt", *([] if kind == "nested" else [name]))
+
+
+def test_weights_that_are_there_twice_are_refused_by_name(fails, tmp_path):
+    path, name = save_weights(tmp_path / "w.pt"), "classifier.weight"
+    state = torch.load(path)
     torch.save({**state, f"module.{name}": state[name] + 1}, path)
-    assert f"{name} is in it twice" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    fails(test_cifar.main, weights_argv(), "w.pt", name)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +172,6 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
         {"mean": [0.5]},
         {"std": [0.1, 0.1, 0.0]},
         {"image_size": 8},
-    ]
-    + [
         {"mean": [0.5, "0.5", 0.5]},
         {"classes": "ten"},
         {"family": []},
@@ -171,50 +179,57 @@ def test_tensors_that_are_no_weights(fails, tmp_path, kind):
         {"auxiliary": 1},
         {"init_channels": 10**9},
     ],
+    ids=str,
 )
-def test_impossible_values_in_the_side_file(fails, tmp_path, changed):
+def test_impossible_value_in_the_side_file_is_refused_by_its_name(fails, tmp_path, changed):
     path = save_weights(tmp_path / "w.pt")
     about = {"sha256": hashlib.sha256(path.read_bytes()).hexdigest(), **changed}
     path.with_suffix(".json").write_text(json.dumps(about))
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "w.json" in line and next(iter(changed)) in line
+    fails(test_cifar.main, weights_argv(), "w.json", *changed)
 
 
 @pytest.mark.parametrize("length", [0, 100, -100])
-def test_truncated_weights(fails, tmp_path, length):
+def test_truncated_weights_are_refused_by_name(fails, tmp_path, length):
     path = save_weights(tmp_path / "w.pt")
     path.write_bytes(path.read_bytes()[:length])
-    assert "w.pt is damaged or not a weights file" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    fails(test_cifar.main, weights_argv(), "w.pt")
 
 
 @pytest.mark.parametrize("content", [[1, 2], {"epoch": 3}, {"state_dict": {"a": "text"}}, torch.zeros(3)])
-def test_files_without_a_state_dict(fails, tmp_path, content):
+def test_file_without_a_state_dict_is_refused_by_name(fails, tmp_path, content):
     torch.save(content, tmp_path / "w.pt")
-    assert "w.pt holds no state dict" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
+    fails(test_cifar.main, weights_argv(), "w.pt")
 
 
-def test_no_weights(fails, tmp_path):
-    assert "--model_path FILE or --dir RUN_DIR" in fails(test_cifar.main, [*TEST, *EVNASA])
-    assert "w.pt: no such file" in fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"]).lower()
-    assert "weights.pt" in fails(test_cifar.main, [*TEST, *EVNASA, "--dir", tmp_path])
+def test_missing_weights_are_refused_with_the_flags_or_the_file(fails, tmp_path):
+    fails(test_cifar.main, [*TEST, *EVNASA], "--model_path", "--dir")
+    fails(test_cifar.main, weights_argv(), "w.pt")
+    fails(test_cifar.main, [*TEST, *EVNASA, "--dir", tmp_path], tmp_path, "weights.pt")
 
 
-def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_images):
-    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path), "--save", "/checkpoints/last/"])  # as published: of a path
-    weights = next(tmp_path.glob("eval-last-*/weights/weights.pt"))
-    line = fails(test_cifar.main, ["--dataset", "digits", "--layers", "4", "--model_path", weights])
-    assert "--layers 4: " in line and "trained with 3" in line
+@pytest.fixture(scope="module")
+def trained(quick_reports, tmp_path_factory):
+    """The weights of a network that was trained on the digits."""
+    folder = tmp_path_factory.mktemp("trained")
+    train.main([*TRAIN, *EVNASA, "--dir", str(folder), "--save", "/checkpoints/last/"])  # as published: of a path
+    return next(folder.glob("eval-last-*/weights/weights.pt"))
+
+
+def test_size_that_differs_from_the_side_file_is_refused(fails, trained):
+    argv = ["--dataset", "digits", "--layers", "4", "--model_path", trained]
+    fails(test_cifar.main, argv, "--layers 4", "trained with 3")
+
+
+def test_classes_that_differ_from_the_side_file_are_refused(fails, trained, make_images):
     root = make_images("test", 1, [(8, 8)])
-    line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
-    assert (
-        "only in the training of" in line
-        and "images: ant, bee, cat; only in" in line
-        and "weights.pt: 0, 1, 2, .." in line
-    )
-    make_images("val", 1, [(16, 16)], classes=[str(i) for i in range(10)])
-    shutil.rmtree(root / "test")
-    line = fails(test_cifar.main, ["--dataset", "folder", "--data", root, "--model_path", weights])
-    assert f"16x16 pixels in {root}, 8x8 pixels in the training of {weights}" in line
+    argv = ["--dataset", "folder", "--data", root, "--model_path", trained]
+    fails(test_cifar.main, argv, trained, "ant, bee, cat", "0, 1, 2, ..")
+
+
+def test_images_that_differ_from_the_side_file_are_refused(fails, trained, make_images):
+    root = make_images("val", 1, [(16, 16)], classes=[str(i) for i in range(10)])
+    argv = ["--dataset", "folder", "--data", root, "--model_path", trained]
+    fails(test_cifar.main, argv, root, "16x16", "8x8", trained)
 
 
 # ---- data
@@ -222,21 +237,21 @@ def test_sizes_and_classes_that_differ_from_the_side_file(fails, tmp_path, make_
 MAINS = [
     (train_search.main, SEARCH),
     (train.main, [*TRAIN, *EVNASA]),
-    (test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"]),
-    (test_cifar100.main, [*TEST, *EVNASA, "--model_path", "w.pt"]),
+    (test_cifar.main, weights_argv()),
+    (test_cifar100.main, weights_argv()),
 ]
 
 
 @pytest.mark.parametrize("main, argv", MAINS)
-def test_missing_data(fails, tmp_path, main, argv):
+def test_missing_data_are_refused_with_the_folder(fails, tmp_path, main, argv):
     folder = ["--dataset", "folder", "--data"]
-    assert "data directory nowhere does not exist" in fails(main, [*argv, *folder, "nowhere"])
+    fails(main, [*argv, *folder, "nowhere"], "data directory nowhere")
     (tmp_path / "empty").mkdir()
-    assert "data directory empty has no folder t" in fails(main, [*argv, *folder, "empty"])
+    fails(main, [*argv, *folder, "empty"], "data directory empty", "folder t")
 
 
 @pytest.mark.parametrize("main, argv", MAINS[:3])
-def test_damaged_image_folders(fails, make_images, main, argv):
+def test_damaged_image_and_empty_class_are_refused_by_name(fails, make_images, main, argv):
     root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(8, 8)])
     argv = [*argv, "--dataset", "folder", "--data", root]
@@ -245,130 +260,131 @@ def test_damaged_image_folders(fails, make_images, main, argv):
     whole = image.read_bytes()
     for content in (b"", b"not an image", whole[: len(whole) // 2]):
         image.write_bytes(content)
-        assert f"cannot read image {image}" in fails(main, argv)
+        fails(main, argv, image)
     for path in (root / split / "bee").iterdir():
         path.unlink()
-    assert f"class folder {root / split / 'bee'} has no images" in fails(main, argv)
+    fails(main, argv, root / split / "bee")
 
 
-def test_missing_imagenet(fails, tmp_path):
+def test_missing_imagenet_is_refused_with_the_folder(fails, tmp_path):
     argv = [*EVNASA, "--dataset", "imagenet", "--data", tmp_path]
-    assert "has no folder train" in fails(train.main, argv)
-    assert "has no folder val" in fails(test_imagenet.main, [*argv, "--model_path", "w.pt"])
+    fails(train.main, argv, tmp_path, "folder train")
+    fails(test_imagenet.main, [*argv, "--model_path", "w.pt"], tmp_path, "folder val")
     (tmp_path / "val").mkdir()
-    assert "val has no class folders" in fails(test_imagenet.main, [*argv, "--model_path", "w.pt"])
+    fails(test_imagenet.main, [*argv, "--model_path", "w.pt"], tmp_path / "val")
 
 
 @pytest.mark.parametrize("workers", ["0", "2"])
-def test_unreadable_photograph(fails, make_images, workers):
+def test_unreadable_photograph_is_refused_by_name(fails, make_images, workers):
     root = make_images("val", 2, [(80, 70)])
     make_images("train", 2, [(80, 70)])
     image = root / "train/bee/1.jpg"
     image.write_bytes(image.read_bytes()[:-300])
     argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", "6", "--workers", workers]
-    argv += ["--init_channels", "4", "--layers", "3"]
-    assert f"cannot read image {image}" in fails(train.main, argv, new_files=True)
+    fails(train.main, [*argv, "--init_channels", "4", "--layers", "3"], image, new_files=True)
 
 
-def test_splits_of_different_classes(fails, make_images):
+def test_splits_of_different_classes_are_refused_with_the_classes(fails, make_images):
     root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(8, 8)], classes=("ant", "bee", "cow"))
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root]
-    line = fails(train.main, argv)
-    assert "only in the training images: cat; only in the test images" in line and line.endswith("images: cow\n")
-    shutil.rmtree(root / "test")
+    line = fails(train.main, argv, "training images: cat;", "images: cow")
+    assert "ant" not in line.replace(str(root), "")
+
+
+def test_splits_of_different_sizes_are_refused_with_the_sizes(fails, make_images):
+    root = make_images("train", 2, [(8, 8)])
     make_images("test", 2, [(16, 12)])
-    line = fails(train.main, argv)
-    assert "8x8 pixels in the training images, 16x12 pixels in the test images" in line
+    argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root]
+    fails(train.main, argv, "8x8 pixels in the training images", "16x12 pixels in the test images")
 
 
-def test_cifar_that_cannot_be_downloaded(fails, monkeypatch):
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_cifar_that_cannot_be_downloaded_is_refused_with_the_reason(fails, monkeypatch, dataset):
     def offline(*args, **kwargs):
         raise urllib.error.URLError("no network")
 
     monkeypatch.setattr(urllib.request, "urlopen", offline)
-    for dataset in ("cifar10", "cifar100"):
-        line = fails(train_search.main, ["--dataset", dataset, "--data", "no/where"])
-        assert f"{dataset} is not in no/where and cannot be downloaded" in line and "no network" in line
+    argv = ["--dataset", dataset, "--data", "no/where"]
+    fails(train_search.main, argv, f"{dataset} is not in no/where", "no network")
 
 
-def test_more_images_than_there_are(fails):
-    assert "700 images are asked for, but the split has" in fails(
-        train_search.main, [*SEARCH, "--train_portion", "0.1", "--train_samples", "700"]
-    )
-    assert "1438 images are asked for, but the split has 1437" in fails(
-        train.main, [*TRAIN, *EVNASA, "--train_samples", "1438"]
-    )
+def test_more_images_than_there_are_are_refused_with_the_numbers(fails):
+    fails(train_search.main, [*SEARCH, "--train_portion", "0.1", "--train_samples", "700"], "700 images")
+    fails(train.main, [*TRAIN, *EVNASA, "--train_samples", "1438"], "1438 images", "1437")
 
 
 # ---- arguments
 
 
-def test_population_smaller_than_its_parts(fails):
-    assert "--tsize 3 is larger than --pop_size 2" in fails(train_search.main, [*SEARCH, "--tsize", "3"])
-    assert "--num_elites 3 is larger than --pop_size 2" in fails(train_search.main, [*SEARCH, "--num_elites", "3"])
+def test_population_smaller_than_its_parts_is_refused(fails):
+    fails(train_search.main, [*SEARCH, "--tsize", "3"], "--tsize 3", "--pop_size 2")
+    fails(train_search.main, [*SEARCH, "--num_elites", "3"], "--num_elites 3", "--pop_size 2")
 
 
-def test_batch_larger_than_the_split(fails):
-    line = fails(train_search.main, [*SEARCH, "--batch_size", "65"])
-    assert "--batch_size 65 is larger than the training split of 64 images" in line
-    line = fails(train.main, [*TRAIN, *EVNASA, "--batch_size", "97"])
-    assert "--batch_size 97 is larger than the training split of 96 images" in line
+def test_batch_larger_than_the_split_is_refused(fails):
+    fails(train_search.main, [*SEARCH, "--batch_size", "65"], "--batch_size 65", "64 images")
+    fails(train.main, [*TRAIN, *EVNASA, "--batch_size", "97"], "--batch_size 97", "96 images")
 
 
-def test_auxiliary_head_where_it_cannot_be(fails, tmp_path, make_images):
-    line = fails(train.main, [*TRAIN, *EVNASA, "--auxiliary"])
-    assert "--auxiliary needs images of 32x32 pixels" in line and "these are 8x8" in line
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", save_weights(tmp_path / "w.pt"), "--auxiliary"])
-    assert "--auxiliary needs images of 32x32 pixels" in line
+def test_auxiliary_head_for_small_images_is_refused_with_their_size(fails, tmp_path):
+    fails(train.main, [*TRAIN, *EVNASA, "--auxiliary"], "--auxiliary", "32x32", "8x8")
+    save_weights(tmp_path / "w.pt")
+    fails(test_cifar.main, [*weights_argv(), "--auxiliary"], "--auxiliary", "32x32")
+
+
+def test_auxiliary_head_of_one_layer_or_one_image_is_refused(fails, make_images):
     root = make_images("train", 3, [(32, 32)])
     make_images("test", 1, [(32, 32)])
     argv = [*EVNASA, "--dataset", "folder", "--data", root, "--auxiliary", "--init_channels", "2"]
-    assert "--auxiliary needs at least 2 --layers" in fails(train.main, [*argv, "--layers", "1", "--batch_size", "9"])
-    assert "--auxiliary cannot train on one image" in fails(train.main, [*argv, "--layers", "3", "--batch_size", "4"])
+    fails(train.main, [*argv, "--layers", "1", "--batch_size", "9"], "--auxiliary", "--layers")
+    line = fails(train.main, [*argv, "--layers", "3", "--batch_size", "4"], "--auxiliary", "--batch_size")
+    assert "--layers" not in line
 
 
-def test_cutout_of_large_images(fails, make_images):
+def test_cutout_of_large_images_is_refused(fails, make_images):
     root = make_images("train", 2, [(80, 70)])
     make_images("test", 1, [(80, 70)])
     argv = [*TRAIN, *EVNASA, "--dataset", "folder", "--data", root, "--train_samples", "6", "--batch_size", "6"]
-    assert "--cutout is not part of the ImageNet recipe" in fails(train.main, [*argv, "--cutout"])
+    fails(train.main, [*argv, "--cutout"], "--cutout")
+
+
+def test_search_on_large_images_is_refused_with_their_size(fails, make_images):
+    root = make_images("train", 2, [(80, 70)])
     argv = [*SEARCH, "--dataset", "folder", "--data", root]
-    line = fails(train_search.main, argv)
-    assert "must all have one size of at most 64 pixels" in line and f"{root}/train/ant/0.jpg is 80x70" in line
+    fails(train_search.main, argv, "64 pixels", f"{root}/train/ant/0.jpg is 80x70")
 
 
 @pytest.mark.parametrize("main, argv", MAINS[:3])
-def test_an_image_of_another_size(fails, make_images, main, argv):
-    """One text, whatever reads the images: which image it is, and both sizes."""
+def test_image_of_another_size_is_refused_with_both_sizes(fails, make_images, main, argv):
+    """In the same words by whatever reads the images."""
     split = "test" if main is test_cifar.main else "train"
     root = make_images("train", 4, [(8, 12)])
     make_images("test", 4, [(8, 12)])
     odd = root / split / "bee/2.jpg"
-    for size in ((8, 8), (12, 8), (80, 120)):
-        Image.new("RGB", size).save(odd)
-        line = fails(main, [*argv, "--dataset", "folder", "--data", root])
-        expected = (
-            f"{odd} is {size[0]}x{size[1]} pixels, but 11 of 12 images in {root / split} are 8x12: resize or remove it"
-        )
-        assert line == f"error: {expected}\n"
-    (root / split / "ant/0.jpg").unlink()
-    (root / split / "bee/2.jpg").unlink()  # and of the rest one in ten is odd: still a mistake; two are a choice
-    Image.new("RGB", (16, 16)).save(root / split / "cat/3.jpg")
-    assert "cat/3.jpg is 16x16 pixels, but 9 of 10 images" in fails(
-        main, [*argv, "--dataset", "folder", "--data", root]
-    )
-    Image.new("RGB", (16, 16)).save(root / split / "cat/2.jpg")
-    assert isinstance(datasets.load_images("folder", root, split), splits.Files)
+    argv = [*argv, "--dataset", "folder", "--data", root]
+    for width, height in ((8, 8), (12, 8), (80, 120)):
+        Image.new("RGB", (width, height)).save(odd)
+        found = f"{odd} is {width}x{height} pixels, but 11 of 12 images in {root / split} are 8x12"
+        fails(main, argv, found)
 
 
-def test_a_link_to_nothing(fails, make_images):
-    root = make_images("train", 3, [(8, 8)])
+def test_one_odd_image_in_ten_is_a_mistake_and_two_are_a_choice(fails, make_images):
+    root = make_images("train", 4, [(8, 12)])
+    (root / "train/ant/0.jpg").unlink()
+    (root / "train/bee/2.jpg").unlink()
+    Image.new("RGB", (16, 16)).save(root / "train/cat/3.jpg")
     argv = [*SEARCH, "--dataset", "folder", "--data", root]
-    for link in ("train/dog", "train/ant/5.png"):
-        (root / link).symlink_to("nowhere")
-        assert f"cannot read {root / link}: No such file or directory" in fails(train_search.main, argv)
-        (root / link).unlink()
+    fails(train_search.main, argv, "cat/3.jpg is 16x16 pixels, but 9 of 10 images")
+    Image.new("RGB", (16, 16)).save(root / "train/cat/2.jpg")
+    assert isinstance(datasets.load_images("folder", root, "train"), splits.Files)
+
+
+@pytest.mark.parametrize("link", ["train/dog", "train/ant/5.png"])
+def test_link_to_nothing_is_refused_by_name(fails, make_images, link):
+    root = make_images("train", 3, [(8, 8)])
+    (root / link).symlink_to("nowhere")
+    fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", root], root / link, "No such file or directory")
 
 
 @pytest.fixture
@@ -384,9 +400,8 @@ def card(monkeypatch):
         monkeypatch.setattr(torch, name, lambda *size, device: torch.ones(size))
 
 
-def test_a_card_without_bfloat16(card, fails):
-    line = fails(train_search.main, [*SEARCH, "--device", "cuda", "--amp"])
-    assert "--amp: Tesla T4" in line
+def test_card_without_bfloat16_is_refused_by_name(card, fails):
+    fails(train_search.main, [*SEARCH, "--device", "cuda", "--amp"], "--amp", "Tesla T4")
 
 
 @pytest.mark.parametrize(
@@ -394,58 +409,84 @@ def test_a_card_without_bfloat16(card, fails):
 )
 def test_float32_is_the_default_on_a_card(card, parser):
     args = parser.parse_args(["--device", "cuda", "--gpu", "3"])
-    assert devices.choose_device(args) == torch.device("cuda:3") and args.amp is False
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    assert devices.choose_device(args) == torch.device("cuda:3")
+    assert args.amp is False
+    assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.matmul.allow_tf32
     with devices.autocast(torch.device("cuda"), args.amp):
         assert not torch.is_autocast_enabled("cuda")
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, named",
     [
-        ("--pop_size 0", "--pop_size: 0 must be at least 1"),
-        ("--epochs many", "--epochs: 'many' is not a whole number"),
-        ("--report_freq 50.5", "--report_freq: '50.5' is not a whole number"),
-        ("--learning_rate nan", "--learning_rate: nan is not a finite number"),
-        ("--mutate_rate 1.5", "--mutate_rate: 1.5 must be at least 0 and at most 1"),
-        ("--train_portion 0", "--train_portion: 0 must be greater than 0"),
-        ("--grad_clip 0", "--grad_clip: 0 must be greater than 0"),
-        ("--variant best", "--variant: invalid choice: 'best'"),
-        ("--dataset mnist", "--dataset: invalid choice: 'mnist'"),
-        ("--popsize 3", "unrecognized arguments: --popsize 3"),
-        ("--pop 3", "unrecognized arguments: --pop 3"),
-        ("--device toaster", "device toaster cannot be used"),
-        ("--run_name .", "--run_name: '.' does not end in a name"),
-        ("--run_name out/..", "--run_name: 'out/..' does not end in a name"),
-        ("--device meta", "device meta cannot be used"),
-        ("--weight_decay 1e39", "--weight_decay: 1e39 is not a finite number"),
-        ("--train_portion 1", "the validation split is empty"),
-        ("--dir /dev/null/x", "cannot make the run directory"),
+        ("--pop_size 0", ["--pop_size: 0", "at least 1"]),
+        ("--epochs many", ["--epochs: 'many'"]),
+        ("--report_freq 50.5", ["--report_freq: '50.5'"]),
+        ("--learning_rate nan", ["--learning_rate: nan"]),
+        ("--mutate_rate 1.5", ["--mutate_rate: 1.5", "at least 0", "at most 1"]),
+        ("--train_portion 0", ["--train_portion: 0", "greater than 0"]),
+        ("--grad_clip 0", ["--grad_clip: 0", "greater than 0"]),
+        ("--variant best", ["--variant: ", "'best'"]),
+        ("--dataset mnist", ["--dataset: ", "'mnist'"]),
+        ("--popsize 3", ["--popsize 3"]),
+        ("--pop 3", ["--pop 3"]),
+        ("--device toaster", ["device toaster"]),
+        ("--run_name .", ["--run_name: '.'"]),
+        ("--run_name out/..", ["--run_name: 'out/..'"]),
+        ("--device meta", ["device meta"]),
+        ("--weight_decay 1e39", ["--weight_decay: 1e39"]),
+        ("--train_portion 1", ["validation split"]),
+        ("--dir /dev/null/x", ["/dev/null/x"]),
     ],
 )
-def test_arguments(fails, flags, message):
-    assert message in fails(train_search.main, [*SEARCH, *flags.split()])
+def test_impossible_argument_is_refused_by_name(fails, flags, named):
+    fails(train_search.main, [*SEARCH, *flags.split()], *named)
 
 
-def test_a_single_pixel_that_batch_norm_would_normalise(fails, make_images, tmp_path):
-    root = make_images("train", 4, [(4, 4)])
-    make_images("test", 1, [(4, 4)])
-    argv = "--init_channels 2 --epochs 1 --device cpu --dataset folder --data".split() + [root]  # 12 images
-    search = [*argv, "--layers", 2, "--pop_size", 2, "--tsize", 2, "--train_portion", 0.75]  # 9 and 3 of them
-    for flags in ([], ["--plain"]):
-        assert "--batch_size 4 " in fails(train_search.main, [*search, "--batch_size", 4, *flags])
-        line = fails(train_search.main, [*search, "--batch_size", 3, "--valid_batch_size", 2, *flags])
-        assert "4x4 pixels" in line and "--valid_batch_size 2 " in line
-    s2 = [*argv, "--num_cells", 1, "--pop_size", 2, "--tsize", 2, "--batch_size", 5]  # 6 and 6 of them
-    assert "--batch_size 5 " in fails(nas201.train_search.main, s2)
-    retraining = [*argv, *EVNASA, "--layers", 3, "--batch_size"]
-    assert "4x4 pixels" in fails(train.main, [*retraining, 11])
-    train.main([str(word) for word in [*retraining, 10, "--dir", tmp_path]])
-    train_search.main([str(word) for word in [*search, "--batch_size", 5, "--bn", "running", "--dir", tmp_path]])
+@pytest.fixture
+def small_images(make_images):
+    """A folder of 12 images of 4x4 pixels to train on and 3 to test on."""
+    make_images("train", 4, [(4, 4)])
+    return make_images("test", 1, [(4, 4)])
+
+
+def lines_for(images):
+    """The command lines of the three scripts on `images`, without batch sizes."""
+    argv = [*"--init_channels 2 --epochs 1 --device cpu --dataset folder --data".split(), str(images)]
+    population = [*argv, *"--pop_size 2 --tsize 2 --baselines 1".split()]
+    search = [*population, *"--layers 2 --train_portion 0.75".split()]  # 9 and 3 of the images
+    s2 = [*population, "--num_cells", "1"]  # 6 and 6 of them
+    return search, s2, [*argv, *EVNASA, "--layers", "3"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--plain"]], ids=["fast", "plain"])
+def test_search_that_would_normalise_a_single_pixel_is_refused(fails, small_images, flags):
+    search, _, _ = lines_for(small_images)
+    fails(train_search.main, [*search, "--batch_size", 4, *flags], "--batch_size 4 ")
+    argv = [*search, "--batch_size", 3, "--valid_batch_size", 2, *flags]
+    fails(train_search.main, argv, "4x4 pixels", "--valid_batch_size 2 ")
+
+
+def test_other_scripts_that_would_normalise_a_single_pixel_are_refused(fails, small_images):
+    _, s2, retraining = lines_for(small_images)
+    fails(nas201.train_search.main, [*s2, "--batch_size", 5], "--batch_size 5 ")
+    fails(train.main, [*retraining, "--batch_size", 11], "4x4 pixels")
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_batches_of_more_than_one_pixel_are_trained_on(small_images, tmp_path):
+    search, _, retraining = lines_for(small_images)
+    train.main([*retraining, "--batch_size", "10", "--dir", str(tmp_path / "retrained")])
+    # With running statistics, validation does not normalise by its own batch.
+    train_search.main([*search, "--batch_size", "5", "--bn", "running", "--dir", str(tmp_path / "found")])
+    for parent in ("retrained", "found"):
+        (run,) = (tmp_path / parent).iterdir()
+        assert helpers.load_checkpoint(run / "checkpoint.pt")["completed"] == 1
 
 
 @pytest.mark.parametrize(
-    "variables, message",
+    "variables, named",
     [
         ({"WORLD_SIZE": "2"}, "RANK and WORLD_SIZE"),
         ({"RANK": "0"}, "RANK and WORLD_SIZE"),
@@ -454,57 +495,87 @@ def test_a_single_pixel_that_batch_norm_would_normalise(fails, make_images, tmp_
         ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR"),
     ],
 )
-def test_variables_of_torchrun_that_do_not_fit(fails, monkeypatch, variables, message):
+def test_variables_of_torchrun_that_do_not_fit_are_refused_by_name(fails, monkeypatch, variables, named):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     for main, argv in MAINS[:3]:
-        line = fails(main, argv)
-        assert message in line and "torchrun" in line
+        fails(main, argv, named, "torchrun")
 
 
 # ---- resume
 
 
-def test_resume(fails, tmp_path):
-    train_search.main([*SEARCH, "--valid_samples", "32", "--dir", str(tmp_path), "--run_name", "found"])
-    train.main([*TRAIN, *EVNASA, "--dir", str(tmp_path)])
-    retrained = next(tmp_path.glob("eval-*"))
-    line = fails(train_search.main, ["--resume", "found", "--pop_size", "3"])
-    assert "--pop_size 3: found was started with 2" in line
-    line = fails(train_search.main, ["--resume", "found", "--cutout"])
-    assert "--cutout True: found was started with False" in line
-    assert "--arch EvNASB: " in fails(train.main, ["--resume", retrained, "--arch", "EvNASB"])
-    assert "found/args.json: this is not a run of train.py" in fails(train.main, ["--resume", "found"])
-    assert "not a run of train_search.py" in fails(train_search.main, ["--resume", retrained])
-    assert "nowhere/args.json" in fails(train_search.main, ["--resume", "nowhere"])
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """(directory of a search, of a retraining), both stopped after their first checkpoint."""
+    folder = tmp_path_factory.mktemp("started")
+    search = [*SEARCH, "--valid_samples", "32", "--dir", folder, "--run_name", "found"]
+    helpers.stop_at("after checkpoint 0", helpers.AT_ONCE, train_search.main, search)
+    helpers.stop_at("after checkpoint 0", helpers.AT_ONCE, train.main, [*TRAIN, *EVNASA, "--dir", folder])
+    return folder / "found", next(folder.glob("eval-*"))
+
+
+@pytest.mark.parametrize(
+    "flags, named", [(["--pop_size", "3"], ["--pop_size 3", "with 2"]), (["--cutout"], ["--cutout True", "with False"])]
+)
+def test_resumed_search_with_another_argument_is_refused_by_its_name(fails, started, flags, named):
+    found, _ = started
+    fails(train_search.main, ["--resume", found, *flags], found, *named)
+
+
+def test_resumed_retraining_with_another_cell_is_refused_by_its_name(fails, started):
+    _, retrained = started
+    fails(train.main, ["--resume", retrained, "--arch", "EvNASB"], retrained, "--arch EvNASB")
+
+
+def test_run_of_another_script_is_refused_by_the_script(fails, started):
+    found, retrained = started
+    fails(train.main, ["--resume", found], found / "args.json", "train.py")
+    fails(train_search.main, ["--resume", retrained], retrained / "args.json", "train_search.py")
+
+
+def test_missing_run_and_empty_checkpoint_are_refused_by_name(fails, started, tmp_path):
+    fails(train_search.main, ["--resume", "nowhere"], "nowhere/args.json")
+    found, _ = started
+    shutil.copytree(found, tmp_path / "found")
     (tmp_path / "found/checkpoint.pt").write_text("")
-    assert "checkpoint.pt" in fails(train_search.main, ["--resume", "found"])
+    fails(train_search.main, ["--resume", "found"], "found/checkpoint.pt")
 
 
 # ---- a process of its own
 
 
-def test_a_process_ends_in_one_line(tmp_path):
+@pytest.mark.slow
+def test_process_ends_in_one_line(tmp_path):
     script = Path(train_search.__file__)
     command = [sys.executable, script, *SEARCH, "--tsize", "3"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: --tsize 3 is larger than --pop_size 2\n"
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: --tsize 3 ")
+    assert done.stderr.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_a_process_whose_streams_are_lost(tmp_path):
-    """A closed stderr and a reader that goes after a line: training goes on."""
-    command = f"{sys.executable} {train_search.__file__} {' '.join(SEARCH)} --dir {tmp_path} --run_name"
-    for name, streams in (("a", "2>&- | head -1"), ("b", ">&- 2>&- <&-"), ("c", ">/dev/full 2>&1")):
-        script = f"set -o pipefail; {command} {name} {streams}"
-        done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
-        assert (done.returncode, done.stderr) == (0, "") and done.stdout.count("\n") == (name == "a")
-        lines = (tmp_path / name / "log.txt").read_text().splitlines()
-        assert len(lines) > 3 and lines[-1].endswith("report.html")
+@pytest.mark.parametrize(
+    "streams, lines",
+    [("2>&- | head -1", 1), (">&- 2>&- <&-", 0), (">/dev/full 2>&1", 0)],
+    ids=["reader gone", "closed", "full"],
+)
+def test_process_whose_streams_are_lost_trains_on(tmp_path, streams, lines):
+    sizes = " ".join([*SEARCH, "--valid_samples", "32", "--baselines", "1"])
+    command = f"{sys.executable} {train_search.__file__} {sizes} --dir {tmp_path} --run_name run {streams}"
+    script = f"set -o pipefail; {command}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert done.stdout.count("\n") == lines
+    log = (tmp_path / "run/log.txt").read_text().splitlines()
+    assert len(log) > 3
+    assert log[-1].endswith("report.html")
 
 
 @pytest.mark.parametrize(
@@ -517,6 +588,9 @@ def test_a_process_whose_streams_are_lost(tmp_path):
 )
 def test_what_torch_cannot_do_has_a_remedy(message, advice):
     assert advice in cli.remedy(RuntimeError(message))
+
+
+def test_fault_in_the_program_has_no_remedy():
     assert cli.remedy(RuntimeError("a fault in the program")) is None
 
 
@@ -524,61 +598,62 @@ def test_what_torch_cannot_do_has_a_remedy(message, advice):
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, named",
     [
-        (f"--{name} {10**20}", f"--{name}: {10**20} must be at least")
+        (f"--{name} {10**20}", f"--{name}: {10**20}")
         for name in ("pop_size", "init_channels", "layers", "baselines", "target_channels", "target_layers")
     ]
     + [
         ("--epochs 1000000", "at most 999999"),
         ("--image_size 5000", "at most 4096"),
-        ("--max_latency 1e-320", "--max_latency: 1e-320 must be at least 1e-06"),
-        ("--max_params 1e-320", "--max_params: 1e-320 must be at least 1e-06"),
-        ("--max_mult_adds 1e-7", "--max_mult_adds: 1e-7 must be at least 1e-06"),
+        ("--max_latency 1e-320", "--max_latency: 1e-320"),
+        ("--max_params 1e-320", "--max_params: 1e-320"),
+        ("--max_mult_adds 1e-7", "--max_mult_adds: 1e-7"),
     ],
 )
-def test_sizes_that_no_run_can_have(fails, flags, message):
-    assert message in fails(train_search.main, [*SEARCH, *flags.split()])
+def test_size_that_no_run_can_have_is_refused_by_its_flag(fails, flags, named):
+    fails(train_search.main, [*SEARCH, *flags.split()], named)
 
 
-def test_sizes_that_no_run_of_the_other_scripts_can_have(fails):
-    assert "--num_cells" in fails(nas201.train_search.main, ["--dataset", "digits", "--num_cells", 10**20])
-    assert "--workers" in fails(nas201.train_search.main, ["--dataset", "digits", "--workers", 10**9])
+def test_sizes_that_no_run_of_the_other_scripts_can_have_are_refused_by_their_flags(fails):
+    fails(nas201.train_search.main, ["--dataset", "digits", "--num_cells", 10**20], "--num_cells")
+    fails(nas201.train_search.main, ["--dataset", "digits", "--workers", 10**9], "--workers")
     for flag in ("--init_channels", "--layers", "--workers", "--image_size"):
-        assert f"{flag}: {10**20} must be" in fails(train.main, [*TRAIN, *EVNASA, flag, 10**20])
-        assert f"{flag}: {10**20} must be" in fails(test_cifar.main, [*TEST, *EVNASA, flag, 10**20])
+        fails(train.main, [*TRAIN, *EVNASA, flag, 10**20], f"{flag}: {10**20}")
+        fails(test_cifar.main, [*TEST, *EVNASA, flag, 10**20], f"{flag}: {10**20}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(fails):
-    for number in (0, 5):
-        line = fails(train_search.main, [*SEARCH, "--gpu", number])
-        assert f"--gpu {number}: " in line and "--device cpu" in line
+@pytest.mark.parametrize("number", [0, 5])
+def test_gpu_that_is_not_there_is_refused_by_its_number(fails, number):
+    fails(train_search.main, [*SEARCH, "--gpu", number], f"--gpu {number}: ", "--device cpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_cpu_is_the_default_without_a_gpu():
     parser = search_cli.search_parser("train_search.py", "")
     assert devices.choose_device(parser.parse_args([])).type == "cpu"
     assert devices.choose_device(parser.parse_args(["--gpu", "1", "--device", "cpu"])).type == "cpu"
 
 
-def test_an_odd_number_of_channels_in_a_network_for_imagenet(fails, make_images):
+@pytest.mark.parametrize("layers", [1, 3])
+def test_odd_number_of_channels_for_imagenet_is_refused(fails, make_images, layers):
     root = make_images("val", 1, [(80, 70)])
     make_images("train", 2, [(80, 70)])
     argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", 6, "--workers", 0]
-    for layers in (1, 3):
-        line = fails(train.main, [*argv, "--init_channels", 5, "--layers", layers])
-        assert "--init_channels 5: networks for ImageNet need an even number of channels" in line
+    fails(train.main, [*argv, "--init_channels", 5, "--layers", layers], "--init_channels 5")
 
 
 @pytest.mark.parametrize(
-    "flags, message",
+    "flags, named",
     [
-        ("--layers 200", "3 cells, the network 200"),
-        ("--init_channels 4000", "stem.0.weight is (6, 3, 3, 3), not (12000, 3, 3, 3)"),
+        ("--layers 200", ["3 cells", "200"]),
+        ("--init_channels 4000", ["stem.0.weight is (6, 3, 3, 3), not (12000, 3, 3, 3)"]),
     ],
 )
-def test_sizes_that_the_weights_do_not_have(fails, tmp_path, flags, message):
+def test_sizes_that_the_weights_do_not_have_are_refused_with_both(fails, tmp_path, flags, named):
     save_weights(tmp_path / "w.pt")
-    line = fails(test_cifar.main, ["--dataset", "digits", *EVNASA, "--model_path", "w.pt", *TEST[2:], *flags.split()])
-    assert message in line
+    fails(test_cifar.main, [*weights_argv(), *flags.split()], *named)
 
 
 def renamed(state, *changes):
@@ -599,49 +674,60 @@ def renamed(state, *changes):
     ],
     ids=["old", "module twice", "both", "three", "compiled cells"],
 )
-def test_names_of_other_versions_and_wrappers(tmp_path, change):
-    network = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA)
+def test_names_of_other_versions_and_wrappers_are_loaded(tmp_path, change):
+    network = NetworkCIFAR(2, 10, 2, False, genotypes.EvNASA)
     torch.save(renamed(network.state_dict(), change), tmp_path / "w.pt")
-    copy = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA)
+    copy = NetworkCIFAR(2, 10, 2, False, genotypes.EvNASA)
     weights.load_weights(copy, tmp_path / "w.pt")
     for name, value in network.state_dict().items():
         assert torch.equal(copy.state_dict()[name], value)
 
 
-def test_names_that_do_not_fit_are_shown_from_both_sides(fails, tmp_path):
+@pytest.mark.parametrize(
+    "change, named",
+    [
+        (lambda name: f"net.{name}", ["0 cells", "3"]),
+        (lambda name: name.replace("stem.", "root."), ["stem.0.weight", "root.0.weight"]),
+    ],
+    ids=["wrapper", "module"],
+)
+def test_names_that_do_not_fit_are_shown_from_both_sides(fails, tmp_path, change, named):
     state = NetworkCIFAR(2, 10, 3, False, genotypes.EvNASA).state_dict()
-    torch.save(renamed(state, lambda name: f"net.{name}"), tmp_path / "w.pt")
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "0 cells, the network 3" in line
-    torch.save(renamed(state, lambda name: name.replace("stem.", "root.")), tmp_path / "w.pt")
-    line = fails(test_cifar.main, [*TEST, *EVNASA, "--model_path", "w.pt"])
-    assert "stem.0.weight is missing; root.0.weight is not in the network" in line
+    torch.save(renamed(state, change), tmp_path / "w.pt")
+    fails(test_cifar.main, weights_argv(), "w.pt", *named)
 
 
-def test_an_image_of_169_megapixels(fails, make_images, recwarn):
+def test_image_of_169_megapixels_is_refused_by_name(fails, make_images, recwarn):
     root = make_images("train", 3, [(8, 8)])
     Image.new("1", (13_000, 13_000)).save(root / "train/bee/2.png")
-    line = fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", root, "--image_size", 8])
-    assert f"image {root}/train/bee/2.png is too large" in line and "make it smaller or remove it" in line
+    argv = [*SEARCH, "--dataset", "folder", "--data", root, "--image_size", 8]
+    fails(train_search.main, argv, f"{root}/train/bee/2.png")
     assert not recwarn.list
 
 
 CONTROL = "\x1b[31m\u202ered\n"
 
 
-@pytest.mark.usefixtures("quick_report")
-def test_control_characters_are_shown_escaped(fails, make_images, tmp_path):
+def test_control_characters_are_escaped_in_messages(fails, tmp_path):
     (tmp_path / CONTROL).mkdir()
-    line = fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", CONTROL])
-    assert r"data directory \x1b[31m\u202ered\n has no folder train" in line
+    fails(train_search.main, [*SEARCH, "--dataset", "folder", "--data", CONTROL], r"\x1b[31m\u202ered\n")
+
+
+def test_control_characters_are_escaped_in_logs(tmp_path):
     files.append_line(tmp_path / "log.txt", CONTROL)
     assert (tmp_path / "log.txt").read_text() == "\\x1b[31m\\u202ered\\n\n"
+
+
+@pytest.mark.usefixtures("quick_report")
+def test_control_characters_are_escaped_in_reports(tmp_path):
     run = reported_run(tmp_path / "run")
     about = json.loads((run / "args.json").read_text())
     about["args"]["dataset"] = CONTROL
     files.write_json(run / "args.json", about)
     page = Path(report.write_report(run, VIEWS)).read_text()
-    assert r"\x1b[31m\u202ered" in page and "\x1b" not in page and "\u202e" not in page
+    assert r"\x1b[31m\u202ered" in page
+    assert "\x1b" not in page
+    assert "\u202e" not in page
 
 
 NAMES = ["plain", "a b", "it's", f"{CONTROL}'\\ $(touch x)", os.fsdecode(b"\xff\x80 \xe9"), "\x85é"]
@@ -652,16 +738,16 @@ def test_hints_are_quoted_for_the_shell(tmp_path, name):
     word = files.quoted(name)
     assert word.isprintable()
     done = subprocess.run(["bash", "-c", f"printf %s {word}"], cwd=tmp_path, capture_output=True, check=True)
-    assert done.stdout == os.fsencode(name) and not list(tmp_path.iterdir())
+    assert done.stdout == os.fsencode(name)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", ["weights", "population", "runs"])
-def test_a_folder_of_a_run_that_is_a_link(fails, tmp_path, name):
+def test_folder_of_a_run_that_is_a_link_is_refused_by_name(fails, tmp_path, name):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "found").mkdir()
     (tmp_path / "found" / name).symlink_to(tmp_path / "elsewhere")
-    line = fails(train_search.main, [*SEARCH, "--valid_samples", "32", "--run_name", "found"])
-    assert f"found/{name}: " in line and "symbolic link" in line
+    fails(train_search.main, [*SEARCH, "--valid_samples", "32", "--run_name", "found"], f"found/{name}: ", "link")
 
 
 @pytest.fixture
@@ -671,46 +757,40 @@ def silent_server():
         yield f"http://127.0.0.1:{server.getsockname()[1]}/cifar-10-python.tar.gz"
 
 
-def test_a_download_that_never_comes(fails, monkeypatch, capsys, silent_server):
+def test_download_that_never_comes_ends_in_one_line(fails, monkeypatch, silent_server):
     import torchvision
 
     monkeypatch.setattr(torchvision.datasets.CIFAR10, "url", silent_server)
     monkeypatch.setattr(datasets, "DOWNLOAD_TIMEOUT", 0.2)
     said = []
     monkeypatch.setattr(datasets.distributed, "say", said.append)
-    line = fails(train_search.main, ["--data", "no/where"])
-    assert "cifar10 is not in no/where: downloading about 170 MB to it" in said
-    assert "timed out" in line and "put the folder cifar-10-batches-py there" in line and "--dataset digits" in line
+    fails(train_search.main, ["--data", "no/where"], "cifar-10-batches-py", "--dataset digits")
+    assert len([line for line in said if "no/where" in line and "170 MB" in line]) == 1
     assert socket.getdefaulttimeout() is None
 
 
-def test_too_few_open_files_for_the_workers(fails, monkeypatch, make_images):
+def test_too_few_open_files_for_the_workers_are_refused_with_the_limit(fails, monkeypatch, make_images):
     root = make_images("val", 1, [(80, 70)])
     make_images("train", 2, [(80, 70)])
     monkeypatch.setattr(resource, "getrlimit", lambda which: (24, 24))
     argv = [*EVNASA, "--dataset", "imagenet", "--data", root, "--batch_size", 6, "--init_channels", 4, "--layers", 1]
-    line = fails(train.main, [*argv, "--workers", 2])
-    assert "open files, but the limit is 24" in line and "--workers 0" in line
+    fails(train.main, [*argv, "--workers", 2], "open files", "24", "--workers 0")
 
 
 # ---- packages that are not installed
 
+# Not summary.py, which needs packages only for its page of charts.
 COMMANDS = ["train_search.py", "train.py", "test_cifar.py", "test_cifar100.py", "test_imagenet.py", "predict.py"]
-COMMANDS += [
-    "export.py",
-    "visualize.py",
-    "summary.py",
-    "-m nas201.train_search",
-    "-m nas201.benchmark",
-    "-m nas201.summary",
-]
+COMMANDS += ["export.py", "visualize.py", "-m nas201.train_search", "-m nas201.benchmark", "-m nas201.summary"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_without_packages_names_the_requirements_in_one_line(command):
+def test_command_without_packages_names_the_requirements_in_one_line(command):
     """With -S, Python does not look for installed packages."""
     words = [*command.split(), *(["EvNASA"] if command == "visualize.py" else ["--help"])]
     done = subprocess.run([sys.executable, "-S", *words], cwd=helpers.ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: ") and done.stderr.endswith("pip install -r requirements.txt\n")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.endswith("pip install -r requirements.txt\n")
     assert done.stderr.count("\n") == 1

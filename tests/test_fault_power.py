@@ -1,26 +1,26 @@
-"""Power cuts, tried and counted: whatever a disk keeps of a run, the run continues from it, or begins anew.
+"""Power cuts, tried and counted: whatever a disk keeps of a run, it continues or begins anew.
 
-A file system promises little: a file's content is safe after the file was synced, its name after its folder was. What
-was not synced can be there, be missing, or be there in part. The tests record a run's writes, syncs and renames, and
-make from them what a disk may hold at each moment. They try a few such states; `make test-faults` tries 200
-(EVNAS_FAULTS=full) and prints what came of them.
+A file system promises little: a file's content is safe after the file was synced, its name after
+its folder was. What was not synced can be there, be missing, or be there in part. The tests record
+a run's writes, syncs and renames, and make from them what a disk may hold at each moment. They try
+a few such states; `make test-faults` tries 200 (EVNAS_FAULTS=full) and prints what came of them.
 """
 
-import contextlib
 import importlib
-import io
 import os
 import random
 import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from support import files, runs, weights
 
 import faults
-from faults import ARGUMENTS, COUNTS, FULL, few
+from faults import ARGUMENTS, COUNTS, FULL, SCRIPTS, few, outcome
 from helpers import AT_ONCE, STOP, assert_same_run, load_checkpoint, read_history, stop_at
 
 counted = faults.counted
@@ -34,7 +34,7 @@ KEPT = (
 
 
 class Disk:
-    """Records, while it is a context, what a disk may hold of the folder `root` if the power fails before a change.
+    """Records, while it is a context, what a disk may hold of `root` if the power fails.
 
     `states` are (changes until then, one of KEPT, {path: content, None for a folder}), equal ones once for each of
     `saved`: (changes until then, completed) after each checkpoint.
@@ -101,7 +101,7 @@ class Disk:
                 self.states.append((self.changes, how, state))
 
     def due(self, changes):
-        """The generations or epochs that a checkpoint has to have completed after so many changes; None: no matter."""
+        """The generations or epochs that a checkpoint must have after so many changes, or None."""
         return max((completed for until, completed in self.saved if until <= changes), default=None)
 
     def kept(self, folder, how):
@@ -137,70 +137,74 @@ def write_state(state, folder):
             (folder / path).write_bytes(content)
 
 
-@pytest.fixture(scope="module", params=["train_search", "train"] if FULL else ["train"])
-def recorded(request, tmp_path_factory):
-    """(script, the directory of a run to compare with, command line in which a new run is named, Disk).
+@pytest.fixture(scope="module", autouse=True)
+def drawings(request):
+    request.getfixturevalue("quick_reports")
 
-    The run that was recorded was interrupted within its second generation or epoch, killed after it, and continued.
-    """
-    script, module, root = request.param, importlib.import_module(request.param), tmp_path_factory.mktemp("recorded")
+
+class Recorded(NamedTuple):
+    """A run that was interrupted in its second generation or epoch, then killed, and continued."""
+
+    main: Callable
+    run: Path  # the directory of a run to compare with
+    argv: list[str]  # the command line of a new run, without its parent directory
+    disk: Disk
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def recorded(request, tmp_path_factory):
+    script, root = request.param, tmp_path_factory.mktemp("recorded")
+    main = importlib.import_module(script).main
     unit = "generation" if script == "train_search" else "epoch"
     argv = [*ARGUMENTS[script], *(["--run_name", "run"] if script == "train_search" else [])]
-    with pytest.MonkeyPatch.context() as patch:
-        faults.conftest.draw_no_charts(patch.setattr)
-        (root / "parent").mkdir()
-        with Disk(root / "parent") as disk:
-            save = runs.Run.save_checkpoint
+    (root / "parent").mkdir()
+    with pytest.MonkeyPatch.context() as patch, Disk(root / "parent") as disk:
+        save = runs.Run.save_checkpoint
 
-            def saving(run, completed, state):
-                save(run, completed, state)
-                disk.saved.append((disk.changes, completed))
+        def saving(run, completed, state):
+            save(run, completed, state)
+            disk.saved.append((disk.changes, completed))
 
-            patch.setattr(runs.Run, "save_checkpoint", saving)
-            stop_at(f"{unit} 2/3: batch 1", STOP, module.main, [*argv, "--dir", disk.root])
-            (run,) = disk.root.iterdir()
-            stop_at("after checkpoint 2", AT_ONCE, module.main, ["--resume", run])
-            module.main(["--resume", str(run)])
+        patch.setattr(runs.Run, "save_checkpoint", saving)
+        stop_at(f"{unit} 2/3: batch 1", STOP, main, [*argv, "--dir", disk.root])
+        (run,) = disk.root.iterdir()
+        stop_at("after checkpoint 2", AT_ONCE, main, ["--resume", run])
+        main(["--resume", str(run)])
     if FULL:  # test_resume.py has that it makes no difference
-        with pytest.MonkeyPatch.context() as patch:
-            faults.conftest.draw_no_charts(patch.setattr)
-            module.main([*argv, "--dir", str(root / "whole")])
+        main([*argv, "--dir", str(root / "whole")])
         run = next((root / "whole").iterdir())
         assert_same_run(next(disk.root.iterdir()), run)
-    return script, run, argv, disk
+    return Recorded(main, run, argv, disk)
 
 
-@pytest.mark.usefixtures("quick_report")
-def test_power_cuts(recorded, tmp_path):
-    """Each state continues, or begins anew if it has no checkpoint, and ends bit-identical."""
-    script, expected, argv, disk = recorded
+def test_run_after_a_power_cut_continues_or_begins_anew_and_ends_bit_identical(recorded, tmp_path):
+    """It begins anew if the disk has no checkpoint."""
+    disk = recorded.disk
     assert {how for _, how, _ in disk.states} == set(KEPT)
-    luck = random.Random(script)
-    tried = luck.sample(disk.states, few(100, 3))
+    tried = random.Random(8).sample(disk.states, few(100, 3))
     for i, (change, how, state) in enumerate(tried):
         folder = tmp_path / f"{i}"
         write_state(state, folder)
         runs_before = [path for path in folder.iterdir() if (path / "checkpoint.pt").exists()]
-        words = ["--resume", *runs_before] if runs_before else [*argv, "--dir", folder]
-        assert runs_before or (disk.due(change) is None and not list(folder.glob("*/checkpoint.prev.pt")))
-        text = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(text), contextlib.redirect_stdout(text):
-                importlib.import_module(script).main([str(word) for word in words])
-        except SystemExit as stopped:
-            raise AssertionError(f"before change {change}, {how}: {text.getvalue()}") from stopped
+        if not runs_before:
+            assert disk.due(change) is None
+            assert not list(folder.glob("*/checkpoint.prev.pt"))
+        argv = ["--resume", *runs_before] if runs_before else [*recorded.argv, "--dir", folder]
+        assert outcome(recorded.main, *argv) == "accepted", f"before change {change}, {how}"
         (run,) = (path for path in folder.iterdir() if (path / "checkpoint.pt").exists())
-        assert_same_run(run, expected)
+        assert_same_run(run, recorded.run)
         assert not [path for path in run.rglob("*") if re.search(r"\.(tmp|link)\d+$", path.name)]
         COUNTS["power cut"]["continued, bit-identical" if runs_before else "before the first checkpoint"] += 1
+    assert COUNTS["power cut"]["continued, bit-identical"] > 0
 
 
 def test_every_state_of_the_disk_can_be_read(recorded, tmp_path):
-    """No checkpoint and no weights in any of them are damaged, and no checkpoint is lost that had been saved."""
-    _, _, _, disk = recorded
+    """Neither checkpoints nor weights are damaged, and no checkpoint that was saved is lost."""
+    disk = recorded.disk
     assert [completed for _, completed in disk.saved] == [0, 1, 1, 2, 3]
     for i, (change, _, state) in enumerate(disk.states[:: few(1, 10)]):
-        write_state(state, folder := tmp_path / f"{i}")
+        folder = tmp_path / f"{i}"
+        write_state(state, folder)
         found = {path.name: load_checkpoint(path)["completed"] for path in folder.glob("*/checkpoint*.pt")}
         assert disk.due(change) is None or found["checkpoint.pt"] >= disk.due(change)
         for path in folder.glob("*/weights/*weights.pt"):

@@ -1,4 +1,4 @@
-"""Faults of a run's files and data, tried and counted: damaged, missing, edited, forged, of other versions, changed.
+"""Faults of a run's files and data, tried and counted: damaged, missing, edited, forged, changed.
 
 The tests try a few of each; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
 """
@@ -9,7 +9,9 @@ import math
 import random
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -21,21 +23,48 @@ import train
 from support.files import UserError
 
 import faults
-from faults import COUNTS, FULL, checkpoint, outcome, quick_report, saved
+from faults import ARGUMENTS, COUNTS, FULL, SCRIPTS, checkpoint, outcome, saved
 from helpers import assert_same_run, load_checkpoint, train_line
 
-counted, process, whole = faults.counted, faults.process, faults.whole
+counted = faults.counted
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawings(request):
+    if not FULL:
+        request.getfixturevalue("quick_reports")
+
+
+class Finished(NamedTuple):
+    """A run of a script that was left alone."""
+
+    script: str
+    main: Callable
+    run: Path  # its directory
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def finished(request, tmp_path_factory):
+    main = importlib.import_module(request.param).main
+    folder = tmp_path_factory.mktemp("finished")
+    main([*ARGUMENTS[request.param], "--dir", str(folder)])
+    (run,) = folder.iterdir()
+    return Finished(request.param, main, run)
+
+
+def contents(run):
+    """{path: content} of the files of a run."""
+    return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
 # ---- damaged checkpoints
 
 
-def test_damaged_checkpoints_are_refused_and_the_previous_one_offered(whole, tmp_path):
-    """Cut off, one bit flipped: refused with a line that offers the one before."""
-    script, expected, _, _ = whole
+def test_damaged_checkpoint_is_refused_and_the_previous_one_offered(finished, tmp_path):
+    """Cut off, or with one bit flipped or one byte more."""
     path, luck = tmp_path / "checkpoint.pt", random.Random(2)
-    shutil.copy(expected / "checkpoint.prev.pt", tmp_path)
-    content = (expected / "checkpoint.pt").read_bytes()
+    shutil.copy(finished.run / "checkpoint.prev.pt", tmp_path)
+    content = (finished.run / "checkpoint.pt").read_bytes()
     lengths = [0, 10, 18, 19, 60, 83, 84, 85, len(content) - 1]
     places = [0, 5, 18, 19, 40, 83, 84, 85, len(content) - 1]
     lengths += [luck.randrange(len(content)) for _ in range(25 - len(lengths))]
@@ -48,7 +77,7 @@ def test_damaged_checkpoints_are_refused_and_the_previous_one_offered(whole, tmp
     for how, contents in damaged.items():
         for bad in contents:
             path.write_bytes(bad)
-            with pytest.raises(UserError, match=rf"{path}: damaged.* mv .*checkpoint\.prev\.pt {path}"):
+            with pytest.raises(UserError, match=rf"{path}: .* mv .*checkpoint\.prev\.pt {path}"):
                 load_checkpoint(path)
             COUNTS[f"checkpoint {how}"]["refused, the one before offered"] += 1
     shutil.move(tmp_path / "checkpoint.prev.pt", path)  # what the message says
@@ -60,49 +89,59 @@ def test_damaged_checkpoints_are_refused_and_the_previous_one_offered(whole, tmp
 WITHOUT_WEIGHTS = {"completed": 0, "bound": "{}", "history": "[]"}
 
 
-@quick_report
-def test_missing_files_are_named_or_made_again(whole, process, tmp_path):
-    script, expected, _, _ = whole
+def missing_files(script, run):
+    """(files that a run cannot do without, files that are made again, the rest)"""
     needed = {"args.json", "checkpoint.pt"} | ({"genotype.json"} if script == "train" else set())
-    lost = {".lock", "log.txt", "checkpoint.prev.pt"}
-    files = sorted(path.relative_to(expected) for path in expected.rglob("*") if path.is_file())
-    assert needed < {str(name) for name in files}
-    for name in files if FULL else ["args.json", "checkpoint.pt", "history.jsonl", "genotype.json", "log.txt"]:
-        run = Path(shutil.copytree(expected, tmp_path / "run", dirs_exist_ok=True))
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    assert needed < found
+    lost = {name for name in found if name.endswith(".svg") or Path(name).parent.name in ("runs", "population")}
+    lost |= {".lock", "log.txt", "checkpoint.prev.pt"} & found
+    return sorted(needed), sorted(found - needed - lost), sorted(lost)
+
+
+def test_missing_file_is_named_or_made_again(finished, tmp_path):
+    needed, lasting, lost = missing_files(finished.script, finished.run)
+    for name in [*needed, *(lasting + lost if FULL else ["history.jsonl", "log.txt"])]:
+        run = Path(shutil.copytree(finished.run, tmp_path / "run", dirs_exist_ok=True))
         (run / name).unlink()
-        result = outcome(importlib.import_module(script).main, "--resume", run, naming=run / name)
-        assert ("refused" in result) == (str(name) in needed), name
-        lasting = str(name) not in needed | lost and Path(name).parent.name not in ("runs", "population")
-        assert (run / name).exists() or not lasting or Path(name).suffix == ".svg", name
-        COUNTS["file of a run missing"][f"{result}, naming it" if str(name) in needed else "continued without it"] += 1
+        result = outcome(finished.main, "--resume", run, naming=[run / name] if name in needed else [])
+        if name in needed:
+            assert result == "refused in one line, exit 2", name
+            COUNTS["file of a run missing"][f"{result}, naming it"] += 1
+        else:
+            assert result == "accepted", name
+            assert name in lost or (run / name).exists(), name
+            COUNTS["file of a run missing"]["continued without it"] += 1
+
+
+def without_channels(content):
+    return re.sub(rb'"init_channels": \d+,', b"", content)
+
+
+def with_other_cutout(content):
+    return re.sub(rb'"cutout_length": \d+', b'"cutout_length": 9', content)
 
 
 @pytest.mark.parametrize(
-    "name, change, says",
+    "name, change, naming",
     [
-        ("checkpoint.pt", lambda content: content.replace(b"checkpoint ", b"checkpoint 9", 1), "another version"),
+        ("checkpoint.pt", lambda content: content.replace(b"checkpoint ", b"checkpoint 9", 1), "checkpoint.pt"),
         ("checkpoint.pt", lambda content: checkpoint(saved(WITHOUT_WEIGHTS)), "args.json"),
-        ("checkpoint.pt", lambda content: checkpoint(saved([3])), "another version"),
-        ("args.json", lambda content: content.replace(b'"momentum"', b'"moment"'), "another version"),
-        ("args.json", lambda content: re.sub(rb'"init_channels": \d+,', b"", content), "args/init_channels"),
-        (
-            "args.json",
-            lambda content: re.sub(rb'"cutout_length": \d+', b'"cutout_length": 9', content),
-            "args/cutout_length is 9",
-        ),
+        ("checkpoint.pt", lambda content: checkpoint(saved([3])), "checkpoint.pt"),
+        ("args.json", lambda content: content.replace(b'"momentum"', b'"moment"'), "--moment"),
+        ("args.json", without_channels, "args/init_channels"),
+        ("args.json", with_other_cutout, "args/cutout_length is 9"),
     ],
+    ids=["another format", "other arguments", "not a dict", "unknown flag", "missing flag", "other value"],
 )
-def test_runs_of_another_version_are_refused(whole, tmp_path, name, change, says, capfd):
-    script, expected, _, _ = whole
-    run = Path(shutil.copytree(expected, tmp_path / "run"))
+def test_run_of_another_version_is_refused(finished, tmp_path, name, change, naming):
+    run = Path(shutil.copytree(finished.run, tmp_path / "run"))
     content = (run / name).read_bytes()
     (run / name).write_bytes(change(content))
     assert (run / name).read_bytes() != content
-    with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(script).main(["--resume", str(run)])
-    line = capfd.readouterr().err
-    assert stopped.value.code == 2 and says in line and str(run) in line and line.count("\n") == 1, line
-    COUNTS["run of another version"]["refused in one line, exit 2"] += 1
+    result = outcome(finished.main, "--resume", run, naming=[run, naming])
+    assert result == "refused in one line, exit 2"
+    COUNTS["run of another version"][result] += 1
 
 
 # ---- edited and forged files of a run
@@ -143,21 +182,19 @@ def files_of_run_edited(run, script):
         yield f"cell {i}", "genotype.json", new
 
 
-@quick_report
-def test_edited_arguments_and_cells_are_refused_or_change_nothing(whole, tmp_path):
-    """Each is refused before the run goes on, or changes nothing."""
-    script, expected, _, _ = whole
-    for i, (what, name, content) in enumerate(files_of_run_edited(expected, script)):
+def test_edited_argument_or_cell_is_refused_or_changes_nothing(finished, tmp_path):
+    """Each is refused before the run goes on, or makes no difference."""
+    for i, (what, name, content) in enumerate(files_of_run_edited(finished.run, finished.script)):
         if FULL or i % 9 == 0:
-            run = unfinished(expected, tmp_path / f"{i}")
+            run = unfinished(finished.run, tmp_path / f"{i}")
             (run / name).write_text(json.dumps(content))
-            before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-            result = outcome(importlib.import_module(script).main, "--resume", run)
+            before = contents(run)
+            result = outcome(finished.main, "--resume", run)
             if result == "accepted":
-                assert_same_run(run, expected)
+                assert_same_run(run, finished.run)
                 result = "makes no difference, bit-identical"
             else:
-                assert all(path.read_bytes() == content for path, content in before.items()), what
+                assert before.items() <= contents(run).items(), what
             COUNTS["args.json or genotype.json edited"][result] += 1
 
 
@@ -196,29 +233,27 @@ def forgeries(script):
     yield "sparse weights", tensors(lambda value: value.to_sparse())
 
 
-@quick_report
-def test_forged_checkpoints_are_refused(whole, tmp_path):
-    script, expected, _, _ = whole
-    run = unfinished(expected, tmp_path)
+def test_forged_checkpoint_is_refused(finished, tmp_path):
+    run = unfinished(finished.run, tmp_path)
     genuine = (run / "checkpoint.pt").read_bytes()
     state = load_checkpoint(run / "checkpoint.pt")
     state |= {name: json.dumps(state[name]) for name in ("bound", "history")}
-    for i, (what, change) in enumerate(forgeries(script)):
+    for i, (what, change) in enumerate(forgeries(finished.script)):
         if FULL or i % 9 == 0:
             (run / "checkpoint.pt").write_bytes(checkpoint(saved(change(state))))
-            result = outcome(importlib.import_module(script).main, "--resume", run, naming=run)
+            result = outcome(finished.main, "--resume", run, naming=[run])
             assert result == "refused in one line, exit 2", what
             COUNTS["forged checkpoint with the right checksum"][result] += 1
     (run / "checkpoint.pt").write_bytes(genuine)
-    assert outcome(importlib.import_module(script).main, "--resume", run) == "accepted"
-    assert_same_run(run, expected)
+    assert outcome(finished.main, "--resume", run) == "accepted"
+    assert_same_run(run, finished.run)
 
 
 # ---- changed data
 
 
 def change_images(root, change):
-    """What can happen to a folder of images between two starts of a run; the first difference that is then named."""
+    """Change the images between two starts of a run; return the difference that is named."""
     if change == "an image removed":
         (root / "train/bee/0.png").unlink()
         return "data/source/train is"
@@ -240,26 +275,42 @@ def change_images(root, change):
     return "data/image_size/0 is 12"
 
 
-@quick_report
-def test_changed_data_are_refused_and_moved_data_accepted(tmp_path, make_images, monkeypatch):
+@pytest.fixture
+def images(make_images):
+    """A folder of images to train and test on."""
     make_images("train", 8, [(8, 8)], (".png",))
-    images = make_images("test", 2, [(8, 8)], (".png",))
-    monkeypatch.chdir(tmp_path)
-    argv = train_line(dataset="folder", data=images.name, epochs=1, train_samples=20, dir="parent")
-    train.main(argv)
-    (run,) = (tmp_path / "parent").iterdir()
+    return make_images("test", 2, [(8, 8)], (".png",))
+
+
+def retrained(images, folder):
+    """The directory of a retraining on all images but four."""
+    train.main(train_line(dataset="folder", data=images, epochs=1, layers=1, train_samples=20, dir=folder))
+    (run,) = folder.iterdir()
+    return run
+
+
+def test_changed_data_are_refused_with_the_first_difference(tmp_path, images):
+    run = retrained(images, tmp_path / "parent")
+    before = contents(run)
     changes = ["removed", "added", "renamed", "replaced"]
     for change in [*(f"an image {verb}" for verb in changes), "a class renamed", "all images resized"]:
         copy = Path(shutil.copytree(images, tmp_path / change))
         first = change_images(copy, change)
-        before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-        result = outcome(train.main, "--resume", run, "--data", copy, naming=f"{run}: {first}")
-        assert "refused" in result and all(path.read_bytes() == content for path, content in before.items())
+        result = outcome(train.main, "--resume", run, "--data", copy, naming=[f"{run}: {first}"])
+        assert result == "refused in one line, exit 2", change
+        assert contents(run) == before, change
         COUNTS["data changed since a run began"][f"{result}, naming the first difference"] += 1
+
+
+def test_run_continues_from_elsewhere_and_with_its_data_and_itself_moved(tmp_path, images, monkeypatch):
+    """The folder of images was named relative to where the run was started."""
+    monkeypatch.chdir(tmp_path)
+    run = retrained(images.name, tmp_path / "parent")
     monkeypatch.chdir("parent")
     assert outcome(train.main, "--resume", run.name) == "accepted"
     images.rename(tmp_path / "moved")
-    assert "refused" in outcome(train.main, "--resume", run.name, naming=f"data directory {images} does not exist")
+    missing = outcome(train.main, "--resume", run.name, naming=[images])
+    assert missing == "refused in one line, exit 2"
     assert outcome(train.main, "--resume", run.name, "--data", "../moved") == "accepted"
     run.rename(tmp_path / "elsewhere")
     assert outcome(train.main, "--resume", "../elsewhere", "--data", "../moved") == "accepted"

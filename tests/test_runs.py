@@ -1,4 +1,4 @@
-"""A run's directory: checkpoints that do not lie, locks, arguments of a resumed run, and full disks."""
+"""A run's directory: checkpoints that do not lie, locks, saved arguments, and full disks."""
 
 from support.cli import Parser, number
 
@@ -11,7 +11,6 @@ import json
 import os
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -78,8 +77,8 @@ def run(tmp_path):
 # ---- checkpoints
 
 
-def test_the_command_that_continues_a_run_names_script_and_path(tmp_path, monkeypatch):
-    """Read by a shell, in the project and elsewhere, it names the right script and the whole path."""
+def test_command_that_continues_a_run_names_script_and_path(tmp_path, monkeypatch):
+    """A shell that reads it finds script and path, in the project and elsewhere."""
     python, path = tmp_path / "bin dir/python", "a 'b' $(touch c)/run"
     python.parent.mkdir()
     python.write_text('#!/bin/sh\nprintf \'%s\\n\' "$PYTHONPATH" "$@"\n')
@@ -91,11 +90,14 @@ def test_the_command_that_continues_a_run_names_script_and_path(tmp_path, monkey
             settings = dict(env={"PATH": f"{python.parent}:{os.environ['PATH']}"}, capture_output=True, text=True)
             done = subprocess.run(["sh", "-c", provenance.shell_command(prog, "--resume", path)], **settings)
             modules, *words = done.stdout.splitlines()
-            assert words[-2:] == ["--resume", path] and not done.stderr
+            assert done.stderr == ""
+            assert words[-2:] == ["--resume", path]
             if prog == "train.py":
-                assert words[0].endswith("train.py") and Path(words[0]).resolve() == project / "train.py"
+                assert words[0].endswith("train.py")
+                assert Path(words[0]).resolve() == project / "train.py"
             else:
-                assert words[:2] == ["-m", "nas201.train_search"] and Path(modules).resolve() == project
+                assert words[:2] == ["-m", "nas201.train_search"]
+                assert Path(modules).resolve() == project
     assert list(tmp_path.iterdir()) == [python.parent]
 
 
@@ -128,9 +130,9 @@ def test_checkpoints_are_copied_on_a_file_system_without_links(run, monkeypatch)
     assert load_checkpoint(run.path / "checkpoint.prev.pt")["completed"] == 0
 
 
-def test_a_missing_checkpoint_is_refused_with_what_to_do(run):
+def test_missing_checkpoint_is_refused_with_what_to_do(run):
     path = run.path / "checkpoint.pt"
-    with pytest.raises(UserError, match="No such file.*ended before its first checkpoint"):
+    with pytest.raises(UserError, match=f"{path}: No such file"):
         load_checkpoint(path)
     run.save_checkpoint(0, state(0))
     run.save_checkpoint(1, state(1))
@@ -157,7 +159,7 @@ def test_lock_keeps_a_second_process_out(run):
     resumed_run(run.path).close()
 
 
-def test_a_name_that_was_given_is_kept(tmp_path):
+def test_name_that_was_given_is_kept(tmp_path):
     args = argparse.Namespace()
 
     def create():
@@ -201,7 +203,7 @@ def test_pipes_and_devices_are_not_read(tmp_path, kind):
             read(path)
 
 
-def test_a_failed_resume_leaves_no_lock(run):
+def test_failed_resume_leaves_no_lock(run):
     run.close()
     with pytest.raises(UserError) as failure:  # holds the frames, and what they refer to
         resumed_run(run.path)
@@ -211,7 +213,7 @@ def test_a_failed_resume_leaves_no_lock(run):
 
 
 @pytest.mark.parametrize("left", ["two rows too many", "fewer", "empty", "none", "of another run"])
-def test_the_history_of_a_resumed_run_is_that_of_its_checkpoint(run, left):
+def test_history_of_a_resumed_run_is_that_of_its_checkpoint(run, left):
     """Also TensorBoard's; the log goes on in a line of its own."""
     rows = [{"generation": g, "loss": 1 / g} for g in range(1, 5)]
     for row in rows[:2]:
@@ -231,7 +233,8 @@ def test_the_history_of_a_resumed_run_is_that_of_its_checkpoint(run, left):
     log.write_text(log.read_text() + "2026-11-28 12:00:00 a line that a crash cut o")
     events = {path.name for path in (run.path / "runs").iterdir()}
     resumed = resume_whole(run.path)
-    assert resumed.completed == 2 and resumed.rows == read_history(run.path) == rows[:2]
+    assert resumed.completed == 2
+    assert resumed.rows == read_history(run.path) == rows[:2]
     assert [line[20:] for line in log.read_text().splitlines()][-3:] == [
         "a line",
         "a line that a crash cut o",
@@ -255,21 +258,21 @@ def curve(run_dir, name):
 
 
 @pytest.mark.parametrize("rows", [[], [{"generation": 2}], [{"generation": 1, "loss": "x"}], {}, 3, [[]], "x"])
-def test_a_forged_history_in_a_checkpoint_is_refused(run, rows):
+def test_forged_history_in_a_checkpoint_is_refused(run, rows):
     content = {**state(0), "completed": 1, "bound": "{}", "history": json.dumps(rows)}
     (run.path / "checkpoint.pt").write_bytes(checkpoint_bytes(content))
-    with pytest.raises(UserError, match=r"checkpoint\.pt: damaged"):
+    with pytest.raises(UserError, match=rf"{run.path}/checkpoint\.pt: "):
         load_checkpoint(run.path / "checkpoint.pt")
 
 
-def test_a_history_that_is_being_written_is_read(run):
+def test_history_that_is_being_written_is_read(run):
     """Readers of a running run get the finished rows, and are not told to edit its file."""
     path, line = run.path / "history.jsonl", json.dumps({"generation": 2, "best_genotype": "é"}).encode()
     for length in range(len(line)):
         path.write_bytes(b'{"generation": 1}\n' + line[:length])
         assert read_history(run.path) == [{"generation": 1}]
     path.write_bytes(b'{"generation": 1}\n{"gen\n{"generation": 3}\n')
-    with pytest.raises(UserError, match=r"line 2: not valid JSON.*--resume"):
+    with pytest.raises(UserError, match="line 2: .*--resume"):
         read_history(run.path)
 
 
@@ -294,8 +297,8 @@ def test_temporary_files_of_killed_processes_go_when_a_run_is_opened(run):
     resumed.close()
 
 
-def test_a_checkpoint_that_is_its_own_predecessor_is_replaced(run):
-    """So it is after a kill between the two names: then a rename does nothing, and the link stays."""
+def test_checkpoint_that_is_its_own_predecessor_is_replaced(run):
+    """After a kill between the two names: then a rename does nothing, and the link stays."""
     run.save_checkpoint(0, state(0))
     os.link(run.path / "checkpoint.pt", run.path / "checkpoint.prev.pt")
     before = (run.path / "checkpoint.pt").read_bytes()
@@ -345,7 +348,7 @@ def begun_anew(folder):
     return runs.Run.create(folder, "search-1", args, "prog.py", SETTINGS, inputs=RUN_INPUTS, new_name=False)
 
 
-def test_a_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tmp_path):
+def test_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tmp_path):
     for g in (1, 2):
         run.record(g, {"generation": g})
         run.save_weights(nn.Linear(1, 1), "weights.pt", {})
@@ -356,21 +359,23 @@ def test_a_run_begun_anew_does_not_continue_the_files_of_the_earlier_one(run, tm
     run.log("old")
     run.close()
     (run.path / "checkpoint.pt").rename(tmp_path / "lost")
-    with pytest.raises(UserError, match=r"--resume, after mv \S*prev\.pt \S*t\.pt, or"):
+    with pytest.raises(UserError, match=r" mv \S*/checkpoint\.prev\.pt \S*/checkpoint\.pt\b") as refused:
         begun_anew(tmp_path)
+    assert "--resume" in str(refused.value)
     (run.path / "checkpoint.prev.pt").unlink()
     new = begun_anew(tmp_path)
     assert {path.name for path in new.path.iterdir()} == {".lock", "args.json", "eval-1", "log.txt", "old-1"}
     moved = {path.name for path in (new.path / "old-1").iterdir()}
     assert moved == {"args.json", "history.jsonl", "log.txt", "population", "runs", "weights"}
-    assert "an earlier run" in (new.path / "log.txt").read_text() and read_history(new.path) == []
+    assert "old-1" in (new.path / "log.txt").read_text()
+    assert read_history(new.path) == []
     new.record(1, {"generation": 1})
     new.close()
     begun_anew(tmp_path).close()  # which ended before its first checkpoint too
     assert [row["generation"] for row in read_history(run.path / "old-2")] == [1]
 
 
-def test_a_run_that_only_began_begins_again_in_place(run, tmp_path):
+def test_run_that_only_began_begins_again_in_place(run, tmp_path):
     run.log("first")
     run.close()
     begun_anew(tmp_path).close()
@@ -404,7 +409,7 @@ def test_other_data_are_refused_with_the_first_difference(run, change, says):
     assert {path: path.read_bytes() for path in run.path.iterdir()} == before
 
 
-def test_a_fingerprint_holds_all_arguments_except_free_ones(tmp_path):
+def test_fingerprint_holds_all_arguments_except_free_ones(tmp_path):
     args = dict(bn="batch", data="here", device="cpu", dir=".")
     run = new_run(tmp_path, **args)
     run.save_checkpoint(0, state(0))
@@ -416,7 +421,7 @@ def test_a_fingerprint_holds_all_arguments_except_free_ones(tmp_path):
         resumed_run(run.path, bn="running")
 
 
-def test_the_commit_of_a_parent_repository_is_not_recorded(tmp_path, monkeypatch):
+def test_commit_of_a_parent_repository_is_not_recorded(tmp_path, monkeypatch):
     for command in ("init -q", "-c user.name=a -c user.email=b commit -q --allow-empty -m c"):
         subprocess.run(["git", "-C", tmp_path, *command.split()], check=True)
     code = tmp_path / "code"
@@ -433,8 +438,11 @@ def test_log_and_args_have_what_was_written(run, capsys):
     assert capsys.readouterr().out == "first\nsecond\n"
     assert [line[20:] for line in (run.path / "log.txt").read_text().splitlines()] == ["first", "second"]
     saved = json.loads((run.path / "args.json").read_text())
-    assert saved["args"] == {} and saved["kind"] == "search" and saved["prog"] == "prog.py"
-    assert saved["threads"] == torch.get_num_threads() and torch.__version__.startswith(saved["versions"]["torch"])
+    assert saved["args"] == {}
+    assert saved["kind"] == "search"
+    assert saved["prog"] == "prog.py"
+    assert saved["threads"] == torch.get_num_threads()
+    assert torch.__version__.startswith(saved["versions"]["torch"])
 
 
 def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
@@ -447,7 +455,8 @@ def test_only_rank_0_writes(tmp_path, monkeypatch, capsys):
     run.save_checkpoint(1, state(1))
     run.save_weights(nn.Linear(2, 2), "weights.pt", {})
     run.close()
-    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
 
 
 # ---- arguments of a resumed run
@@ -483,7 +492,7 @@ def saved(tmp_path):
     return str(run.path)
 
 
-def test_a_resumed_run_has_the_saved_arguments(saved):
+def test_resumed_run_has_the_saved_arguments(saved):
     for defaults in ({}, {"epochs": 9, "dataset": "digits"}):  # also when the defaults have changed since
         args = parse(parser(**defaults), ["--resume", saved])
         assert (args.epochs, args.cutout, args.dataset, args.workers, args.fold) == (7, True, "cifar10", 4, False)
@@ -501,7 +510,7 @@ def test_other_arguments_are_refused(saved):
         parse(parser(), ["--resume", saved, "--epochs", "5"])  # the default, but given
     with pytest.raises(UserError, match="--dataset digits: .* with cifar10"):
         parse(parser(), ["--resume", saved, "--dataset", "digits"])
-    with pytest.raises(UserError, match="not a run of other.py"):
+    with pytest.raises(UserError, match="other.py"):
         parse(parser("other.py"), ["--resume", saved])
 
 
@@ -513,7 +522,7 @@ def test_new_flags_get_defaults_and_unknown_ones_are_refused(saved):
     with pytest.raises(UserError, match="--flag 4: .* was started with 3"):
         parse(newer, ["--resume", saved, "--flag", "4"])
     edit_args(saved, moment=0.9)
-    with pytest.raises(UserError, match="another version of the program, which had --moment"):
+    with pytest.raises(UserError, match="--moment"):
         parse(newer, ["--resume", saved])
 
 
@@ -525,19 +534,19 @@ def edit_args(run, **values):
 @pytest.mark.parametrize(
     "values, says",
     [
-        ({"bn": "junk"}, "--bn: invalid choice: 'junk'"),
+        ({"bn": "junk"}, "--bn: .*'junk'"),
         ({"bn": "running"}, "args/bn is 'running' now, but 'batch' in"),
-        ({"bn": ["batch"]}, "--bn is not a single value"),
+        ({"bn": ["batch"]}, "--bn "),
         ({"bn": None, "epochs": None}, "args/epochs is 5 now, but 7 in"),
-        ({"epochs": 0}, "--epochs: 0 must be at least 1"),
-        ({"epochs": "many"}, "--epochs: 'many' is not a whole number"),
-        ({"epochs": True}, "--epochs: expected one argument"),
-        ({"epochs": False}, "unrecognized arguments: --no-epochs"),
-        ({"cutout": 1}, "--cutout: ignored explicit argument '1'"),
+        ({"epochs": 0}, "--epochs: 0 "),
+        ({"epochs": "many"}, "--epochs: 'many'"),
+        ({"epochs": True}, "--epochs: "),
+        ({"epochs": False}, "--no-epochs"),
+        ({"cutout": 1}, "--cutout: .*'1'"),
         ({"cutout": False}, "args/cutout is False now, but True in"),
         ({"fold": True}, "args/fold is True now, but False in"),
-        ({"workers": "x"}, "--workers: invalid int value: 'x'"),
-        ({"help": True}, "which had --help"),
+        ({"workers": "x"}, "--workers: .*'x'"),
+        ({"help": True}, "--help"),
     ],
 )
 def test_saved_arguments_pass_the_parser_and_are_those_of_the_checkpoint(saved, values, says):
@@ -547,7 +556,7 @@ def test_saved_arguments_pass_the_parser_and_are_those_of_the_checkpoint(saved, 
     assert str(refused.value).startswith(saved)
 
 
-def test_a_resumed_run_computes_with_as_many_threads(tmp_path, monkeypatch):
+def test_resumed_run_computes_with_as_many_threads(tmp_path, monkeypatch):
     threads = []
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
@@ -583,12 +592,13 @@ def test_weights_carry_a_checksum(run):
     assert weights.read_info(path)["layers"] == 4
     copy = nn.Linear(3, 2)
     weights.load_weights(copy, path)
-    assert torch.equal(copy.weight, network.weight) and torch.equal(copy.bias, network.bias)
+    assert torch.equal(copy.weight, network.weight)
+    assert torch.equal(copy.bias, network.bias)
 
     content = path.read_bytes()
     for damaged in (content[:-1], content + b"x", content.replace(b"bias", b"bios", 1), b""):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"weights\.pt is damaged or was replaced.*weights\.json"):
+        with pytest.raises(UserError, match=r"weights\.pt .*weights\.json"):
             weights.load_weights(copy, path)
     weights.info_path(path).unlink()
     path.write_bytes(content)
@@ -596,7 +606,7 @@ def test_weights_carry_a_checksum(run):
 
 
 def test_weights_are_described_at_every_moment(tmp_path, monkeypatch):
-    """Between the two renames, after a kill there and after the next attempt, what is said belongs to the weights."""
+    """Between the two renames, and after a kill there, the side file belongs to the weights."""
     path, replace = tmp_path / "weights.pt", os.replace
     networks = [nn.Linear(2, 2) for _ in range(4)]
     weights.save_weights(networks[0], path, {"epoch": 0})
@@ -624,7 +634,7 @@ def test_weights_are_described_at_every_moment(tmp_path, monkeypatch):
 
 
 def test_weights_can_be_read_while_they_are_written(tmp_path):
-    path, reads = tmp_path / "weights.pt", 0
+    path = tmp_path / "weights.pt"
     weights.save_weights(nn.Linear(2, 2), path, {"epoch": 0})
 
     def write():
@@ -633,14 +643,13 @@ def test_weights_can_be_read_while_they_are_written(tmp_path):
 
     child = forked(write)
     try:
-        end, epochs = time.monotonic() + 1, set()
-        while time.monotonic() < end or len(epochs) < 3:
-            epochs.add(weights.read_info(path)["epoch"])
-            reads += 1
+        epochs = []
+        while len(set(epochs)) < 20:
+            epochs.append(weights.read_info(path)["epoch"])
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    assert reads > 10
+    assert epochs == sorted(epochs)
 
 
 # ---- a full disk
@@ -657,7 +666,8 @@ def test_atomic_write_leaves_the_old_file_when_the_disk_is_full(tmp_path, monkey
         file.write(b"new")
         if how == "write":
             no_space()
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
@@ -666,10 +676,11 @@ def test_atomic_write_leaves_the_old_file_when_interrupted(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_write(path, "w") as file:
         file.write("new")
         raise KeyboardInterrupt
-    assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
+def test_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
     run.save_checkpoint(0, state(1))
     network = nn.Linear(2, 2)
     run.save_weights(network, "weights.pt", {})
@@ -680,13 +691,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(run, monkeypatch):
         run.save_checkpoint(0, state(2))
     with pytest.raises(UserError, match="cannot write .*weights.json: No space left"):
         run.save_weights(nn.Linear(2, 2), "weights.pt", {})
-    assert len(kept) == 3 and all(path.read_bytes() == content for path, content in kept.items())
+    assert len(kept) == 3
+    assert {path: path.read_bytes() for path in kept} == kept
     assert not list(run.path.rglob("*.tmp*"))
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @pytest.mark.parametrize("name", ["log.txt", "history.jsonl"])
-def test_a_full_disk_while_appending_is_one_line(run, name, monkeypatch):
+def test_full_disk_while_appending_is_one_line(run, name, monkeypatch):
     monkeypatch.setattr(files, "open_regular", lambda path, *args, **kwargs: open("/dev/full", *args, **kwargs))
     with pytest.raises(UserError, match=f"cannot write .*{name}: No space left on device"):
         run.log("text") if name == "log.txt" else run.record(1, {"a": 1})
