@@ -104,6 +104,14 @@ def test_python_snippet_runs(snippet):
     assert names["alphas"].shape[-3:] == (2, 14, 8)
 
 
+def test_search_of_your_own_runs(capsys):
+    (snippet,) = blocks("python search")
+    names = {}
+    exec(snippet, names)
+    assert names["fitness"].shape == (6,)
+    assert capsys.readouterr().out.strip() == str(names["best"])
+
+
 def test_decoding_example_is_what_encoding_computes():
     """The table of docs/method.md has a row for each operation and a column for each edge.
 

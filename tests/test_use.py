@@ -1,5 +1,6 @@
 """A retrained network in use: retrained.load, predict.py, export.py."""
 
+import csv
 import json
 import os
 import re
@@ -139,6 +140,16 @@ def test_text_shows_the_best_class_first(run, pictures, capsys):
     first, second, *_ = capsys.readouterr().out.splitlines()
     assert first == str(single)
     assert second.split() == [f"{100 * probability:.2f}", "%", best]
+
+
+def test_table_has_the_asked_for_number_of_classes(run, pictures, capsys):
+    single = pictures / "test/cat/1.png"
+    (expected,) = predict_json(capsys, run, single)
+    predict.main([str(run), str(single), "--device", "cpu", "--csv", "--topk", "2"])
+    rows = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [row["rank"] for row in rows] == ["1", "2"]
+    assert {row["class"]: float(row["probability"]) for row in rows}.items() <= expected["classes"].items()
+    assert {row["image"] for row in rows} == {str(single)}
 
 
 def test_at_most_five_classes_are_predicted():
@@ -381,6 +392,7 @@ def test_commands_of_the_docs_lead_from_pictures_to_a_file(tmp_path, make_images
         (tmp_path / path.name).symlink_to(path)
     folder.rename(tmp_path / "pictures")
     pages = (ROOT / "docs/your-data.md").read_text() + (ROOT / "docs/deploy.md").read_text()
+    (onnx_code,) = re.findall(r"^```python onnx\n((?s:.*?))^```$", pages, re.M)
     blocks = re.findall(r"^```(bash|python) pictures\n((?s:.*?))^```$", pages, re.M)
     walk = "".join(block for language, block in blocks if language == "bash")
     (code,) = (block for language, block in blocks if language == "python")
@@ -396,3 +408,9 @@ def test_commands_of_the_docs_lead_from_pictures_to_a_file(tmp_path, make_images
     code = code.replace("picture.png", str(tmp_path / "pictures/test/bee/0.png"))
     exec(code, names)
     assert names["logits"].shape == (1, 3)
+    picture = tmp_path / "pictures/test/ant/1.png"
+    onnx_code = onnx_code.replace("network.onnx", str(run / "network.onnx")).replace("picture.png", str(picture))
+    exec(onnx_code, onnx_names := {})
+    with torch.no_grad():
+        expected = names["network"](names["transform"](picture)[None])[0].numpy()
+    assert onnx_names["logits"] == pytest.approx(expected, abs=1e-4 * np.abs(expected).max())
