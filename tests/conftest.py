@@ -48,10 +48,13 @@ def kernels(request, monkeypatch):
 
 @pytest.fixture
 def fails(tmp_path, monkeypatch, capsys):
-    """`fails(main, argv)`: main must end with exit code 2, one line and no new file; returns the line."""
+    """`fails(main, argv, *named)`: main must end with exit code 2 and one line, and write no file.
+
+    The line must have all of `named`. Returns the line.
+    """
     monkeypatch.chdir(tmp_path)
 
-    def run(main, argv, new_files=False):
+    def run(main, argv, *named, new_files=False):
         before = sorted(tmp_path.rglob("*"))
         capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
@@ -59,6 +62,8 @@ def fails(tmp_path, monkeypatch, capsys):
         stderr = capsys.readouterr().err
         assert stopped.value.code == 2, stderr
         assert stderr.startswith("error: ") and stderr.endswith("\n") and stderr.count("\n") == 1, stderr
+        for name in named:
+            assert str(name) in stderr, stderr
         assert new_files or sorted(tmp_path.rglob("*")) == before
         return stderr
 
