@@ -41,7 +41,7 @@ from helpers import (
     write_table,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_drawing", "tiny_supernet")
+pytestmark = pytest.mark.usefixtures("quick_report", "tiny_supernet")
 FILES = ("pareto.json", "baselines.json")
 SEARCH = dict(epochs=2, pop_size=6, seed=20)  # a seed whose front has more than one architecture
 
@@ -63,7 +63,7 @@ def tiny_supernet():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_drawings, tiny_supernet):
+def finished(tmp_path_factory, quick_reports, tiny_supernet):
     return search(tmp_path_factory.mktemp("finished"), "--plain", **SEARCH, baselines=5)
 
 
@@ -206,7 +206,7 @@ def test_retrain_command_names_the_run_and_the_size(finished):
 
 
 @pytest.fixture(scope="module")
-def loosely_bound(tmp_path_factory, quick_drawings, tiny_supernet):
+def loosely_bound(tmp_path_factory, quick_reports, tiny_supernet):
     """The same search with budgets that everything meets, and without random architectures."""
     budgets = dict(max_params=1000, max_mult_adds=1e5)
     return search(tmp_path_factory.mktemp("loosely_bound"), "--plain", **SEARCH, baselines=0, **budgets)
@@ -279,7 +279,7 @@ def test_benchmark_baselines_are_those_of_its_table(shared_data, capsys):
 
 
 @pytest.fixture(scope="module")
-def with_table(tmp_path_factory, quick_drawings):
+def with_table(tmp_path_factory, quick_reports):
     """A search of NAS-Bench-201 that ended with the baselines of a benchmark table."""
     folder = tmp_path_factory.mktemp("with_table")
     sizes = ["--baselines", 8, "--epochs", 2, "--train_samples", 100]

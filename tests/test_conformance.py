@@ -217,14 +217,14 @@ def test_a_wrong_kernel_is_refused_by_name(main, argv, fails):
 
 
 @pytest.mark.parametrize("main, argv", SCRIPTS)
-def test_without_the_self_check_a_wrong_kernel_is_used(main, argv, tmp_path, monkeypatch, quick_drawing):
+def test_without_the_self_check_a_wrong_kernel_is_used(main, argv, tmp_path, monkeypatch, quick_report):
     monkeypatch.chdir(tmp_path)
     with WrongPointwise():
         main([*argv, "--no-self_check"])
     assert len(list(tmp_path.glob("*/history.jsonl"))) == 1
 
 
-def test_the_self_check_changes_nothing(tmp_path, monkeypatch, quick_drawing):
+def test_the_self_check_changes_nothing(tmp_path, monkeypatch, quick_report):
     monkeypatch.chdir(tmp_path)
     for folder, flags in (("with", []), ("without", ["--no-self_check"])):
         nas201.train_search.main([*SEARCH, "--num_cells", "1", "--dir", folder, *flags])

@@ -27,7 +27,7 @@ from helpers import (
     search_line,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_drawing")
+pytestmark = pytest.mark.usefixtures("quick_report")
 
 
 def costs_of(channels, layers, image_shape, *flags):

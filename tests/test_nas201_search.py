@@ -35,7 +35,7 @@ SHORT = "--epochs 1 --train_samples 64 --valid_samples 50 --pop_size 3 --tsize 2
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, quick_drawing):
+def quick(monkeypatch, quick_report):
     """One thread, and no TensorBoard: writing its files takes longer than these searches."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -71,7 +71,7 @@ def board():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, table, board, quick_drawings):
+def finished(tmp_path_factory, table, board, quick_reports):
     """A finished search of three generations with a benchmark table."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "open_board", lambda run: board)
@@ -180,7 +180,7 @@ def test_equal_fitness_has_no_correlation(table):
 
 
 @pytest.fixture(scope="module")
-def without_table(tmp_path_factory, quick_drawings):
+def without_table(tmp_path_factory, quick_reports):
     """A finished search without a table, and what it printed."""
     folder, out = tmp_path_factory.mktemp("without_table"), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):

@@ -32,7 +32,7 @@ from training import TrainingSettings, TrainingState, check_optimizer_state, tra
 from golden import fill
 from helpers import TinySupernet, history, load_checkpoint, populations, search, search_line
 
-pytestmark = pytest.mark.usefixtures("quick_drawing")
+pytestmark = pytest.mark.usefixtures("quick_report")
 SEEDED = argparse.Namespace(seed=18, seed_scheme=2)  # as these searches are by default
 
 
@@ -48,7 +48,7 @@ def raw_individuals(alphas):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, quick_drawings):
+def finished(tmp_path_factory, quick_reports):
     """Two generations."""
     return search(tmp_path_factory.mktemp("finished"), cutout_length=4, num_elites=1, epochs=2, layers=1)
 
@@ -174,7 +174,7 @@ HIGH_RATES = dict(learning_rate=0.1, learning_rate_min=0.05, momentum=0.5)
     ],
     ids=["short", "default", "running", "high rates"],
 )
-def compared(request, tmp_path_factory, quick_drawings):
+def compared(request, tmp_path_factory, quick_reports):
     """A run, its arguments, and the populations and the network of a plain search with these arguments."""
     flags, changed = request.param
     run = search(tmp_path_factory.mktemp("compared"), *flags, **changed)
@@ -234,7 +234,7 @@ class Recorded(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=evolution.VARIANTS)
-def recorded(request, tmp_path_factory, quick_drawings):
+def recorded(request, tmp_path_factory, quick_reports):
     """A search of three individuals, with two batches for each, one validation batch, and two random architectures."""
     sizes = dict(pop_size=3, tsize=2, train_samples=48, batch_size=8, valid_batch_size=30, epochs=3)
     rates = dict(mutate_rate=0.5, learning_rate=0.5)
