@@ -36,10 +36,11 @@ REFERENCE = json.loads((TESTS / "reference.json").read_text())
 
 def fill(network):
     """Set every weight and buffer of `network` from its name. Returns the network."""
+    random = np.random.RandomState()
     for name, tensor in network.state_dict().items():
         if name.endswith("num_batches_tracked"):
             continue
-        random = np.random.RandomState(zlib.crc32(name.encode()))
+        random.seed(zlib.crc32(name.encode()))  # as a new RandomState(seed), which takes longer to make
         shape = tuple(tensor.shape)
         if name.endswith("running_var") or (len(shape) == 1 and name.endswith(".weight")):
             values = random.uniform(0.5, 1.5, shape)
