@@ -160,3 +160,15 @@ def quick_drawings(quick_reports):
     with pytest.MonkeyPatch.context() as patch:
         describe_cells(patch.setattr)
         yield
+
+
+@pytest.fixture(scope="module")
+def tiny_supernet():
+    """Searches of the DARTS space with --plain use `helpers.TinySupernet`, for tests of what is around the supernet."""
+    import train_search
+
+    from helpers import TinySupernet
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_search, "Network", TinySupernet)
+        yield

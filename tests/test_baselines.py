@@ -55,14 +55,6 @@ def loaded(run):
 
 
 @pytest.fixture(scope="module")
-def tiny_supernet():
-    """Of the DARTS space. These tests are about what is measured, not about what the network computes."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train_search, "Network", TinySupernet)
-        yield
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory, quick_reports, tiny_supernet):
     return search(tmp_path_factory.mktemp("finished"), "--plain", **SEARCH, baselines=5)
 

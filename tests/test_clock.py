@@ -96,30 +96,30 @@ def test_duration_is_told_in_a_fitting_unit(seconds, text):
 # ---- in a run
 
 
-@pytest.mark.usefixtures("quick_report")
+@pytest.mark.usefixtures("quick_report", "tiny_supernet")
 def test_search_logs_the_time_left(tmp_path):
-    log = (search(tmp_path, epochs=3) / "log.txt").read_text()
+    log = (search(tmp_path, "--plain", epochs=3) / "log.txt").read_text()
     generations = [line for line in log.splitlines() if "fitness best" in line]
     assert len(generations) == 3
     assert all(re.search(r"; about .* left$", line) for line in generations)  # the last measurement is still to come
 
 
-@pytest.mark.usefixtures("quick_report")
+@pytest.mark.usefixtures("quick_report", "tiny_supernet")
 def test_long_search_on_a_cpu_tells_what_would_fit_a_day(tmp_path, monkeypatch):
     """Here a minute is a millisecond, and so a day is 1.4 s."""
     monkeypatch.setattr(clock, "MINUTE", 0.001)
 
     monkeypatch.setattr(search_state, "DAY", 0.01)
-    log = (search(tmp_path, epochs=3, report_freq=1) / "log.txt").read_text()
+    log = (search(tmp_path, "--plain", epochs=3, report_freq=1) / "log.txt").read_text()
     assert log.count("the search will take about") == 1
     (advice,) = [line for line in log.splitlines() if "in a day" in line]
     assert "--train_samples" in advice
     assert "--valid_samples" in advice
 
 
-@pytest.mark.usefixtures("quick_report")
+@pytest.mark.usefixtures("quick_report", "tiny_supernet")
 def test_slow_fitness_tells_each_minute_how_far_it_is(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(clock, "MINUTE", 1e-9)
-    train_search.main(search_line(dir=tmp_path, run_name="run", epochs=1))
+    train_search.main(["--plain", *search_line(dir=tmp_path, run_name="run", epochs=1)])
     out = capsys.readouterr().out
     assert "fitness: 1 of 8 measurements" in out  # 4 individuals, 2 batches

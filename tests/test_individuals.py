@@ -16,7 +16,7 @@ from nas201.sources import COLUMNS
 
 from helpers import S2_ARCHS, S2_TRUTH, populations, s2_search, search, write_table
 
-pytestmark = pytest.mark.usefixtures("quick_report")
+pytestmark = pytest.mark.usefixtures("quick_report", "tiny_supernet")
 S1_COLUMNS = ["group", "weights", "generation", "rank", "fitness", "cell", "parameters_M", "mult_adds_M", "latency_ms"]
 
 
@@ -26,8 +26,8 @@ def read(run):
 
 
 @pytest.fixture(scope="module")
-def s1_run(tmp_path_factory, quick_reports):
-    return search(tmp_path_factory.mktemp("s1"), epochs=2)
+def s1_run(tmp_path_factory, quick_reports, tiny_supernet):
+    return search(tmp_path_factory.mktemp("s1"), "--plain", epochs=2)
 
 
 @pytest.fixture(scope="module")
@@ -97,13 +97,13 @@ def test_true_accuracies_are_those_of_the_table(s2_run):
 
 
 def test_measured_latency_is_in_its_column(tmp_path):
-    run = search(tmp_path, epochs=1, max_latency=1e9)
+    run = search(tmp_path, "--plain", epochs=1, max_latency=1e9)
     rows = [row for row in read(run) if row["group"] == "population"]
     assert all(float(row["latency_ms"]) > 0 for row in rows)
 
 
 def test_random_search_has_fitness_only_where_it_was_measured(tmp_path):
-    rows = [row for row in read(search(tmp_path, epochs=2, variant="rand")) if row["group"] == "population"]
+    rows = [row for row in read(search(tmp_path, "--plain", epochs=2, variant="rand")) if row["group"] == "population"]
     measured = {row["generation"]: [] for row in rows}
     for row in rows:
         measured[row["generation"]].append(row["fitness"] != "" and row["rank"] != "")
