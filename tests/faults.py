@@ -63,7 +63,7 @@ def process():
         patch.setenv("OMP_NUM_THREADS", "1")
         context = multiprocessing.get_context("forkserver")
         # What a run imports (torch._dynamo with its first optimizer): seconds for each process.
-        packages = ["sklearn.datasets", "torch.utils.tensorboard", "torch._dynamo"]
+        packages = ["torch.utils.tensorboard", "torch._dynamo"]
         packages += ["matplotlib.figure"] if FULL else []  # only one test draws anything
         context.set_forkserver_preload(["faults", "train", "train_search", *packages])
 
