@@ -34,7 +34,7 @@ from helpers import ARCH_WITH_DEAD_END, history, load_checkpoint, retrain, train
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick(quick_drawings):
+def quick(quick_reports):
     """No TensorBoard, whose import takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs, "open_board", lambda run: False)
