@@ -32,7 +32,7 @@ from nas201.genotypes import to_arch_string
 from support import runs
 from support.files import UserError
 
-pytestmark = pytest.mark.usefixtures("quick_drawing")
+pytestmark = pytest.mark.usefixtures("quick_report")
 ROOT = Path(__file__).resolve().parents[1]
 RENAMED = {  # published script: what it is called here
     "train_cifar100.py": ["train.py", "--dataset", "cifar100"],
@@ -267,7 +267,7 @@ class Finished(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def of_the_shell_script(tmp_path_factory, filled, quick_drawings):
+def of_the_shell_script(tmp_path_factory, filled, quick_reports):
     work = shutil.copytree(filled, tmp_path_factory.mktemp("shell") / "work", symlinks=True)
     write_table(work)
     out, err = io.StringIO(), io.StringIO()

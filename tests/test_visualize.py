@@ -569,7 +569,7 @@ def test_report_leaves_out_charts_without_a_finite_value(tmp_path):
     assert not {"Fitness", "Learning rate"} & set(headings(page))
 
 
-def test_report_names_populations_that_cannot_be_read(tmp_path, quick_drawing):
+def test_report_names_populations_that_cannot_be_read(tmp_path, quick_report):
     folder = reported_run(tmp_path / "run")
     (folder / "population" / "002.npz").unlink()
     (folder / "population" / "003.npz").write_bytes(b"PK damaged")
@@ -580,7 +580,7 @@ def test_report_names_populations_that_cannot_be_read(tmp_path, quick_drawing):
     assert "001.npz" not in note
 
 
-def test_report_without_arguments_or_cell_uses_the_history(tmp_path, quick_drawing):
+def test_report_without_arguments_or_cell_uses_the_history(tmp_path, quick_report):
     folder = reported_run(tmp_path / "run")
     (folder / "args.json").write_text("{")
     (folder / "genotype.json").unlink()
@@ -602,7 +602,7 @@ def test_report_says_that_a_cell_cannot_be_drawn(tmp_path, quick_report, cell, n
 
 
 @pytest.mark.parametrize("history", [None, "\n"])
-def test_report_without_a_generation_says_so(tmp_path, quick_drawing, history):
+def test_report_without_a_generation_says_so(tmp_path, quick_report, history):
     folder = reported_run(tmp_path / "run")
     (folder / "history.jsonl").unlink()
     if history:
@@ -634,7 +634,7 @@ def test_odd_figures_do_not_break_a_report(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [[1], {"epochs": ["<b>"], "dataset": {}}], ids=["a list", "odd values"])
-def test_odd_arguments_do_not_break_a_report(tmp_path, quick_drawing, arguments):
+def test_odd_arguments_do_not_break_a_report(tmp_path, quick_report, arguments):
     folder = reported_run(tmp_path / "run", space="s2", steps=1)
     odd = {"versions": {"\ud800": "\x01"}, "space": ["s2"], "kind": {}, "command": 7, "git": []}
     write_json(folder / "args.json", {"args": arguments, **odd})
