@@ -151,7 +151,8 @@ def check_settings(settings: NetworkSettings) -> None:
 def make_network(settings: NetworkSettings) -> nn.Module:
     """Make a network whose forward pass returns (logits, logits_aux). Raises UserError for impossible settings."""
     check_settings(settings)
-    cell, classes = settings.cell, settings.classes
+    cell = settings.cell
+    classes = settings.classes
     if settings.recipe == "nas201":
         return nas201.model.Network(settings.init_channels, settings.layers, classes, cell)
     network = NetworkImageNet if settings.recipe == "imagenet" else NetworkCIFAR
@@ -452,7 +453,8 @@ def load_test_images(job: TestJob, device: torch.device) -> tuple[Loader, list[s
     Raises UserError if the images do not fit the network: if their classes or their size differ, or
     if they are too large.
     """
-    args, about = job.args, job.about
+    args = job.args
+    about = job.about
     if job.recipe == "imagenet":
         images = datasets.list_files(args.dataset, args.data, "test", image_size=args.image_size)
     else:

@@ -288,14 +288,16 @@ def batch_norm_backward(
     """Return the expected gradients of x, weight and bias."""
     count = x.numel() // x.shape[1]
     if not training:
-        mean, inverse_std = running_mean, (running_var + eps).rsqrt()
+        mean = running_mean
+        inverse_std = (running_var + eps).rsqrt()
     normal = (x - per_channel(mean)) * per_channel(inverse_std)
     normal_magnitude = (x.abs() + per_channel(mean.abs())) * per_channel(inverse_std)
     scale = per_channel(inverse_std if weight is None else inverse_std * weight)
     of_weight = (gradient * normal).sum((0, 2, 3))
     of_weight_magnitude = (gradient.abs() * normal_magnitude).sum((0, 2, 3))
     of_bias, of_bias_magnitude = gradient.sum((0, 2, 3)), gradient.abs().sum((0, 2, 3))
-    of_x, of_x_magnitude = gradient, gradient.abs()
+    of_x = gradient
+    of_x_magnitude = gradient.abs()
     if training:
         of_x = of_x - per_channel(of_bias / count) - normal * per_channel(of_weight / count)
         of_x_magnitude = of_x_magnitude + per_channel(of_bias_magnitude / count)
