@@ -17,6 +17,7 @@ SETTINGS = RunSettings(
         "device",
         "gpu",
         "image_cache",
+        "rank_all",
         "report_freq",
         "resume",
         "self_check",

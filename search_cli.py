@@ -187,7 +187,12 @@ def is_finished(args: argparse.Namespace, space: type[SearchSpace]) -> bool:
 
     Raises UserError for a run that cannot be read.
     """
-    files = ["weights/weights.pt", "weights/weights.json", f"population/{args.epochs:03d}.npz"]
+    files = [
+        *space.files_at_the_end(args),
+        "weights/weights.pt",
+        "weights/weights.json",
+        f"population/{args.epochs:03d}.npz",
+    ]
     finished = runs.is_finished(
         args,
         SETTINGS,
@@ -250,6 +255,8 @@ def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) ->
             measure = functools.partial(setup.measure, where="the final weights")
             with run.saving_when_interrupted(state.state_dict):
                 baselines.conclude(setup, state, measure, run)
+        with run.saving_when_interrupted(state.state_dict):
+            setup.space.finish(setup, run)
         report.finish_run(run, best, setup.space.view)
 
 

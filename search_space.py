@@ -19,6 +19,7 @@ from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
 from reporting.views import SpaceView
 from support.clock import Clock
+from support.runs import Run
 from training import plain_forward
 
 
@@ -82,6 +83,14 @@ class SearchSpace:
     def remarks_on_result(self, groups: dict[str, Group]) -> Remarks:
         """Return the remarks on the result. `groups` are the last population and random architectures."""
         return Remarks({}, "")
+
+    @classmethod
+    def files_at_the_end(cls, args: argparse.Namespace) -> list[str]:
+        """Return the names of the files that `finish` writes."""
+        return []
+
+    def finish(self, setup: "SearchSetup", run: Run) -> None:
+        """Do what is left after a search has written its results. Raises Interrupted after a signal."""
 
 
 @dataclass

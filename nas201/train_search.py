@@ -19,7 +19,7 @@ import search_cli
 import seed_roles
 from augment import inside
 from loaders import Loader
-from nas201 import benchmark, data, encoding, fast_search, model
+from nas201 import benchmark, data, encoding, fast_search, model, rank_all
 from nas201.genotypes import EDGES, PRIMITIVES
 from nas201.model_search import Network
 from nas201.report import NAS_BENCH_201
@@ -173,6 +173,24 @@ class S2(SearchSpace):
             "parameters": correlations(group.parameters.tolist(), truth)[0],
         }
 
+    def rank_correlations_of(self, alphas: torch.Tensor, fitness: Sequence[float]) -> dict:
+        """Return "truth", "kendall_tau" and "spearman_rho" of individuals (N, 1, 6, 5), {} without true accuracies."""
+        if not self.truth:
+            return {}
+        truth = [self.table.accuracy(self.table.index(self.cell(individual)), *self.truth) for individual in alphas]
+        tau, rho = correlations(fitness, truth)
+        return {"truth": " ".join(self.truth), "kendall_tau": tau, "spearman_rho": rho}
+
+    @classmethod
+    def files_at_the_end(cls, args: argparse.Namespace) -> list[str]:
+        """Return the files of --rank_all."""
+        return [rank_all.TABLE, rank_all.RESULT] if args.rank_all else []
+
+    def finish(self, setup: SearchSetup, run: runs.Run) -> None:
+        """Measure all architectures with the final weights, if --rank_all asks for it."""
+        if setup.args.rank_all and not all((run.path / name).is_file() for name in self.files_at_the_end(setup.args)):
+            rank_all.rank_all(setup, run)
+
 
 # ---- configuration files of the published search
 
@@ -267,6 +285,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--api_path", metavar="PATH", help=text)
     text = "data set whose true accuracies are looked up (default: --dataset if the benchmark has it, else cifar10)"
     group.add_argument("--api_dataset", choices=DATASETS, help=text)
+    text = (
+        "when the search is finished, measure the fitness of all 15,625 architectures on the final weights; "
+        "takes hours on a CPU"
+    )
+    group.add_argument("--rank_all", action="store_true", help=text)
     text = "number of threads that read image files"
     group.add_argument("--workers", type=number(int, 1, MOST.workers), default=2, metavar="N", help=text)
     group.add_argument("--trainval", action=Published)

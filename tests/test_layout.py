@@ -58,7 +58,14 @@ SEARCHES = {
     "baselines",
     "individuals",
 }  # a space has its view, and a search ends with its report
-S2_SCRIPTS = {"nas201.train_search", "nas201.benchmark", "nas201.simulate", "nas201.summary", "nas201.report"}
+S2_SCRIPTS = {
+    "nas201.train_search",
+    "nas201.benchmark",
+    "nas201.simulate",
+    "nas201.summary",
+    "nas201.report",
+    "nas201.rank_all",
+}
 PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
 IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
 for path in PATHS:

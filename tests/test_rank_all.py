@@ -1,0 +1,86 @@
+"""--rank_all: the fitness of all architectures on the final weights. Here a space of 12 stands for all."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+import nas201.train_search
+from nas201 import encoding, rank_all
+
+from helpers import S2_ARCHS, S2_TRUTH, STOP, s2_search, stop_at, write_table
+
+pytestmark = pytest.mark.usefixtures("quick_report")
+FEW = 12
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    alphas = rank_all.all_alphas()[:: len(rank_all.all_alphas()) // FEW + 1]
+    monkeypatch.setattr(rank_all, "all_alphas", lambda: alphas)
+    monkeypatch.setattr(rank_all, "PART", 5)
+    return alphas
+
+
+def read(run):
+    with open(run / rank_all.TABLE, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+ALL = rank_all.all_alphas()
+
+
+def test_every_architecture_is_there_once():
+    archs = [encoding.arch_string(alphas) for alphas in ALL]
+    assert sorted(archs) == sorted(S2_ARCHS)
+
+
+def test_table_has_fitness_and_truth_of_every_architecture(tmp_path, few):
+    run = s2_search(tmp_path, "--epochs", 1, "--rank_all", "--api_path", write_table(tmp_path))
+    rows = read(run)
+    assert [row["cell"] for row in rows] == [encoding.arch_string(alphas) for alphas in few]
+    truth = [S2_TRUTH[S2_ARCHS.index(row["cell"]), 0] for row in rows]
+    assert [float(row["cifar10_valid"]) for row in rows] == truth
+    result = json.loads((run / rank_all.RESULT).read_text())
+    fitness = [float(row["fitness"]) for row in rows]
+    assert result["architectures"] == FEW
+    assert result["truth"] == "cifar10 valid"
+    assert result["kendall_tau"] == pytest.approx(stats.kendalltau(fitness, truth).statistic)
+    assert not (run / rank_all.PARTIAL).exists()
+
+
+def test_architectures_see_the_images_of_the_last_measurement(tmp_path, few, monkeypatch):
+    """So an individual of the last population has the fitness that individuals.csv gives it."""
+    run = s2_search(tmp_path, "--epochs", 1)
+    with open(run / "individuals.csv", newline="") as file:
+        final = {row["cell"]: row["fitness"] for row in csv.DictReader(file) if row["weights"] == "final"}
+    chosen = [alphas for alphas in ALL if encoding.arch_string(alphas) in final]
+    monkeypatch.setattr(rank_all, "all_alphas", lambda: torch.stack(chosen))
+    nas201.train_search.main(["--resume", str(run), "--rank_all"])
+    assert {row["cell"]: row["fitness"] for row in read(run)} == final
+
+
+def test_interrupted_measurement_continues(tmp_path):
+    expected = s2_search(tmp_path / "whole", "--epochs", 1, "--rank_all")
+    run = s2_search(tmp_path / "stopped", "--epochs", 1)
+    again = ["--resume", str(run), "--rank_all"]
+    stop_at("all architectures, 5 of 12: batch 0", STOP, nas201.train_search.main, again)
+    saved = np.load(run / rank_all.PARTIAL)["fitness"]
+    assert np.isnan(saved).sum() == FEW - 5
+    nas201.train_search.main(again)
+    assert read(run) == read(expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", None])
+def test_partial_file_of_another_measurement_is_ignored(tmp_path, content):
+    expected = s2_search(tmp_path / "whole", "--epochs", 1, "--rank_all")
+    run = s2_search(tmp_path / "other", "--epochs", 1)
+    if content is None:
+        np.savez(run / rank_all.PARTIAL, fitness=np.full(FEW, 50.0), weights="of another search")
+    else:
+        (run / rank_all.PARTIAL).write_bytes(content)
+    nas201.train_search.main(["--resume", str(run), "--rank_all"])
+    assert read(run) == read(expected)
