@@ -413,4 +413,4 @@ def test_commands_of_the_docs_lead_from_pictures_to_a_file(tmp_path, make_images
     exec(onnx_code, onnx_names := {})
     with torch.no_grad():
         expected = names["network"](names["transform"](picture)[None])[0].numpy()
-    assert onnx_names["logits"] == pytest.approx(expected, abs=1e-4 * np.abs(expected).max())
+    assert onnx_names["logits"] == pytest.approx(expected, abs=1e-4 * float(np.abs(expected).max()))
