@@ -7,6 +7,7 @@ from dataclasses import dataclass
 MINUTE = 60
 HOUR = 60 * MINUTE
 DAY = 24 * HOUR
+SHORTEST = 1  # second; less is not told
 
 
 @dataclass
@@ -72,9 +73,12 @@ class Clock:
         return sum(work.seconds for work in self.work.values())
 
     def text(self) -> str:
-        """Return the estimate for a log line or a bar, such as "about 3 h left", or "" without one."""
+        """Return the estimate for a log line or a bar, such as "about 3 h left".
+
+        It is "" without an estimate, and if less than a second is left.
+        """
         left = self.seconds_left()
-        return f"about {duration(left)} left" if left else ""
+        return f"about {duration(left)} left" if left and left >= SHORTEST else ""
 
 
 class EveryMinute:

@@ -97,7 +97,8 @@ def test_duration_is_told_in_a_fitting_unit(seconds, text):
 
 
 @pytest.mark.usefixtures("quick_report", "tiny_supernet")
-def test_search_logs_the_time_left(tmp_path):
+def test_search_logs_the_time_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(clock, "SHORTEST", 0)
     log = (search(tmp_path, "--plain", epochs=3) / "log.txt").read_text()
     generations = [line for line in log.splitlines() if "fitness best" in line]
     assert len(generations) == 3
