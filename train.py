@@ -347,8 +347,21 @@ def retrain(
             + (f"; {state.clock.text()}" if state.clock.text() else "")
         )
         if epoch + 1 == args.epochs:
-            file = run.path / "weights" / "weights.pt"
-            class_results.save(run.path, tested, about["classes"], confusion, weights=file, dataset=args.dataset)
+            save_test(args, run, tested, about["classes"], confusion)
+    lost = torch.tensor(float(run.writes and not (run.path / class_results.NAME).is_file()))
+    if distributed.sum_over_ranks(lost).item():
+        confusion = torch.zeros(len(about["classes"]), len(about["classes"]), dtype=torch.int64)
+        with run.saving_when_interrupted(state.state_dict):
+            tested = evaluate(network, test_loader, args, log=run.log, confusion=confusion)
+        save_test(args, run, tested, about["classes"], confusion)
+
+
+def save_test(
+    args: argparse.Namespace, run: runs.Run, tested: dict[str, float], classes: list[str], confusion: Tensor
+) -> None:
+    """Write test.json, the test of the last epoch."""
+    file = run.path / "weights" / "weights.pt"
+    class_results.save(run.path, tested, classes, confusion, weights=file, dataset=args.dataset)
 
 
 def retraining_clock(args: argparse.Namespace, run: runs.Run, state: RetrainingState, test_loader: Loader) -> Clock:

@@ -10,6 +10,7 @@ import torch
 
 import class_results
 import test_cifar
+import train
 import training
 from datasets import load_digits
 from reporting import report
@@ -98,3 +99,10 @@ def test_report_notes_a_damaged_file(tmp_path, run, content):
 def test_folder_that_cannot_be_written_is_noted(tmp_path, capsys):
     class_results.save(tmp_path / "no/folder", {}, CLASSES, CONFUSION, weights="w", dataset="d")
     assert "not saved" in capsys.readouterr().out
+
+
+def test_lost_file_of_a_finished_retraining_is_made_again(run):
+    before = json.loads((run / "test.json").read_text())
+    (run / "test.json").unlink()
+    train.main(["--resume", str(run)])
+    assert json.loads((run / "test.json").read_text())["confusion"] == before["confusion"]
