@@ -89,11 +89,12 @@ def append_generation(setup: SearchSetup, run: Run, state: TrainingState) -> Non
     """Append the population of the last generation. `state` is a search_state.SearchState."""
     if not run.writes:
         return
+    path = run.path / NAME
     rows = generation_rows(setup, state.alphas, state.fitness, state.latency, run.completed)
-    if run.completed == 1:
+    if not path.exists():  # a search that was resumed before its first generation already has the header
         rows = [columns(setup), *rows]
     for row in rows:
-        append_line(run.path / NAME, csv_line(row))
+        append_line(path, csv_line(row))
 
 
 def write(setup: SearchSetup, run: Run, state: TrainingState, final: Sequence[list] = ()) -> int:

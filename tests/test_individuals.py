@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 
+import baselines
 import encoding
 import genotype_files
 import individuals
@@ -142,3 +143,15 @@ def test_damaged_population_is_left_out_and_named(copy, capsys):
     assert "001.npz" in capsys.readouterr().out
     generations = {row["generation"] for row in read(copy) if row["group"] == "population"}
     assert generations == {"2"}
+
+
+def test_search_resumed_before_its_first_generation_has_one_header(tmp_path, monkeypatch):
+    """The last measurement writes the whole table, so the table is compared before that."""
+    early = search(tmp_path / "early", "--plain", epochs=1)
+    (early / "checkpoint.prev.pt").rename(early / "checkpoint.pt")  # before generation 1
+    tables = []
+    monkeypatch.setattr(baselines, "conclude", lambda *_: tables.append((early / individuals.NAME).read_text()))
+    train_search.main(["--resume", str(early)])
+    (table,) = tables
+    assert table.count("group,weights") == 1
+    assert table.count("population,generation,1,") == 4
