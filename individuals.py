@@ -101,7 +101,7 @@ def write(setup: SearchSetup, run: Run, state: TrainingState, final: Sequence[li
     """Write the whole table: every generation, from the files in population/, and the rows `final`.
 
     Returns the row number of the first of `final`, 0 in a process that does not write. A generation
-    whose file is missing or damaged is left out, and the log says so.
+    whose file is missing or damaged is left out, and the log names it.
     """
     if not run.writes:
         return 0

@@ -311,7 +311,7 @@ def retrain(
     """Train `network` for args.epochs epochs, and test it after each one.
 
     `about` is saved next to the weights. Every epoch writes a checkpoint, a line of the history and
-    the weights.
+    the weights. The last epoch also writes test.json, and a resumed run makes a lost one again.
     """
     device = next(network.parameters()).device
     optimizer = make_optimizer(network.parameters(), args, nesterov=args.nesterov)
