@@ -2,6 +2,8 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,20 +19,38 @@ pytestmark = pytest.mark.usefixtures("quick_report")
 FEW = 12
 
 
+ALL = rank_all.all_alphas()
+
+
+def make_few(patch):
+    alphas = ALL[:: len(ALL) // FEW + 1]
+    patch.setattr(rank_all, "all_alphas", lambda: alphas)
+    patch.setattr(rank_all, "PART", 5)
+    return alphas
+
+
 @pytest.fixture(autouse=True)
 def few(monkeypatch):
-    alphas = rank_all.all_alphas()[:: len(rank_all.all_alphas()) // FEW + 1]
-    monkeypatch.setattr(rank_all, "all_alphas", lambda: alphas)
-    monkeypatch.setattr(rank_all, "PART", 5)
-    return alphas
+    return make_few(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, quick_reports):
+    """A search that measured all architectures without an interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        make_few(patch)
+        return s2_search(tmp_path_factory.mktemp("whole"), "--epochs", 1, "--rank_all")
+
+
+@pytest.fixture
+def searched(whole, tmp_path):
+    """The same search, which has not measured all architectures yet."""
+    return Path(shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("all_architectures.*")))
 
 
 def read(run):
     with open(run / rank_all.TABLE, newline="") as file:
         return list(csv.DictReader(file))
-
-
-ALL = rank_all.all_alphas()
 
 
 def test_every_architecture_is_there_once():
@@ -52,35 +72,30 @@ def test_table_has_fitness_and_truth_of_every_architecture(tmp_path, few):
     assert not (run / rank_all.PARTIAL).exists()
 
 
-def test_architectures_see_the_images_of_the_last_measurement(tmp_path, few, monkeypatch):
+def test_architectures_see_the_images_of_the_last_measurement(searched, monkeypatch):
     """So an individual of the last population has the fitness that individuals.csv gives it."""
-    run = s2_search(tmp_path, "--epochs", 1)
-    with open(run / "individuals.csv", newline="") as file:
+    with open(searched / "individuals.csv", newline="") as file:
         final = {row["cell"]: row["fitness"] for row in csv.DictReader(file) if row["weights"] == "final"}
     chosen = [alphas for alphas in ALL if encoding.arch_string(alphas) in final]
     monkeypatch.setattr(rank_all, "all_alphas", lambda: torch.stack(chosen))
-    nas201.train_search.main(["--resume", str(run), "--rank_all"])
-    assert {row["cell"]: row["fitness"] for row in read(run)} == final
+    nas201.train_search.main(["--resume", str(searched), "--rank_all"])
+    assert {row["cell"]: row["fitness"] for row in read(searched)} == final
 
 
-def test_interrupted_measurement_continues(tmp_path):
-    expected = s2_search(tmp_path / "whole", "--epochs", 1, "--rank_all")
-    run = s2_search(tmp_path / "stopped", "--epochs", 1)
-    again = ["--resume", str(run), "--rank_all"]
+def test_interrupted_measurement_continues(whole, searched):
+    again = ["--resume", str(searched), "--rank_all"]
     stop_at("all architectures, 5 of 12: batch 0", STOP, nas201.train_search.main, again)
-    saved = np.load(run / rank_all.PARTIAL)["fitness"]
+    saved = np.load(searched / rank_all.PARTIAL)["fitness"]
     assert np.isnan(saved).sum() == FEW - 5
     nas201.train_search.main(again)
-    assert read(run) == read(expected)
+    assert read(searched) == read(whole)
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", None])
-def test_partial_file_of_another_measurement_is_ignored(tmp_path, content):
-    expected = s2_search(tmp_path / "whole", "--epochs", 1, "--rank_all")
-    run = s2_search(tmp_path / "other", "--epochs", 1)
+def test_partial_file_of_another_measurement_is_ignored(whole, searched, content):
     if content is None:
-        np.savez(run / rank_all.PARTIAL, fitness=np.full(FEW, 50.0), weights="of another search")
+        np.savez(searched / rank_all.PARTIAL, fitness=np.full(FEW, 50.0), weights="of another search")
     else:
-        (run / rank_all.PARTIAL).write_bytes(content)
-    nas201.train_search.main(["--resume", str(run), "--rank_all"])
-    assert read(run) == read(expected)
+        (searched / rank_all.PARTIAL).write_bytes(content)
+    nas201.train_search.main(["--resume", str(searched), "--rank_all"])
+    assert read(searched) == read(whole)
