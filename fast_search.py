@@ -13,9 +13,10 @@ batch. Tests check that both agree with the reference. This is what makes them f
 - Where a cell reduces, dilated convolutions and skip_connects need only every second pixel. These
   pixels are copied once per state. The skip_connects on all edges out of a state are computed as
   one convolution each for even and for odd pixels.
-- While fitness is measured, the first cell has the same inputs for all individuals. The candidates
-  on the edges out of these inputs are computed once per batch. One matrix product then gives the
-  sums of an individual (`SharedCandidates`).
+- While fitness is measured, both inputs of the first cell are the same for all individuals, and so
+  is the first input of the second cell, which is the stem's output. The candidates on the edges out
+  of these inputs are computed once per batch. One matrix product per cell then gives the sums of an
+  individual (`SharedCandidates`).
 - On a CPU, the backward pass of depthwise convolutions consists of kernels that are fast there
   (`fast_ops.Depthwise`). Average pools are computed as depthwise convolutions.
 
@@ -52,8 +53,8 @@ AVG_POOL = PRIMITIVES.index("avg_pool_3x3")
 SKIP = PRIMITIVES.index("skip_connect")
 POOLS = (MAX_POOL, AVG_POOL)
 FIRST_CONV = SKIP + 1  # this operation and all later ones are separable convolutions
-# Limit for the shared candidates of the first cell. At the paper's sizes and a batch of 1,024
-# images, the candidates take 2,432 MB in float32.
+# Limit for the shared candidates of a cell. At the paper's sizes and a batch of 1,024 images, those of
+# the first cell take 2,432 MB in float32, and those of the second cell 1,216 MB.
 SHARED_MB = 3072
 
 
@@ -105,14 +106,17 @@ class Evaluator:
         self.bn = bn
         self.cell_of = region_function(mixed_cell, compile)
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
-        first = network.cells[0]
-        self.shared = SharedCandidates(first, bn, self.kernels[first])
+        self.shared = {}  # by cell
+        for cell, inputs in zip(network.cells, (2, 1), strict=False):  # the third cell on share nothing
+            self.shared[cell] = SharedCandidates(cell, inputs, bn, self.kernels[cell])
 
     @torch.no_grad()
     def set_batch(self, x: Tensor) -> None:
         """Take a batch of images (B, 3, H, W), and compute the tensors that are the same for all individuals."""
         self.inputs = first_cell_inputs(self.network, x, self.new_updates())
-        self.shared.set_inputs(self.inputs.h0, self.inputs.h1)
+        h0, h1, h0_next = self.inputs
+        for shared, inputs in zip(self.shared.values(), ([h0, h1], [h0_next]), strict=False):
+            shared.set_inputs(inputs)
 
     @torch.no_grad()
     def logits(self, alphas: Tensor) -> Tensor:
@@ -124,9 +128,11 @@ class Evaluator:
         """Compute a cell from its preprocessed inputs, or from the shared candidates if the cell has them."""
         outgoing = self.kernels[cell].outgoing
         states = [h0, h1, *[None] * cell._steps]
-        if cell is self.shared.cell and self.shared.matrix is not None:
-            states = [None, None, *self.shared.sums(weights)]
-            outgoing = outgoing[2:]  # the sums already contain the edges out of the inputs
+        shared = self.shared.get(cell)
+        if shared is not None and shared.matrix is not None:
+            states[: shared.inputs] = [None] * shared.inputs
+            states[2:] = shared.sums(weights)
+            outgoing = outgoing[shared.inputs :]  # the sums already contain the edges out of the shared inputs
         return self.cell_of(states, weights, outgoing, cell._multiplier, self.kernels[cell].eps)[0]
 
     def new_updates(self) -> list[NormUpdate] | None:
@@ -135,7 +141,9 @@ class Evaluator:
 
 
 class SharedCandidates:
-    """The candidates on the edges out of a cell's two inputs, for individuals that share these inputs.
+    """The candidates on the edges out of a cell's first inputs, for individuals that share these inputs.
+
+    `inputs` is how many of the cell's two inputs are shared: two in the first cell, one in the second.
 
     `matrix` has one candidate in each row, flattened to B * C * H * W values. `matrix` is None if
     it would take more than SHARED_MB.
@@ -153,8 +161,8 @@ class SharedCandidates:
     With running statistics the pools differ from edge to edge, because a BatchNorm follows each
     pool.
 
-    The next drawing shows the rows of the matrix from left to right, for batch statistics and two
-    nodes instead of four. "in 0" and "in 1" are the inputs. c3, c5, d3 and d5 are the convolutions:
+    The next drawing shows the rows of the matrix from left to right, for two shared inputs, batch
+    statistics and two nodes instead of four. "in 0" and "in 1" are the inputs. c3, c5, d3 and d5 are the convolutions:
     sep_conv and dil_conv with 3x3 and 5x5 kernels.
 
         per input                        | per edge: node 0            | per edge: node 1
@@ -168,8 +176,9 @@ class SharedCandidates:
         node 1:  w w w   w w w           | 0 0 0 0   0 0 0 0           | w w w w   w w w w
     """
 
-    def __init__(self, cell: Cell, bn: str, kernels: "CellKernels"):
+    def __init__(self, cell: Cell, inputs: int, bn: str, kernels: "CellKernels"):
         self.cell = cell
+        self.inputs = inputs
         self.outgoing = kernels.outgoing
         self.eps = kernels.eps
         if bn == "running":
@@ -180,28 +189,29 @@ class SharedCandidates:
             self.first_per_edge = FIRST_CONV
         self.ops_per_input = self.first_per_edge - 1  # `none`, operation 0, has no row
         self.ops_per_edge = len(PRIMITIVES) - self.first_per_edge
-        self.rows = 2 * self.ops_per_input + 2 * cell._steps * self.ops_per_edge
+        self.rows = inputs * self.ops_per_input + inputs * cell._steps * self.ops_per_edge
 
     def row_of(self, node: int, state: int, op: int) -> int:
         """Return the row in `matrix` of an operation on the edge from input `state` to `node`."""
         if op < self.first_per_edge:
             return state * self.ops_per_input + op - 1
-        edge = 2 * node + state
-        return 2 * self.ops_per_input + edge * self.ops_per_edge + op - self.first_per_edge
+        edge = self.inputs * node + state
+        return self.inputs * self.ops_per_input + edge * self.ops_per_edge + op - self.first_per_edge
 
-    def set_inputs(self, h0: Tensor, h1: Tensor) -> None:
-        """Compute the candidates for the cell's preprocessed inputs, each (B, C, H, W)."""
+    def set_inputs(self, inputs: list[Tensor]) -> None:
+        """Compute the candidates for the shared preprocessed inputs, each (B, C, H, W)."""
         self.matrix = None
-        B, C, H, W = h0.shape
+        like = inputs[0]
+        B, C, H, W = like.shape
         stride = 2 if self.cell.reduction else 1
         shape = (self.rows * B, C, H // stride, W // stride)
-        if math.prod(shape) * h0.element_size() > SHARED_MB * 2**20:
+        if math.prod(shape) * like.element_size() > SHARED_MB * 2**20:
             return
-        maps = torch.empty(shape, dtype=h0.dtype, device=h0.device, memory_format=memory_format(h0.device))
+        maps = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format(like.device))
         maps = maps.chunk(self.rows)  # each (B, C, H, W)
         edges = row(self.cell._steps, 0)
         ones = next(self.cell.parameters()).new_ones(edges, len(PRIMITIVES), C)
-        for state, h in enumerate((h0, h1)):
+        for state, h in enumerate(inputs):
             for candidate in candidates(h, self.outgoing[state], ones, self.eps, moments={}):
                 # A candidate with one row per input is yielded once per edge, each time with the
                 # same values. So writing its row again does no harm.
@@ -214,17 +224,17 @@ class SharedCandidates:
         self.matrix = maps[0].as_strided((self.rows, values), (values, 1))
 
     def sums(self, weights: Tensor) -> list[Tensor]:
-        """Return, for each node, the weighted sum (B, C, H, W) of its edges from the two inputs.
+        """Return, for each node, the weighted sum (B, C, H, W) of its edges from the shared inputs.
 
         `weights` are the mixing weights (E, O).
         """
         first = self.first_per_edge
         # fmt: off
         nodes = range(self.cell._steps)
-        from_inputs = [weights[row(node, 0) : row(node, 2)] for node in nodes]
-        weights = torch.stack(from_inputs)                       # (nodes, 2, O)
-        per_input = weights[..., 1:first].flatten(1)             # (nodes, 2 * ops_per_input)
-        per_edge = weights[..., first:].flatten(1)               # (nodes, 2 * ops_per_edge)
+        from_inputs = [weights[row(node, 0) : row(node, self.inputs)] for node in nodes]
+        weights = torch.stack(from_inputs)                       # (nodes, inputs, O)
+        per_input = weights[..., 1:first].flatten(1)             # (nodes, inputs * ops_per_input)
+        per_edge = weights[..., first:].flatten(1)               # (nodes, inputs * ops_per_edge)
         mixing = torch.cat([per_input, torch.block_diag(*per_edge)], dim=1)
         sums = mixing.to(self.matrix.dtype) @ self.matrix        # (nodes, B * C * H * W)
         return [node_sum.as_strided(self.one_map.shape, self.one_map.stride()) for node_sum in sums]
@@ -368,8 +378,8 @@ def mixed_cell(
     `weights` are the mixing weights (E, O). There are two ways to call `mixed_cell`:
     - From the inputs: `states` holds the two preprocessed inputs (B, C, H, W), and then None for
       each node. `outgoing` has all states.
-    - From sums: `states` holds None for both inputs, and then, for each node, the sum of its edges
-      from the inputs. `outgoing` has only the nodes.
+    - From sums: `states` holds None for the shared inputs (see `SharedCandidates`), and for each
+      node the sum of its edges from these inputs. `outgoing` has all states but the shared inputs.
     """
     states = list(states)
     all_moments = []

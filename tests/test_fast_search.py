@@ -129,11 +129,13 @@ def test_eval_logits_are_those_of_the_original():
 
 
 def evaluators(of, bn, x, monkeypatch):
-    """The evaluators that keep the first cell's candidates, and that compute them for each individual."""
+    """The evaluators that keep the candidates of shared inputs, and that compute them for each individual."""
     for shared_mb in (3072, 0):
         monkeypatch.setattr(fast_search, "SHARED_MB", shared_mb)
         evaluator = fast_evaluator(of, bn, x)
-        assert (evaluator.shared.matrix is None) == (shared_mb == 0)
+        assert len(evaluator.shared) == min(2, len(of.cells))
+        for shared in evaluator.shared.values():
+            assert (shared.matrix is None) == (shared_mb == 0)
         yield evaluator
 
 
