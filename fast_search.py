@@ -19,6 +19,10 @@ batch. Tests check that both agree with the reference. This is what makes them f
   individual (`SharedCandidates`).
 - On a CPU, the backward pass of depthwise convolutions consists of kernels that are fast there
   (`fast_ops.Depthwise`). Average pools are computed as depthwise convolutions.
+- On a GPU, a dilated depthwise convolution takes about eight times as long as an undilated one. So
+  each state is split into its four phases (`operations.split_phases`), on which the dilated
+  convolutions are undilated. 1x1 convolutions and BatchNorm work pixel by pixel, so their results
+  stay split until the sum of a node is complete.
 
 Shapes: B images, C channels of a cell, E = 14 edges of a cell, O = 8 operations of an edge. States
 are numbered as in the reference: 0 and 1 are a cell's inputs, and 2, 3, ... are its nodes 0, 1, ...
@@ -45,7 +49,7 @@ from fast_ops import (
 )
 from genotypes import PRIMITIVES
 from model_search import Cell, Network
-from operations import FactorizedReduce, Sequence
+from operations import FactorizedReduce, Sequence, join_phases, on_cpu, split_phases
 from support.devices import memory_format, region_function
 
 MAX_POOL = PRIMITIVES.index("max_pool_3x3")
@@ -215,7 +219,8 @@ class SharedCandidates:
             for candidate in candidates(h, self.outgoing[state], ones, self.eps, moments={}):
                 # A candidate with one row per input is yielded once per edge, each time with the
                 # same values. So writing its row again does no harm.
-                maps[self.row_of(candidate.edge.node, state, candidate.op)].copy_(candidate.y)
+                y = join_phases(candidate.y) if candidate.is_split else candidate.y
+                maps[self.row_of(candidate.edge.node, state, candidate.op)].copy_(y)
         # A row holds the values of a feature map in memory order. In channels-last, this is not the
         # order of the map's dimensions, so `view` would refuse. `as_strided` makes the rows from
         # the maps here, and the maps from the rows in `sums`.
@@ -365,6 +370,7 @@ class Candidate(NamedTuple):
     op: int
     y: Tensor
     is_scaled: bool  # whether y has already been multiplied by its mixing weight
+    is_split: bool = False  # whether y is split into phases, (4 B, C, H / 2, W / 2)
 
 
 Moments = dict[int, tuple[Tensor, Tensor]]  # by BatchNorm: (mean, inverse standard deviation) of the batch
@@ -387,10 +393,17 @@ def mixed_cell(
     C = any_state.shape[1]
     scales = weights.unsqueeze(-1).repeat(1, 1, C)  # (E, O, C), since a BatchNorm's scale is (C,)
     weights = weights.to(any_state.dtype)
+    split_sums = [None] * len(states)  # for each node, the sum of its candidates that are split into phases
     for of_state in outgoing:
         moments = {}
-        for candidate in candidates(states[of_state.state], of_state, scales, eps, moments):
+        h = joined(states[of_state.state], split_sums[of_state.state])
+        states[of_state.state] = h
+        for candidate in candidates(h, of_state, scales, eps, moments):
             node = 2 + candidate.edge.node
+            if candidate.is_split:
+                split_sum = split_sums[node]
+                split_sums[node] = candidate.y if split_sum is None else split_sum.add_(candidate.y)
+                continue
             total = states[node]
             if total is None:
                 total = candidate.y  # the first candidate on an edge is already scaled, see `candidates`
@@ -400,14 +413,20 @@ def mixed_cell(
                 total = total.addcmul_(candidate.y, weights[candidate.edge.row, candidate.op])
             states[node] = total
         all_moments.append(moments)
+    states[-1] = joined(states[-1], split_sums[-1])  # no edge leads out of the last node
     return concatenate(states[-multiplier:]), all_moments
+
+
+def joined(total: Tensor, split_sum: Tensor | None) -> Tensor:
+    """Add to a node's sum (B, C, H, W) the sum of the candidates that are split into phases, if there are any."""
+    return total if split_sum is None else total.add_(join_phases(split_sum))
 
 
 def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moments: Moments) -> Iterator[Candidate]:
     """Yield all candidates, except `none`, on the edges out of a state h (B, C, H, W).
 
     `scales` (E, O, C) are the mixing weights. The first candidate on each edge is a convolution,
-    which is already scaled. The batch statistics are added to `moments`.
+    which is already scaled and not split. The batch statistics are added to `moments`.
     """
 
     def normalise(x: Tensor, norm: int, scale: Tensor | None = None) -> Tensor:
@@ -429,6 +448,7 @@ def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moment
         pools = [normalise(pool, norm) for pool, norm in zip(pools, outgoing.pool_norms, strict=True)]
     relu = torch.relu(h)  # (B, C, H, W)
     even = None
+    phases = None
     if reducing:
         even = every_second(relu, 0)  # (B, C, H / 2, W / 2)
         odd = every_second(relu, 1)  # (B, C, H / 2, W / 2)
@@ -436,18 +456,25 @@ def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moment
         skip_scales = torch.cat([scale[SKIP] for scale in edge_scales])  # (edges * C,)
         skips = normalise(y, outgoing.skips.norm, skip_scales).chunk(len(edges), dim=1)
         del odd, y
+    elif dilates_in_phases(h):
+        phases = split_phases(relu)  # (4 B, C, H / 2, W / 2)
 
     for i, (edge, scale) in enumerate(zip(edges, edge_scales, strict=True)):
         for op, separables in enumerate(edge.convolutions, start=FIRST_CONV):
             first = separables[0]
-            dilation = 2 if len(separables) == 1 else 1
-            y = F.conv2d(depthwise(relu, first.depthwise, dilation, even), first.pointwise)
+            dilated = len(separables) == 1
+            is_split = dilated and phases is not None
+            if is_split:
+                y = depthwise(phases, first.depthwise)
+            else:
+                y = depthwise(relu, first.depthwise, 2 if dilated else 1, even)
+            y = F.conv2d(y, first.pointwise)
             last = first
             if len(separables) == 2:  # the second convolution has stride 1
                 last = separables[1]
                 y = normalise(y, first.norm).relu_()
                 y = F.conv2d(depthwise(y, last.depthwise), last.pointwise)
-            yield Candidate(edge, op, normalise(y, last.norm, scale[op]), is_scaled=True)
+            yield Candidate(edge, op, normalise(y, last.norm, scale[op]), is_scaled=True, is_split=is_split)
         if reducing:
             yield Candidate(edge, SKIP, skips[i], is_scaled=True)
         else:
@@ -457,6 +484,12 @@ def candidates(h: Tensor, outgoing: Outgoing, scales: Tensor, eps: float, moment
                 yield Candidate(edge, op, pools[k], is_scaled=False)
             else:
                 yield Candidate(edge, op, normalise(pools[k], edge.pool_norms[k], scale[op]), is_scaled=True)
+
+
+def dilates_in_phases(h: Tensor) -> bool:
+    """Return whether dilated convolutions of a state h (B, C, H, W) are computed on its phases."""
+    channels_last = memory_format(h.device) == torch.channels_last
+    return channels_last and not on_cpu(h) and h.shape[2] % 2 == h.shape[3] % 2 == 0
 
 
 def factorized_reduce(even: Tensor, odd: Tensor, kernels_1: Tensor, kernels_2: Tensor, edges: int = 1) -> Tensor:

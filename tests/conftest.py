@@ -35,12 +35,13 @@ def shared_data():
 def kernels(request, monkeypatch):
     """The fast paths as they are on the CPU; with the kernels that GPUs run; with these and the other layout."""
     import fast_ops
+    import fast_search
     import nas201.fast_search
     import operations
     from support import devices
 
     if request.param != "cpu":
-        for module in (operations, fast_ops, nas201.fast_search):
+        for module in (operations, fast_ops, fast_search, nas201.fast_search):
             monkeypatch.setattr(module, "on_cpu", lambda x: False)
     if request.param == "gpu-nchw":
         monkeypatch.setattr(devices, "CHANNELS_LAST", ())
