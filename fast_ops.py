@@ -240,3 +240,20 @@ class Depthwise(torch.autograd.Function):
         else:
             grad_kernel = conv2d_weight(x, kernel.shape, grad, stride, padding, dilation, C)
         return grad_x, grad_kernel, None, None, None
+
+
+# ---- Triton
+
+
+def uses_triton(x: Tensor) -> bool:
+    """Return whether fitness computes feature maps like x with the kernels of `triton_kernels`.
+
+    These are for bfloat16 on CUDA. They are checked first, once in each process.
+    """
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16:
+        return False
+    try:
+        import triton_kernels
+    except ImportError:  # builds of PyTorch without Triton
+        return False
+    return triton_kernels.usable(x.device)

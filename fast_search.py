@@ -36,6 +36,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cell_tensors import (
+    FIRST_CONV,
+    MAX_POOL,
+    POOLS,
+    SKIP,
+    CellKernels,
+    Edge,
+    Outgoing,
+    factorized_reduce,
+    outgoing_kernels,
+    row,
+)
 from fast_ops import (
     NormUpdate,
     batch_norm,
@@ -46,28 +58,16 @@ from fast_ops import (
     fast_average_pool,
     move_statistics,
     split_update,
+    uses_triton,
 )
 from genotypes import PRIMITIVES
 from model_search import Cell, Network
-from operations import FactorizedReduce, Sequence, join_phases, on_cpu, split_phases
+from operations import FactorizedReduce, join_phases, on_cpu, split_phases
 from support.devices import memory_format, region_function
 
-MAX_POOL = PRIMITIVES.index("max_pool_3x3")
-AVG_POOL = PRIMITIVES.index("avg_pool_3x3")
-SKIP = PRIMITIVES.index("skip_connect")
-POOLS = (MAX_POOL, AVG_POOL)
-FIRST_CONV = SKIP + 1  # this operation and all later ones are separable convolutions
 # Limit for the shared candidates of a cell. At the paper's sizes and a batch of 1,024 images, those of
 # the first cell take 2,432 MB in float32, and those of the second cell 1,216 MB.
 SHARED_MB = 3072
-
-
-def row(node: int, state: int) -> int:
-    """Return the number of the edge from a state to a node: its row in the alphas and its index in `Cell._ops`.
-
-    Node n has n + 2 incoming edges, so n * (n + 3) / 2 edges lead to the nodes before it.
-    """
-    return node * (node + 3) // 2 + state
 
 
 def forward(network: Network, x: Tensor, alphas: Tensor, *, compile: bool = False, checkpoint: bool = False) -> Tensor:
@@ -108,7 +108,7 @@ class Evaluator:
     def __init__(self, network: Network, bn: str, *, compile: bool = False):
         self.network = network
         self.bn = bn
-        self.cell_of = region_function(mixed_cell, compile)
+        self.compile = compile
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
         self.shared = {}  # by cell
         for cell, inputs in zip(network.cells, (2, 1), strict=False):  # the third cell on share nothing
@@ -117,8 +117,13 @@ class Evaluator:
     @torch.no_grad()
     def set_batch(self, x: Tensor) -> None:
         """Take a batch of images (B, 3, H, W), and compute the tensors that are the same for all individuals."""
+        self.cell_of = region_function(mixed_cell, self.compile)
         self.inputs = first_cell_inputs(self.network, x, self.new_updates())
         h0, h1, h0_next = self.inputs
+        if self.bn == "batch" and uses_triton(h0):
+            from fused_search import fused_cell
+
+            self.cell_of = fused_cell
         for shared, inputs in zip(self.shared.values(), ([h0, h1], [h0_next]), strict=False):
             shared.set_inputs(inputs)
 
@@ -180,7 +185,7 @@ class SharedCandidates:
         node 1:  w w w   w w w           | 0 0 0 0   0 0 0 0           | w w w w   w w w w
     """
 
-    def __init__(self, cell: Cell, inputs: int, bn: str, kernels: "CellKernels"):
+    def __init__(self, cell: Cell, inputs: int, bn: str, kernels: CellKernels):
         self.cell = cell
         self.inputs = inputs
         self.outgoing = kernels.outgoing
@@ -244,120 +249,6 @@ class SharedCandidates:
         sums = mixing.to(self.matrix.dtype) @ self.matrix        # (nodes, B * C * H * W)
         return [node_sum.as_strided(self.one_map.shape, self.one_map.stride()) for node_sum in sums]
         # fmt: on
-
-
-# ---- the tensors of a cell that `mixed_cell` reads
-#
-# `mixed_cell` is a function of tensors, not of modules, so that equal cells share one compiled
-# graph. Therefore it identifies a BatchNorm by a number. Each state has a list of BatchNorms, and
-# `outgoing_of` assigns the numbers. `candidates` uses the number to find running statistics, and to
-# store batch statistics.
-
-
-class Separable(NamedTuple):
-    """A depthwise convolution, a 1x1 convolution and a BatchNorm."""
-
-    depthwise: Tensor  # (C, 1, k, k)
-    pointwise: Tensor  # (C, C, 1, 1)
-    norm: int  # number of its BatchNorm
-
-
-class Edge(NamedTuple):
-    """An edge out of a state."""
-
-    node: int  # the node that the edge leads to
-    row: int  # the edge's row in the alphas
-    convolutions: list[list[Separable]]  # for each operation from FIRST_CONV on: one if dilated, else two
-    pool_norms: list[int] | None  # BatchNorm after each of POOLS; None if all edges of the state share them
-
-
-class Skips(NamedTuple):
-    """The skip_connects on all edges out of one input of a reduction cell, which are computed together."""
-
-    kernels_1: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_1
-    kernels_2: Tensor  # (edges * C / 2, C, 1, 1), each edge's conv_2
-    norm: int  # number of the BatchNorm, of edges * C channels
-
-
-class Outgoing(NamedTuple):
-    """All edges out of a state."""
-
-    state: int
-    edges: list[Edge]
-    skips: Skips | None  # None if the skip_connects are identities
-    pool_norms: list[int] | None  # BatchNorm after each of POOLS, for all edges; None with running statistics
-    running: list[tuple[Tensor, Tensor]] | None  # (mean, variance) by BatchNorm; None with batch statistics
-
-
-class CellKernels(NamedTuple):
-    """The tensors of a cell, and the BatchNorm modules that the numbers stand for."""
-
-    outgoing: list[Outgoing]  # by state; the last node has no edges out of it
-    norms: list[list[list[nn.BatchNorm2d]]]  # for each state and number, the modules that are computed as one
-    eps: float  # of all BatchNorms
-
-
-def outgoing_kernels(cell: Cell, bn: str) -> CellKernels:
-    """Return the tensors of a cell for the statistics `bn`, "batch" or "running"."""
-    outgoing = []
-    norms = []
-    for state in range(1 + cell._steps):
-        of_state, norms_of_state = outgoing_of(cell, state, bn)
-        outgoing.append(of_state)
-        norms.append(norms_of_state)
-    return CellKernels(outgoing, norms, eps=norms[0][0][0].eps)
-
-
-def outgoing_of(cell: Cell, state: int, bn: str) -> tuple[Outgoing, list[list[nn.BatchNorm2d]]]:
-    """Return the edges out of a state, and the BatchNorm modules of these edges.
-
-    Entry i of the second result lists the modules with number i, which are computed as one.
-    """
-    nodes = range(max(0, state - 1), cell._steps)
-    ops_of_edges = [cell._ops[row(node, state)]._ops for node in nodes]
-    norms = []
-
-    def number_of(*modules: nn.BatchNorm2d) -> int:
-        norms.append(list(modules))
-        return len(norms) - 1
-
-    # The BatchNorms after a pool differ between edges only in their running statistics. So with
-    # batch statistics they are computed as one.
-    pool_norms = None
-    if bn == "batch":
-        pool_norms = [number_of(*(ops[pool][1] for ops in ops_of_edges)) for pool in POOLS]
-    skips = None
-    if isinstance(ops_of_edges[0][SKIP], FactorizedReduce):
-        modules = [ops[SKIP] for ops in ops_of_edges]
-        skips = Skips(
-            kernels_1=torch.cat([skip.conv_1.weight for skip in modules]),
-            kernels_2=torch.cat([skip.conv_2.weight for skip in modules]),
-            norm=number_of(*(skip.bn for skip in modules)),
-        )
-    edges = []
-    for node, ops in zip(nodes, ops_of_edges, strict=True):
-        convolutions = [separables_of(op, number_of) for op in ops[FIRST_CONV:]]
-        edge_pool_norms = [number_of(ops[pool][1]) for pool in POOLS] if bn == "running" else None
-        edges.append(Edge(node, row(node, state), convolutions, edge_pool_norms))
-    running = [joint_statistics(modules) for modules in norms] if bn == "running" else None
-    return Outgoing(state, edges, skips, pool_norms, running), norms
-
-
-def separables_of(op: Sequence, number_of: Callable[[nn.BatchNorm2d], int]) -> list[Separable]:
-    """Return the separable convolutions of an operation, one or two."""
-    layers = list(op.op)  # four for each separable convolution, see `operations.separable`
-    separables = []
-    for start in range(0, len(layers), 4):
-        _, depthwise_conv, pointwise_conv, norm = layers[start : start + 4]
-        separables.append(Separable(depthwise_conv.weight, pointwise_conv.weight, number_of(norm)))
-    return separables
-
-
-def joint_statistics(norms: list[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
-    """Return the concatenated running mean and variance of BatchNorms, each (norms * C,)."""
-    means = torch.cat([norm.running_mean for norm in norms])
-    variances = torch.cat([norm.running_var for norm in norms])
-    return means, variances
 
 
 # ---- a searched cell
@@ -490,21 +381,6 @@ def dilates_in_phases(h: Tensor) -> bool:
     """Return whether dilated convolutions of a state h (B, C, H, W) are computed on its phases."""
     channels_last = memory_format(h.device) == torch.channels_last
     return channels_last and not on_cpu(h) and h.shape[2] % 2 == h.shape[3] % 2 == 0
-
-
-def factorized_reduce(even: Tensor, odd: Tensor, kernels_1: Tensor, kernels_2: Tensor, edges: int = 1) -> Tensor:
-    """Compute the FactorizedReduce of several edges at once, without their BatchNorm.
-
-    `even` and `odd` (B, C_in, H, W) are the pixels that the two convolutions of each edge see. The
-    kernels are (edges * C / 2, C_in, 1, 1). Returns (B, edges * C, H, W), with the channels of the
-    first edge first.
-    """
-    first_halves = F.conv2d(even, kernels_1).chunk(edges, dim=1)  # for each edge (B, C / 2, H, W)
-    second_halves = F.conv2d(odd, kernels_2).chunk(edges, dim=1)
-    halves = []
-    for first, second in zip(first_halves, second_halves, strict=True):
-        halves += [first, second]
-    return torch.cat(halves, dim=1)
 
 
 # ---- the network around the searched cells; for `updates` see `fast_ops.batch_norm`

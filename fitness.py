@@ -15,6 +15,8 @@ from support.clock import Clock, EveryMinute, Work
 from support.files import UserError
 from training import TRAIN_AGAIN
 
+FEWEST_RECORDED = 4  # individuals for which a pass is recorded as a CUDA graph
+
 
 class Distinct(NamedTuple):
     """The distinct individuals of a population (P, ...).
@@ -94,6 +96,7 @@ def measure_fitness(
     make_evaluator: Callable = PlainEvaluator,
     *,
     amp: bool = False,
+    cuda_graph: bool = False,
     where: str = "fitness",
     clock: Clock | None = None,
 ) -> torch.Tensor:
@@ -102,7 +105,8 @@ def measure_fitness(
     `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is
     loaded and augmented once and shown to all individuals, so they are compared on the same images.
     Equal alphas are measured once. Several processes divide the individuals among themselves, and
-    each process returns the fitness of all individuals. `clock` counts individuals times batches as
+    each process returns the fitness of all individuals. With `cuda_graph`, a GPU records the pass of
+    an individual once per batch and replays it for the others. `clock` counts individuals times batches as
     "fitness".
 
     Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an
@@ -118,6 +122,8 @@ def measure_fitness(
     clock = clock or Clock(fitness=Work(left=len(share) * len(loader)))
     clock.start()
     bar = distributed.progress(loader, where, units=len(share))
+    recording = cuda_graph and devices.can_record(device) and len(share) >= FEWEST_RECORDED
+    warm = set()  # shapes of batches that have been computed without a graph
     with batch_norm_mode(network, statistics):
         evaluator = make_evaluator(network, statistics)
         for batch, (x, y) in enumerate(bar):
@@ -125,8 +131,12 @@ def measure_fitness(
                 raise signals.Interrupted(where)
             with devices.autocast(device, amp):
                 evaluator.set_batch(x)
+                logits_of = evaluator.logits
+                if recording:
+                    logits_of = devices.Recorded(evaluator.logits, warm_up=0 if x.shape in warm else 2)
+                    warm.add(x.shape)
                 for count, i in enumerate(share, start=batch * len(share) + 1):
-                    logits = evaluator.logits(individuals[i])
+                    logits = logits_of(individuals[i])
                     correct[i] += (logits.argmax(1) == y).sum()
                     broken[i] += ~logits.isfinite().all()
                     clock.add("fitness", 1)

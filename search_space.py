@@ -130,5 +130,5 @@ class SearchSetup:
         make_evaluator = PlainEvaluator
         if not args.plain:
             make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
-        settings = {"amp": args.amp, "where": where, "clock": self.clock}
+        settings = {"amp": args.amp, "cuda_graph": args.cuda_graph, "where": where, "clock": self.clock}
         return measure_fitness(self.network, alphas, self.valid_loader, args.bn, make_evaluator, **settings)

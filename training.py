@@ -329,7 +329,7 @@ def train_one_epoch(
     step_of_batch = functools.partial(
         train_step, state.trained, state.optimizer, loss_of, amp=settings.amp, grad_clip=settings.grad_clip
     )
-    if settings.cuda_graph and device.type == "cuda" and distributed.world_size() == 1:
+    if settings.cuda_graph and devices.can_record(device) and distributed.world_size() == 1:
         step_of_batch = devices.Recorded(step_of_batch)
 
     loader.skip = progress.steps

@@ -7,7 +7,7 @@ Backward passes do not work in that mode.
 
 A launch is a dispatched aten call that neither makes a view nor only allocates memory. A
 `_foreach_` call counts as one launch. We count the bytes as if each launch read its arguments and
-wrote its results once.
+wrote its results once. A copy or a fill does not read the tensor that it writes.
 """
 
 import argparse
@@ -40,6 +40,7 @@ from support import devices
 from training import plain_forward
 
 ALLOCATIONS = ("empty", "new_empty")
+OVERWRITING = ("copy_", "fill_", "zero_")  # their first argument is only written, as is an argument `out`
 TRAINING = 64  # images per batch, as in the paper
 FITNESS = 1024
 
@@ -72,19 +73,30 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: OpOverload, types: tuple, args: tuple = (), kwargs: dict | None = None):
         result = function(*args, **(kwargs or {}))
-        tensors = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-        assert all(tensor.device.type == "cuda" for tensor in tensors), function
         name = function.__name__.split(".")[0]
-        if function.namespace == "aten" and not function.is_view and not name.startswith(ALLOCATIONS):
+        read = args[1:] if name in OVERWRITING else args
+        read_by_name = {argument: value for argument, value in (kwargs or {}).items() if argument != "out"}
+        tensors = [leaf for leaf in tree_leaves((read, read_by_name, result)) if isinstance(leaf, Tensor)]
+        assert all(tensor.device.type == "cuda" for tensor in tensors), function
+        if function.namespace in ("aten", "evnas") and not function.is_view and not name.startswith(ALLOCATIONS):
             self.counts[name] += 1
             self.bytes += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
         return result
 
 
 @contextlib.contextmanager
-def fake_gpu() -> Iterator[None]:
-    """Within this block, create tensors on a CUDA device that does not exist."""
+def fake_gpu(triton: bool = False) -> Iterator[None]:
+    """Within this block, create tensors on a CUDA device that does not exist.
+
+    `triton` says whether fitness in bfloat16 uses the kernels of `triton_kernels`.
+    """
+
+    def uses_triton(x: Tensor) -> bool:
+        return triton and x.dtype == torch.bfloat16
+
     with (
+        mock.patch.object(fast_search, "uses_triton", uses_triton),
+        mock.patch.object(nas201.fast_search, "uses_triton", uses_triton),
         # Without a GPU, PyTorch would switch autocast off and refuse bfloat16.
         mock.patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         mock.patch.object(torch.cuda, "is_bf16_supported", lambda *args, **settings: True),
@@ -102,7 +114,7 @@ def launches(function: Callable[[], object], amp: bool) -> Launches:
 
 
 def forward_passes(space: Space, way: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield (title, function) of each forward pass, for the way "plain" or "fast".
+    """Yield (title, function) of each forward pass, for the way "plain", "fast" or "triton".
 
     The forward passes are training, the part of fitness that all individuals share, and the fitness
     of one individual.
@@ -133,18 +145,21 @@ def main() -> None:
     columns = "{:5} {:6} {:9} {:30} {:>9} {:>9}"
     print(columns.format("space", "way", "", "forward pass", "launches", "GB"), flush=True)
     bytes_of = {}
-    for name, way, amp in itertools.product(SPACES, ("plain", "fast"), (False, True)):
+    for name, way, amp in itertools.product(SPACES, ("plain", "fast", "triton"), (False, True)):
+        if way == "triton" and not amp:
+            continue  # these kernels are for bfloat16
         dtype = "bfloat16" if amp else "float32"
-        with fake_gpu():
+        with fake_gpu(triton=way == "triton"):
             for title, function in forward_passes(SPACES[name], way):
                 counted = launches(function, amp)
                 bytes_of[name, dtype, title, way] = counted.bytes
                 count = counted.counts.total()
                 print(columns.format(name, way, dtype, title, count, f"{counted.bytes / 1e9:.2f}"), flush=True)
     ratios = {}
-    for (name, dtype, title, way), plain_bytes in bytes_of.items():
-        if way == "plain" and plain_bytes:  # the shared part of the plain path is empty and has 0 bytes
-            ratios[f"{name} {dtype} {title}"] = plain_bytes / bytes_of[name, dtype, title, "fast"]
+    for (name, dtype, title, way), fast_bytes in bytes_of.items():
+        plain_bytes = bytes_of[name, dtype, title, "plain"]
+        if way != "plain" and plain_bytes:  # the shared part of the plain path is empty and has 0 bytes
+            ratios[f"{name} {way} {dtype} {title}"] = plain_bytes / fast_bytes
     print_ratios(ratios)
 
 

@@ -13,7 +13,8 @@ and `Evaluator` match the reference. Three things make the computation fast:
 - With running statistics, folded convolutions. BatchNorm with running statistics is an affine map.
   So a node is one 3x3 convolution of the concatenated earlier nodes, plus the `skip_connect` and
   `avg_pool_3x3` of these nodes. The kernel of this convolution combines both convolutions of every
-  edge, their BatchNorms and the mixing weights.
+  edge, their BatchNorms and the mixing weights. On a GPU in bfloat16, `skip_connect` and
+  `avg_pool_3x3` are part of the convolution as well (`cell_by_source`).
 
 A cell is computed by a function of tensors, not of modules. So cells of the same shape share one
 compiled graph.
@@ -22,6 +23,7 @@ Shapes: B images, C channels of a cell, E = 6 edges, O = 5 operations of an edge
 input. "target<-source" is the edge from node `source` to the later node `target`.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -29,7 +31,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fast_ops import NormUpdate, batch_norm, batch_norm_stats, fast_average_pool, move_statistics, split_update
+from fast_ops import (
+    NormUpdate,
+    batch_norm,
+    batch_norm_stats,
+    fast_average_pool,
+    move_statistics,
+    split_update,
+    uses_triton,
+)
 from nas201.genotypes import PRIMITIVES
 from nas201.model_search import Cell, Network
 from operations import ReLUConvBN, on_cpu
@@ -174,10 +184,18 @@ class Folded(NamedTuple):
 
 
 class FoldedCell(NamedTuple):
-    """A cell with the mixing weights applied: one convolution for each node k = 1, 2, ..."""
+    """A cell with the mixing weights applied, for `folded_cell`: one convolution into each node k = 1, 2, ..."""
 
+    weights: Tensor  # (E, O), the mixing weights
     kernels: tuple[Tensor, ...]  # that of node k is (C, k * C, 3, 3)
     biases: tuple[Tensor, ...]  # each (C,)
+
+
+class CellBySource(NamedTuple):
+    """A cell with the mixing weights applied, for `cell_by_source`: one convolution out of each node but the last."""
+
+    kernels: tuple[Tensor, ...]  # each (targets * C, 2 * C, 3, 3)
+    bias: Tensor  # (targets * C,), of all nodes that node 0 leads to
 
 
 def fold(cells: list[Cell]) -> list[Folded]:
@@ -215,29 +233,55 @@ def fold_conv(module: ReLUConvBN) -> tuple[Tensor, Tensor]:
     return kernel, -norm.running_mean * scale
 
 
-def mix(nodes: list[Folded], weights: Tensor) -> list[FoldedCell]:
+class Mixed(NamedTuple):
+    """The convolutions into node k with the mixing weights applied, for several cells of the same shape."""
+
+    kernels: Tensor  # (cells, C, k, C, 3, 3): cell, output channel, source node, input channel
+    biases: Tensor  # (cells, C)
+
+
+def mix(nodes: list[Folded], weights: Tensor) -> list[Mixed]:
     """Apply the mixing weights (E, O) to the convolutions that `fold` returned."""
-    kernels_of_nodes = []
-    biases_of_nodes = []
+    mixed = []
     for k, (kernels, biases) in enumerate(nodes, start=1):
         # The edges into node k are adjacent rows of the weights, and CONVS are adjacent columns.
-        # fmt: off
         w = weights[row(k, 0) : row(k + 1, 0), CONV1 : CONV3 + 1].t()  # (2, k)
-        mixed = (kernels * w.view(1, 2, 1, k, 1, 1, 1)).sum(1)         # (cells, C, k, C, 3, 3)
-        kernels_of_nodes.append(mixed.flatten(2, 3).unbind())          # each (C, k * C, 3, 3)
-        mixed = (biases * w.view(1, 2, 1, k)).sum((1, 3))              # (cells, C)
-        biases_of_nodes.append(mixed.unbind())                         # each (C,)
+        mixed.append(Mixed((kernels * w.view(1, 2, 1, k, 1, 1, 1)).sum(1), (biases * w.view(1, 2, 1, k)).sum((1, 3))))
+    return mixed
+
+
+def folded_cells(nodes: list[Folded], weights: Tensor) -> list[FoldedCell]:
+    """Return the cells for `folded_cell`, from what `fold` returned and the mixing weights (E, O)."""
+    mixed = mix(nodes, weights)
+    kernels_of_cells = zip(*(kernels.flatten(2, 3) for kernels, _ in mixed), strict=True)
+    biases_of_cells = zip(*(biases for _, biases in mixed), strict=True)
+    return [FoldedCell(weights, *parts) for parts in zip(kernels_of_cells, biases_of_cells, strict=True)]
+
+
+def cells_by_source(nodes: list[Folded], weights: Tensor) -> list[CellBySource]:
+    """Return the cells for `cell_by_source`, from what `fold` returned and the mixing weights (E, O)."""
+    mixed = mix(nodes, weights)
+    cells, C = mixed[0].biases.shape
+    box = weights.new_full((3, 3), 1 / 9)
+    center = F.pad(weights.new_ones(1, 1), (1, 1, 1, 1))  # 1 in the middle of 3x3 zeros
+    kernels_of_sources = []
+    for source in range(len(nodes)):
+        targets = range(source + 1, len(nodes) + 1)
+        # fmt: off
+        convolutions = torch.cat([mixed[target - 1].kernels[:, :, source] for target in targets], dim=1)
+        w = torch.stack([weights[row(target, source)] for target in targets])  # (targets, O)
+        linear = w[:, SKIP, None, None] * center + w[:, POOL, None, None] * box  # (targets, 3, 3)
+        linear = torch.einsum("thw,oi->toihw", linear, torch.eye(C).to(w))     # (targets, C, C, 3, 3)
+        linear = linear.flatten(0, 1).expand(cells, -1, -1, -1, -1)            # (cells, targets * C, C, 3, 3)
+        kernels_of_sources.append(torch.cat([convolutions, linear], dim=2))    # (cells, targets * C, 2 * C, 3, 3)
         # fmt: on
-    kernels_of_cells = zip(*kernels_of_nodes, strict=True)
-    biases_of_cells = zip(*biases_of_nodes, strict=True)
-    return [FoldedCell(*parts) for parts in zip(kernels_of_cells, biases_of_cells, strict=True)]
+    bias_of_cells = torch.cat([biases for _, biases in mixed], dim=1)  # (cells, nodes * C)
+    kernels_of_cells = zip(*kernels_of_sources, strict=True)
+    return [CellBySource(*parts) for parts in zip(kernels_of_cells, bias_of_cells, strict=True)]
 
 
 def folded_cell(x: Tensor, weights: Tensor, kernels: tuple[Tensor, ...], biases: tuple[Tensor, ...]) -> Tensor:
-    """Compute a cell as one convolution per node, for x (B, C, H, W) and the mixing weights (E, O).
-
-    `kernels` and `biases` come from FoldedCell.
-    """
+    """Compute a cell as one convolution into each node, for x (B, C, H, W). The rest comes from FoldedCell."""
     nodes = [x]
     active = []  # ReLU of each node
     pooled = []  # average pool of each node
@@ -250,6 +294,24 @@ def folded_cell(x: Tensor, weights: Tensor, kernels: tuple[Tensor, ...], biases:
             out = out.addcmul_(nodes[source], w[SKIP]).addcmul_(pooled[source], w[POOL])
         nodes.append(out)
     return nodes[-1]
+
+
+def cell_by_source(x: Tensor, kernels: tuple[Tensor, ...], bias: Tensor) -> Tensor:
+    """Compute a cell as one convolution out of each node, for x (B, C, H, W). The rest comes from CellBySource.
+
+    The convolution reads the node's ReLU and the node itself, each with a border that makes the
+    average pool a convolution (`triton_kernels.border_reference`). The second half of its kernel is
+    `skip_connect` and `avg_pool_3x3`, which do not mix channels. So every node is read and written
+    less often than in `folded_cell`, with twice the multiply-adds.
+    """
+    from triton_kernels import with_border
+
+    parts = [[x], *([] for _ in kernels)]  # for each node, the feature maps whose sum it is
+    for source, kernel in enumerate(kernels):
+        y = F.conv2d(with_border(parts[source]), kernel, bias if source == 0 else None)  # (B, targets * C, H, W)
+        for part_list, part in zip(parts[source + 1 :], y.chunk(len(kernels) - source, dim=1), strict=True):
+            part_list.append(part)
+    return functools.reduce(torch.add, parts[-1])
 
 
 class Evaluator:
@@ -271,7 +333,7 @@ class Evaluator:
         self.eps = any_norm.eps
         # Searched cells without running statistics use batch statistics, whatever `bn` says.
         self.folding = bn == "running" and any_norm.running_mean is not None
-        self.cell_of = region_function(folded_cell if self.folding else mixed_cell, compile)
+        self.compile = compile
         self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
         self.stages = []  # the folded cells of each stage; the cells of a stage have the same shape
         if self.folding:
@@ -283,6 +345,7 @@ class Evaluator:
     def set_batch(self, x: Tensor) -> None:
         """Compute the stem, which all individuals share, on a batch of images (B, 3, H, W)."""
         s = stem(self.network, x, self.apply_norm)  # (B, C, H, W)
+        self.by_source = self.folding and uses_triton(s)
         if self.folding and on_cpu(s):
             self.parts = s.split(self.images_per_thread * torch.get_num_threads())
         else:
@@ -295,16 +358,22 @@ class Evaluator:
         `alphas` are (1, E, O) or (E, O), raw or decoded.
         """
         weights = mixing_weights(alphas)
-        if self.folding:
-            arguments = [cell for stage in self.stages for cell in mix(stage, weights)]
+        if self.by_source:
+            function = cell_by_source
+            arguments = [cell for stage in self.stages for cell in cells_by_source(stage, weights)]
+        elif self.folding:
+            function = folded_cell
+            arguments = [cell for stage in self.stages for cell in folded_cells(stage, weights)]
         else:
-            arguments = [(kernels, self.eps) for kernels in self.kernels]
+            function = mixed_cell
+            arguments = [(weights, kernels, self.eps) for kernels in self.kernels]
+        cell_of = region_function(function, self.compile and not self.by_source)
 
         def part_logits(s: Tensor) -> Tensor:
             remaining = iter(arguments)
 
             def searched_cell(cell: Cell, s: Tensor) -> Tensor:
-                out = self.cell_of(s, weights, *next(remaining))
+                out = cell_of(s, *next(remaining))
                 return out if self.folding else out[0]
 
             return after_stem(self.network, s, searched_cell, self.apply_norm)

@@ -36,8 +36,8 @@ def add_speed_arguments(group: argparse._ArgumentGroup) -> None:
     text = "compile parts of the network with torch.compile; takes minutes at the start, then runs faster"
     group.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help=text)
     text = (
-        "on one GPU, record the training step as a CUDA graph, so that the GPU does not wait for Python; "
-        "same results, more memory"
+        "on a GPU, record a training step (in one process) and repeated forward passes as CUDA graphs, so that "
+        "the GPU does not wait for Python; same results, more memory"
     )
     group.add_argument("--cuda_graph", action=argparse.BooleanOptionalAction, default=True, help=text)
     text = (
@@ -142,18 +142,24 @@ def compiled(function: Callable) -> Callable:
     return torch.compile(function, dynamic=False)
 
 
+def can_record(device: torch.device) -> bool:
+    """Return whether functions of tensors on a device can be recorded, see `Recorded`."""
+    return device.type == "cuda"
+
+
 class Recorded:
     """A function of CUDA tensors that is recorded as a CUDA graph, so that its kernels are launched
     all at once.
 
-    The first two calls run without a graph, so that libraries, compilers and the optimiser are
+    The first `warm_up` calls run without a graph, so that libraries, compilers and the optimiser are
     initialised before the recording. Besides its inputs, the function may only read tensors that
     keep their addresses, and values that never change. Inputs whose shapes differ from those of the
     first call are computed without the graph.
     """
 
-    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+    def __init__(self, function: Callable[..., torch.Tensor], warm_up: int = 2) -> None:
         self.function = function
+        self.warm_up = warm_up
         self.calls = 0
         self.graph = None
         self.inputs = None
@@ -168,7 +174,7 @@ class Recorded:
         for recorded, x in zip(self.inputs, inputs, strict=True):
             recorded.copy_(x)
         self.calls += 1
-        if self.calls <= 2:
+        if self.calls <= self.warm_up:
             return self.on_side_stream()
         if self.graph is None:
             self.graph = torch.cuda.CUDAGraph()

@@ -21,6 +21,7 @@ import nas201.fast_search
 import nas201.model_search
 import train_search
 from encoding import decode, random_alphas
+from fitness import measure_fitness
 from support import devices
 from training import TrainingSettings, TrainingState, make_optimizer, plain_forward, train_one_epoch
 
@@ -80,6 +81,46 @@ def test_bfloat16_error_is_that_of_the_plain_network(space):
     network = others[1].to(memory_format=torch.channels_last)
     of_fast = distances(gradients_and_logits(fast.forward, network, x, y, alphas, amp=True), expected)
     assert all(fast <= 1.3 * plain for fast, plain in zip(of_fast, of_plain, strict=True)), (of_fast, of_plain)
+
+
+def test_triton_kernels_are_right():
+    pytest.importorskip("triton")
+    import triton_kernels
+
+    for case, error in triton_kernels.errors(torch.device("cuda"), torch.bfloat16).items():
+        assert error < triton_kernels.LIMIT, case
+
+
+@pytest.mark.parametrize("space, bn", [("s1", "batch"), ("s2", "running")])
+def test_fitness_with_triton_kernels_is_as_near_float32_as_without(space, bn, monkeypatch):
+    fast, network, alphas, x, _ = on_a_card(space)
+
+    def logits(amp):
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            evaluator = fast.Evaluator(network, bn)
+            evaluator.set_batch(x)
+            return evaluator.logits(alphas)
+
+    exact = logits(False)
+    assert fast.uses_triton(x.bfloat16())
+    with_triton = (logits(True) - exact).norm()
+    monkeypatch.setattr(fast, "uses_triton", lambda x: False)
+    without = (logits(True) - exact).norm()
+    assert with_triton <= 2 * without
+
+
+@pytest.mark.parametrize("space, bn", [("s1", "batch"), ("s2", "running")])
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+def test_recorded_fitness_equals_the_eager_one(space, bn, amp):
+    fast, network, _, x, y = on_a_card(space)
+    population = torch.rand(6, *SPACES[space][2]().shape[1:])
+    loader = Batches([(x, y), (x.flip(0), y.flip(0)), (x[:20], y[:20])])
+    loader.size = 84
+    eager, recorded = (
+        measure_fitness(network, population, loader, bn, fast.Evaluator, amp=amp, cuda_graph=cuda_graph)
+        for cuda_graph in (False, True)
+    )
+    assert torch.equal(recorded, eager)
 
 
 class Batches(list):

@@ -27,7 +27,7 @@ def launches(function, amp):
     return counts
 
 
-@pytest.mark.parametrize("space, most", [pytest.param("s1", 3310, marks=pytest.mark.slow), ("s2", 850)])
+@pytest.mark.parametrize("space, most", [pytest.param("s1", 3440, marks=pytest.mark.slow), ("s2", 850)])
 def test_training_launches_few_kernels(space, most, amp):
     fast = kernels.SPACES[space].fast
     network = kernels.SPACES[space].make_network()
@@ -42,8 +42,8 @@ def test_training_launches_few_kernels(space, most, amp):
 @pytest.mark.parametrize(
     "space, bn, most_shared, most",
     [
-        pytest.param("s1", "batch", 250, 3070, marks=pytest.mark.slow),
-        pytest.param("s1", "running", 2060, 3430, marks=pytest.mark.slow),
+        pytest.param("s1", "batch", 420, 3090, marks=pytest.mark.slow),
+        pytest.param("s1", "running", 2240, 3450, marks=pytest.mark.slow),
         ("s2", "batch", 100, 750),
         ("s2", "running", 1200, 430),
     ],
@@ -65,6 +65,17 @@ def test_fitness_launches_few_kernels(space, bn, most_shared, most, amp):
     assert counts.total() <= most
     if bn == "batch":
         assert not (shared | counts).keys() & UNREAD
+
+
+@pytest.mark.parametrize("space, most", [pytest.param("s1", 53, marks=pytest.mark.slow), ("s2", 10)])
+def test_triton_kernels_save_memory_traffic(space, most):
+    """In GB for an individual in bfloat16 on 1,024 images. PyTorch's kernels need 119 and 21."""
+    with kernels.fake_gpu(triton=True):
+        passes = dict(kernels.forward_passes(kernels.SPACES[space], "triton"))
+        kernels.launches(passes["fitness, 1024 images, shared"], amp=True)
+        counted = kernels.launches(passes["fitness, 1024 images, each"], amp=True)
+    assert counted.bytes <= most * 1e9
+    assert counted.counts["separable" if space == "s1" else "with_border"] > 40
 
 
 def test_retraining_draws_drop_path_once(amp):

@@ -13,6 +13,7 @@ from encoding import decode
 from fitness import PlainEvaluator, batch_norm_mode, measure_fitness
 from model_search import Network
 from operations import OPS
+from support import devices
 
 from golden import REFERENCE, TRAJECTORIES, assert_close, assert_matches, fill, images, seeded_alphas, trajectory
 
@@ -206,6 +207,35 @@ def test_fitness_of_a_population_equals_the_plain_one(bn):
     assert torch.equal(fast, plain)
     assert plain[0] == plain[2] == 100
     assert plain[1] < 90
+
+
+def test_recorded_fitness_is_recorded_once_per_batch(monkeypatch):
+    """On a GPU. The first two individuals of each shape of a batch are measured without the recording."""
+
+    class Loader(list):
+        size = 24
+
+    class Recorded:
+        def __init__(self, function, warm_up):
+            self.function = function
+            warm_ups.append(warm_up)
+
+        def __call__(self, alphas):
+            return self.function(alphas)
+
+    of = network(1)
+    population = torch.stack([individual(seed) for seed in range(4)])
+    loader = Loader(
+        (images(i, (size, 3, 8, 8)), torch.zeros(size, dtype=torch.int64)) for i, size in enumerate((9, 9, 6))
+    )
+    monkeypatch.setattr(devices, "can_record", lambda device: True)
+    monkeypatch.setattr(devices, "Recorded", Recorded)
+    warm_ups = []
+    expected = measure_fitness(of, population, loader, "batch", fast_search.Evaluator)
+    assert warm_ups == []
+    fitness = measure_fitness(of, population, loader, "batch", fast_search.Evaluator, cuda_graph=True)
+    assert torch.equal(fitness, expected)
+    assert warm_ups == [2, 0, 2]
 
 
 @both_modes
