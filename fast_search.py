@@ -101,14 +101,16 @@ class Evaluator:
 
     `bn` says which BatchNorm statistics are used, "batch" or "running". Running statistics are not
     updated. An Evaluator prepares tensors from the network's weights when it is made. So make a new
-    one after the weights have changed.
+    one after the weights have changed. `triton` allows the kernels of `triton_kernels`, which take
+    precedence over `compile`.
     """
 
     @torch.no_grad()
-    def __init__(self, network: Network, bn: str, *, compile: bool = False):
+    def __init__(self, network: Network, bn: str, *, compile: bool = False, triton: bool = True):
         self.network = network
         self.bn = bn
         self.compile = compile
+        self.triton = triton
         self.kernels = {cell: outgoing_kernels(cell, bn) for cell in network.cells}
         self.shared = {}  # by cell
         for cell, inputs in zip(network.cells, (2, 1), strict=False):  # the third cell on share nothing
@@ -120,7 +122,7 @@ class Evaluator:
         self.cell_of = region_function(mixed_cell, self.compile)
         self.inputs = first_cell_inputs(self.network, x, self.new_updates())
         h0, h1, h0_next = self.inputs
-        if self.bn == "batch" and uses_triton(h0):
+        if self.triton and self.bn == "batch" and uses_triton(h0):
             from fused_search import fused_cell
 
             self.cell_of = fused_cell

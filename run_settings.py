@@ -21,6 +21,7 @@ SETTINGS = RunSettings(
         "report_freq",
         "resume",
         "self_check",
+        "triton",
         "workers",
     },
     synchronised_arguments=frozenset({"report_freq"}),  # at each report, processes agree on whether to stop

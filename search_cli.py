@@ -107,6 +107,8 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     shared_flags.add_run_arguments(group, seed=18, report_freq=50)
     text = "compute with the readable reference network: slower, with the same results up to rounding"
     group.add_argument("--plain", action="store_true", help=text)
+    text = "on a GPU with --amp, measure fitness with Triton kernels if they compute the right values there"
+    group.add_argument("--triton", action=argparse.BooleanOptionalAction, default=True, help=text)
 
 
 def check_search(args: argparse.Namespace) -> None:

@@ -129,6 +129,6 @@ class SearchSetup:
         args = self.args
         make_evaluator = PlainEvaluator
         if not args.plain:
-            make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile)
+            make_evaluator = functools.partial(self.space.fast.Evaluator, compile=args.compile, triton=args.triton)
         settings = {"amp": args.amp, "cuda_graph": args.cuda_graph, "where": where, "clock": self.clock}
         return measure_fitness(self.network, alphas, self.valid_loader, args.bn, make_evaluator, **settings)

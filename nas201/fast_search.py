@@ -319,11 +319,12 @@ class Evaluator:
 
     `bn` chooses the BatchNorm statistics, "batch" or "running". Running statistics are not changed.
     An evaluator keeps tensors that it has made from the network's weights, so make a new evaluator
-    after the weights have changed.
+    after the weights have changed. `triton` allows the kernels of `triton_kernels`, which take
+    precedence over `compile`.
     """
 
     @torch.no_grad()
-    def __init__(self, network: Network, bn: str, *, compile: bool = False):
+    def __init__(self, network: Network, bn: str, *, compile: bool = False, triton: bool = True):
         self.network = network
         self.bn = bn
         cells = [cell for cell in network.cells if isinstance(cell, Cell)]
@@ -334,6 +335,7 @@ class Evaluator:
         # Searched cells without running statistics use batch statistics, whatever `bn` says.
         self.folding = bn == "running" and any_norm.running_mean is not None
         self.compile = compile
+        self.triton = triton
         self.images_per_thread = COMPILED_IMAGES_PER_THREAD if compile else IMAGES_PER_THREAD
         self.stages = []  # the folded cells of each stage; the cells of a stage have the same shape
         if self.folding:
@@ -345,7 +347,7 @@ class Evaluator:
     def set_batch(self, x: Tensor) -> None:
         """Compute the stem, which all individuals share, on a batch of images (B, 3, H, W)."""
         s = stem(self.network, x, self.apply_norm)  # (B, C, H, W)
-        self.by_source = self.folding and uses_triton(s)
+        self.by_source = self.triton and self.folding and uses_triton(s)
         if self.folding and on_cpu(s):
             self.parts = s.split(self.images_per_thread * torch.get_num_threads())
         else:
