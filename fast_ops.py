@@ -248,9 +248,10 @@ class Depthwise(torch.autograd.Function):
 def uses_triton(x: Tensor) -> bool:
     """Return whether fitness computes feature maps like x with the kernels of `triton_kernels`.
 
-    These are for bfloat16 on CUDA. They are checked first, once in each process.
+    These are for bfloat16 on CUDA, and count elements in 32 bits. They are checked first, once in
+    each process.
     """
-    if x.device.type != "cuda" or x.dtype != torch.bfloat16:
+    if x.device.type != "cuda" or x.dtype != torch.bfloat16 or 8 * x.numel() >= 2**31:
         return False
     try:
         import triton_kernels

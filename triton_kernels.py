@@ -197,6 +197,7 @@ def separable(
     (B, C, H / stride, W / stride), and its moments for `normalisation`. At most `most_programs`
     programs of the GPU share the work, and each has its own moments.
     """
+    x = x.contiguous(memory_format=torch.channels_last)
     C, H, W = x.shape[1:]
     K = depthwise.shape[-1]
     y = empty_map(x, C, H // stride, W // stride)
@@ -318,6 +319,14 @@ def normalisation_reference(y: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 @triton.jit
+def weighted_term(place, affine, channel, C, inside):
+    value = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+    factor = tl.load(affine + channel, mask=inside, other=0.0)
+    offset = tl.load(affine + C + channel, mask=inside, other=0.0)
+    return value * factor + offset
+
+
+@triton.jit
 def weighted_sum_kernel(
     y,
     total,
@@ -341,13 +350,13 @@ def weighted_sum_kernel(
     result = tl.zeros([SIZE], tl.float32)
     if not FIRST:
         result = tl.load(total + i, mask=inside, other=0.0).to(tl.float32)
-    maps = (x0, x1, x2, x3, x4, x5, x6)
-    for k in tl.static_range(7):
-        place = i // C * stride4 + channel if k == 4 else i
-        value = tl.load(maps[k] + place, mask=inside, other=0.0).to(tl.float32)
-        factor = tl.load(affine + k * 2 * C + channel, mask=inside, other=0.0)
-        offset = tl.load(affine + k * 2 * C + C + channel, mask=inside, other=0.0)
-        result += value * factor + offset
+    result += weighted_term(x0 + i, affine, channel, C, inside)
+    result += weighted_term(x1 + i, affine + 2 * C, channel, C, inside)
+    result += weighted_term(x2 + i, affine + 4 * C, channel, C, inside)
+    result += weighted_term(x3 + i, affine + 6 * C, channel, C, inside)
+    result += weighted_term(x4 + i // C * stride4 + channel, affine + 8 * C, channel, C, inside)
+    result += weighted_term(x5 + i, affine + 10 * C, channel, C, inside)
+    result += weighted_term(x6 + i, affine + 12 * C, channel, C, inside)
     tl.store(y + i, result, mask=inside)
 
 
@@ -355,8 +364,9 @@ def weighted_sum_kernel(
 def weighted_sum(total: Tensor | None, maps: list[Tensor], affine: Tensor) -> Tensor:
     """Add seven maps (B, C, H, W), each with its factors and offsets in `affine` (7, 2, C), to `total` (None is 0).
 
-    The fifth map may be a slice of more channels; the others must be dense.
+    The fifth map may be a slice of more channels.
     """
+    maps = [x if k == 4 else x.contiguous(memory_format=torch.channels_last) for k, x in enumerate(maps)]
     y = empty_map(maps[0], *maps[0].shape[1:])
     settings = {"FIRST": total is None, "SIZE": BLOCK}
     grid = (triton.cdiv(y.numel(), BLOCK),)

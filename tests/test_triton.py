@@ -4,6 +4,7 @@ Triton's interpreter computes the kernels on the CPU, and its compiler builds th
 """
 
 import importlib
+import itertools
 import json
 import os
 import re
@@ -44,20 +45,30 @@ def test_kernels_equal_their_references_in_the_interpreter():
         assert error < 1e-6, case
 
 
+def kernels_and_constants():
+    """Yield each kernel with settings of the paper's sizes."""
+    for C, K, affine in itertools.product((16, 32, 64), (3, 5), (False, True)):
+        constants = {"C": C, "CHANNELS": C, "K": K, "STRIDE": 1, "DILATION": 1, "AFFINE": affine, "SIZE": 1024 // C}
+        yield triton_kernels.separable_kernel, constants
+    for C in (16, 32, 64):
+        yield triton_kernels.normalisation_kernel, {"C": C, "CHANNELS": C, "SIZE": 64}
+    for first in (False, True):
+        yield triton_kernels.weighted_sum_kernel, {"FIRST": first, "SIZE": triton_kernels.BLOCK}
+        yield triton_kernels.border_kernel, {"TWO": first, "SIZE": triton_kernels.BLOCK}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("C", [16, 32, 64])
-@pytest.mark.parametrize("K", [3, 5])
-@pytest.mark.parametrize("affine", [False, True])
-def test_convolution_compiles_for_an_h100_without_spilling_registers(C, K, affine, tmp_path):
+@pytest.mark.parametrize("kernel, constants", list(kernels_and_constants()))
+def test_kernel_compiles_for_an_h100_without_spilling_registers(kernel, constants, tmp_path):
     from triton import compile, knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = triton_kernels.separable_kernel
-    constants = {"C": C, "CHANNELS": C, "K": K, "STRIDE": 1, "DILATION": 1, "AFFINE": affine, "SIZE": 1024 // C}
-    types = {"y": "*bf16", "x": "*bf16", "moments": "*fp32", "affine": "*fp32", "depthwise": "*fp32"}
-    types |= {"pointwise": "*fp32"} | dict.fromkeys(["pixels", "H_in", "W_in", "H", "W"], "i32")
-    signature = {name: "constexpr" if name in constants else types[name] for name in kernel.arg_names}
+    types = dict.fromkeys(["moments", "affine", "depthwise", "pointwise", "weight"], "*fp32")
+    types |= dict.fromkeys(["pixels", "programs", "count", "C", "H", "W", "H_in", "W_in"], "i32")
+    types |= dict.fromkeys(["stride0", "stride1", "stride4"], "i32") | {"eps": "fp32"}
+    signature = {name: types.get(name, "*bf16") for name in kernel.arg_names}  # feature maps: y, total, x, x0, ..
+    signature |= dict.fromkeys(constants, "constexpr")
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     built = compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32))
     (tmp_path / "cubin").write_bytes(built.asm["cubin"])
