@@ -86,7 +86,7 @@ def border_reference(parts: list[Tensor]) -> Tensor:
     return torch.cat([active, x], dim=1)
 
 
-@torch.library.custom_op("evnas::with_border", mutates_args=())
+@torch.library.custom_op("evnas::with_border", mutates_args=(), schema="(Tensor[] parts) -> Tensor")
 def with_border(parts: list[Tensor]) -> Tensor:
     """Sum one or two parts (B, C, H, W), and make the sum's input for `nas201.fast_search.cell_by_source`.
 
@@ -181,7 +181,12 @@ def separable_kernel(
     tl.store(place + 2 * C, squares, mask=has_channel)
 
 
-@torch.library.custom_op("evnas::separable", mutates_args=())
+@torch.library.custom_op(
+    "evnas::separable",
+    mutates_args=(),
+    schema="(Tensor x, Tensor depthwise, Tensor pointwise, int stride, int dilation, Tensor? affine, "
+    f"int most_programs={PROGRAMS}) -> (Tensor, Tensor)",
+)
 def separable(
     x: Tensor,
     depthwise: Tensor,
@@ -290,7 +295,9 @@ def normalisation_kernel(
     tl.store(affine + C + channel, -mean * factor, mask=has_channel)
 
 
-@torch.library.custom_op("evnas::normalisation", mutates_args=())
+@torch.library.custom_op(
+    "evnas::normalisation", mutates_args=(), schema="(Tensor moments, Tensor weight, int pixels, float eps) -> Tensor"
+)
 def normalisation(moments: Tensor, weight: Tensor, pixels: int, eps: float) -> Tensor:
     """Return BatchNorm with batch statistics, times `weight` (one value), as factors and offsets (2, C).
 
@@ -360,7 +367,9 @@ def weighted_sum_kernel(
     tl.store(y + i, result, mask=inside)
 
 
-@torch.library.custom_op("evnas::weighted_sum", mutates_args=())
+@torch.library.custom_op(
+    "evnas::weighted_sum", mutates_args=(), schema="(Tensor? total, Tensor[] maps, Tensor affine) -> Tensor"
+)
 def weighted_sum(total: Tensor | None, maps: list[Tensor], affine: Tensor) -> Tensor:
     """Add seven maps (B, C, H, W), each with its factors and offsets in `affine` (7, 2, C), to `total` (None is 0).
 
