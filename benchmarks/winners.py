@@ -1,6 +1,6 @@
 """Compare the winners of three small searches with ten random cells, after equal retraining.
 
-    python benchmarks/winners.py ../data runs/winners          # hours on 2 CPU cores
+    OMP_NUM_THREADS=1 python benchmarks/winners.py ../data runs/winners --jobs 2
 
 DATA is a folder with train/CLASS/ and test/CLASS/, for instance CIFAR-10 as JPEG files. The
 searches run in the DARTS space with seeds 18, 19 and 20. The script then retrains each winner and
@@ -14,6 +14,7 @@ import json
 import statistics
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,9 +22,9 @@ from scipy import stats
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (18, 19, 20)
-SEARCH = "--epochs 10 --pop_size 10 --tsize 3 --init_channels 8 --layers 5 --baselines 10"
-SEARCH += " --train_samples 5000 --valid_samples 1000"
-RETRAINING = "--epochs 10 --init_channels 16 --layers 5 --train_samples 10000"
+SEARCH = "--image_size 16 --epochs 8 --pop_size 10 --tsize 3 --init_channels 8 --layers 5 --baselines 10"
+SEARCH += " --train_samples 3000 --valid_samples 500"
+RETRAINING = "--image_size 16 --epochs 8 --init_channels 16 --layers 5 --train_samples 5000"
 
 
 class Result(NamedTuple):
@@ -35,10 +36,8 @@ class Result(NamedTuple):
 
 
 def call(script: str, *words: str | Path) -> None:
-    """Run a script of this project, and exit if it fails."""
-    done = subprocess.run([sys.executable, ROOT / script, *words])
-    if done.returncode:
-        sys.exit(done.returncode)
+    """Run a script of this project. What it prints is in the log.txt of its run."""
+    subprocess.run([sys.executable, ROOT / script, *words], stdout=subprocess.DEVNULL, check=True)
 
 
 def search(data: Path, output: Path, seed: int, flags: list[str]) -> Path:
@@ -74,6 +73,13 @@ def rows_with_final_weights(run: Path, group: str) -> list[dict[str, str]]:
         return [row for row in csv.DictReader(file) if row["weights"] == "final" and row["group"] == group]
 
 
+def winner_of(run: Path) -> dict[str, str]:
+    """Return the row of individuals.csv of a search's winner, the best of the last generation."""
+    with open(run / "individuals.csv", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["group"] == "population" and row["rank"] == "1"]
+    return rows[-1]
+
+
 def summarise(kind: str, results: list[Result]) -> str:
     """Return a line with the mean and standard deviation of accuracies."""
     accuracies = [result.accuracy for result in results]
@@ -85,30 +91,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train/CLASS/ and test/CLASS/")
     parser.add_argument("output", type=Path, help="folder for the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default: 1); set OMP_NUM_THREADS with it")
     parser.add_argument("--flags", default="", help='flags for all commands, for instance "--amp"')
     args = parser.parse_args()
     flags = args.flags.split()
     args.output.mkdir(parents=True, exist_ok=True)
 
-    searches = [search(args.data, args.output, seed, flags) for seed in SEEDS]
-    winners = []
-    for seed, run in zip(SEEDS, searches, strict=True):
-        row = rows_with_final_weights(run, "last population")[0]
-        cell = (run / "genotype.json").read_text()
-        accuracy = retrain(args.data, args.output, f"winner-{seed}", cell, flags)
-        winners.append(Result(f"winner of seed {seed}", float(row["parameters_M"]), accuracy))
-    random_rows = rows_with_final_weights(searches[0], "random architectures")
-    random = []
-    for number, row in enumerate(random_rows, start=1):
-        accuracy = retrain(args.data, args.output, f"random-{number}", row["cell"], flags)
-        random.append(Result(f"random cell {number}", float(row["parameters_M"]), accuracy))
+    with ThreadPoolExecutor(args.jobs) as pool:
+
+        def retrained(name: str, row: dict[str, str]) -> tuple[str, dict[str, str], Future]:
+            return name, row, pool.submit(retrain, args.data, args.output, name, row["cell"], flags)
+
+        searches = {seed: pool.submit(search, args.data, args.output, seed, flags) for seed in SEEDS}
+        random_rows = rows_with_final_weights(searches[SEEDS[0]].result(), "random architectures")
+        random = [retrained(f"random-{number}", row) for number, row in enumerate(random_rows, start=1)]
+        winners = [retrained(f"winner-{seed}", winner_of(run.result())) for seed, run in searches.items()]
+    random, winners = (
+        [Result(name, float(row["parameters_M"]), accuracy.result()) for name, row, accuracy in cells]
+        for cells in (random, winners)
+    )
 
     for result in sorted(winners + random, key=lambda result: -result.accuracy):
         print(f"{result.name:20} {result.parameters:6.2f} M parameters  {result.accuracy:6.2f} %")
     print(summarise("three winners", winners))
     print(summarise("ten random cells", random))
     accuracies = [result.accuracy for result in random]
-    for seed, run in zip(SEEDS, searches, strict=True):
+    for seed, run in searches.items():
         fitness_of = {
             row["cell"]: float(row["fitness"]) for row in rows_with_final_weights(run, "random architectures")
         }
