@@ -70,7 +70,7 @@ def conclude(setup: SearchSetup, state: TrainingState, measure: Callable, run: R
     result, sentence = compare(winner, fitness[count:].tolist(), feasible=state.violation[0].item() == 0)
     remarks = space.remarks_on_result(groups)
     sentence += remarks.text
-    command = retrain_command(args, run.path, space.retraining_flags(args, costs.image_shape))
+    command = retrain_command(setup, run.path)
     result["random_rows"] = list(range(first_row + count, first_row + len(alphas)))
     result |= remarks.fields | {"sentence": sentence, "retrain": command, "seconds": time.perf_counter() - start}
     if run.writes:
@@ -136,15 +136,17 @@ def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tup
     return fields, sentence
 
 
-def retrain_command(args: argparse.Namespace, path: Path, flags: list) -> str:
+def retrain_command(setup: SearchSetup, path: Path) -> str:
     """Return the shell command that retrains the winner of the search in `path`.
 
-    `flags` are further flags, from the search space: see `SearchSpace.retraining_flags`.
+    `train.py --dir` knows the images of the search. The recipe's batch is made smaller if the
+    search had fewer images.
     """
-    words = ["--dir", path, "--dataset", args.dataset, "--data", args.data]
-    if args.image_size:
-        words += ["--image_size", args.image_size]
-    return shell_command("train.py", *words, *flags)
+    words = setup.space.retraining_flags(setup.args, setup.costs.image_shape)
+    images = setup.train_loader.size
+    if images < setup.space.recipe.batch_size:
+        words += ["--batch_size", max(2, images // 4)]
+    return shell_command("train.py", "--dir", path, *words)
 
 
 def is_complete(path: Path) -> bool:

@@ -121,6 +121,8 @@ class Loader(Batches):
         super().__init__(split, batch_size, generator, augment, shared)
         self.augmentation = augmentation
         self.cutout = min(cutout, augmentation.max_cutout) if augment else 0
+        if augment and cutout > self.cutout:
+            distributed.say(f"--cutout erases at most {self.cutout}x{self.cutout} pixels of these images")
         self.height, self.width = split.image_size
         pad = augmentation.pad if augment else 0
         padded = torch.nn.functional.pad(split.images, (pad, pad, pad, pad)).to(device)

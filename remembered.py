@@ -1,7 +1,8 @@
 """What a run remembers of its images: the defaults of commands that continue with the run.
 
 `train.py --dir SEARCH` retrains on the images of the search, and `test_*.py --dir RETRAINING` tests
-on those of the retraining. A flag on the command line wins.
+on those of the retraining. A search with `--init_from SEARCH` takes over all settings of that
+search. A flag on the command line wins.
 """
 
 import argparse
@@ -10,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import datasets
-from support import distributed
+from run_settings import INPUTS, SETTINGS
+from support import distributed, resume_args
 from support.files import UserError, quoted, read_json
 
 FLAGS = ("dataset", "data", "image_size")
@@ -45,6 +47,37 @@ def with_flags_of_run(parser: argparse.ArgumentParser, argv: Sequence[str] | Non
             words.append(f"--{name}={value}")
     if words:
         distributed.say(f"as in {given.dir}: {' '.join(map(quoted, words))}")
+    return [*words, *argv]
+
+
+def with_settings_of_search(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> list[str]:
+    """Return the command line `argv` with the settings of the search in --init_from in front of it.
+
+    Left out are settings that cannot change the result, such as the device, and the names of
+    folders of runs. Prints a line that says which settings were taken over, and a note if another
+    seed splits the images anew. Nothing is taken over without --init_from, or with --resume. Raises
+    UserError if --init_from names no search of this script.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    given = parser.parse_args(argv)
+    if given.init_from is None or given.resume:
+        return argv
+    about = about_run(given.init_from)
+    if about.get("prog") != parser.prog:
+        raise UserError(f"--init_from {given.init_from}: this is not a search of {parser.prog}")
+    free = SETTINGS.free_arguments - INPUTS | SETTINGS.unsaved_arguments | SETTINGS.place_arguments
+    saved = {name: value for name, value in arguments_of(given.init_from).items() if name not in free | {"init_from"}}
+    saved = {name: value for name, value in saved.items() if hasattr(given, name) and value != parser.get_default(name)}
+    words = resume_args.command_line(parser, saved)
+    if words:
+        distributed.say(f"as in {given.init_from}: {' '.join(map(quoted, words))}")
+    args = parser.parse_args([*words, *argv])
+    if args.seed != saved.get("seed", parser.get_default("seed")):
+        distributed.say(
+            "note: another --seed can split the images in another way. Fitness is too high if images that trained "
+            f"the weights of {given.init_from} become validation images",
+            file=sys.stderr,
+        )
     return [*words, *argv]
 
 

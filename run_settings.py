@@ -28,6 +28,7 @@ SETTINGS = RunSettings(
     unsaved_arguments=frozenset({"config_path", "parallel"}),
     place_arguments=frozenset({"dir", "run_name", "save"}),
     values_if_missing={"seed_scheme": 1},
+    new_run_argument="init_from",
     checkpoint_magic=b"EvNAS checkpoint 1 ",
     folders=("population",),
     inner_run_prefix="eval-",  # a retraining inside the directory of its search

@@ -20,6 +20,7 @@ import datasets
 import individuals
 import loaders
 import populations
+import remembered
 import seed_roles
 import shared_flags
 import utils
@@ -31,7 +32,7 @@ from run_settings import SETTINGS
 from search_space import SearchSetup, SearchSpace
 from shared_flags import MOST
 from splits import Images, counts_text
-from support import devices, distributed, runs, seeds, self_check
+from support import devices, distributed, resume_args, runs, seeds, self_check
 from support.files import UserError
 
 # The smallest budget that the flags accept: one parameter, one mult-add or one nanosecond. A much
@@ -109,6 +110,16 @@ def add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--plain", action="store_true", help=text)
     text = "on a GPU with --amp, measure fitness with Triton kernels if they compute the right values there"
     group.add_argument("--triton", action=argparse.BooleanOptionalAction, default=True, help=text)
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse a command line. With --resume or --init_from, the settings of that search are the defaults.
+
+    Raises UserError for settings that contradict each other or that search.
+    """
+    args = resume_args.parse(parser, remembered.with_settings_of_search(parser, argv), SETTINGS)
+    check_search(args)
+    return args
 
 
 def check_search(args: argparse.Namespace) -> None:

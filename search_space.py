@@ -17,6 +17,7 @@ from torch import nn
 from costs import Costs
 from fitness import PlainEvaluator, measure_fitness
 from genotypes import Cell
+from recipes import Recipe
 from reporting.views import SpaceView
 from support.clock import Clock
 from support.runs import Run
@@ -45,6 +46,7 @@ class SearchSpace:
     encoding: ModuleType  # has random_alphas(P, generator) and decode(alphas)
     fast: ModuleType  # has forward(network, x, alphas) and Evaluator(network, statistics), see fast_search.py
     genotype_files: tuple[str, ...]  # the files of a run that hold the best cell
+    recipe: Recipe  # with which `train.py` retrains the best cell
     nesterov = False  # whether the shared weights train with Nesterov momentum
 
     def cell(self, alphas: torch.Tensor) -> Cell:

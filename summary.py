@@ -47,7 +47,7 @@ MEANING = {
     "random, of random": "mean and best fitness of the random architectures",
     "true": "the winner's true accuracy in the benchmark, %",
     "tau": "Kendall's tau of fitness and true accuracy over the random architectures; 0 is chance",
-    "test": "test accuracy after retraining, %; of a search, that of the newest retraining inside it",
+    "test": "test accuracy after retraining, %; of a search, that of the newest retraining of its winner",
 }
 CHARTS = {  # {step: {field of the history: title}}
     "generation": {
@@ -85,7 +85,7 @@ def row_of(run_dir: str | os.PathLike) -> dict:
         row["true_accuracy"] = number(last, f"true_accuracy/{result['truth'].replace(' ', '/')}")
     for name in ("parameters_M", "mult_adds_M"):
         row[name] = number(winner, name)
-    tested = last if not run.is_search else last_row_of_a_retraining(run)
+    tested = last if not run.is_search else last_row_of_the_winner(run)
     row["test_top1"] = number(tested, "test_top1")
     row["seconds"] = sum(finite_values([*run.rows, result], "seconds"))
     row["cell"] = cell_text(run)
@@ -106,15 +106,19 @@ def result_of(run: ReportedRun) -> dict:
     return result if isinstance(result, dict) and isinstance(result.get("winner"), dict) else {}
 
 
-def last_row_of_a_retraining(run: ReportedRun) -> dict:
-    """Return the last row of the newest retraining in a search's directory, {} without one."""
+def last_row_of_the_winner(run: ReportedRun) -> dict:
+    """Return the last row of the newest retraining of a search's winner in its directory, {} without one.
+
+    Other cells of the search can be retrained there too, with `train.py --pick`.
+    """
+    winner = cell_text(run)
     for folder in sorted(Path(run.path).glob("eval-*"), key=lambda path: path.stat().st_mtime, reverse=True):
         try:
-            rows = read_run(folder, VIEWS).rows
+            retraining = read_run(folder, VIEWS)
         except UserError:
             continue
-        if rows:
-            return rows[-1]
+        if retraining.rows and cell_text(retraining) == winner:
+            return retraining.rows[-1]
     return {}
 
 
@@ -139,8 +143,13 @@ def mean_std_text(values: Iterable[float | None], digits: int) -> str:
 # ---- output
 
 
+def are_alike(rows: Sequence[dict]) -> bool:
+    """Return whether runs may be averaged: all are searches of one space or retrainings, on the same data set."""
+    return len({(row["kind"], row["space"], row["dataset"]) for row in rows}) == 1
+
+
 def lines_of_table(rows: Sequence[dict]) -> list[list[str]]:
-    """Return the printed table as cells: a head, a line for each run, and the means over the runs.
+    """Return the printed table as cells: a head, a line for each run, and the means over runs of the same kind.
 
     Columns in which no run has a figure are left out.
     """
@@ -150,7 +159,7 @@ def lines_of_table(rows: Sequence[dict]) -> list[list[str]]:
     for row in rows:
         figures = [mean_std_text([row[name]], digits[name]) for name in known]
         lines.append([Path(row["run"]).name, str(row["dataset"]), str(row["seed"]), *figures])
-    if len(rows) > 1:
+    if len(rows) > 1 and are_alike(rows):
         figures = [mean_std_text([row[name] for row in rows], digits[name]) for name in known]
         lines.append(["mean ± std", "", "", *figures])
     return lines

@@ -39,7 +39,7 @@ from search_state import (
 )
 from shared_flags import MOST
 from splits import describe
-from support import devices, resume_args, runs, seeds
+from support import devices, runs, seeds
 from training import set_learning_rate, train_one_epoch
 from views import DARTS
 
@@ -121,6 +121,7 @@ class S1(SearchSpace):
     encoding = encoding
     fast = fast_search
     genotype_files = genotype_files.FILES
+    recipe = CIFAR
 
     def cell(self, alphas: torch.Tensor) -> genotypes.Genotype:
         """Return the Genotype of one raw individual (2, 14, 8)."""
@@ -140,8 +141,13 @@ class S1(SearchSpace):
         return s1_table(args.target_channels, args.target_layers, classes, image_shape)
 
     def retraining_flags(self, args: argparse.Namespace, image_shape: tuple[int, int, int]) -> list:
-        """Return the paper's --cutout and --auxiliary, and the flags for the size of the network."""
+        """Return the paper's --cutout and --auxiliary, and the flags for the size of the network.
+
+        As in the paper, cutout erases a square of half the image's side.
+        """
         flags = ["--cutout"]
+        if image_shape[1] < 32:
+            flags += ["--cutout_length", image_shape[1] // 2]
         if image_shape[1:] == (32, 32) and args.target_layers > 1:  # the auxiliary head needs both
             flags.append("--auxiliary")
         return [*flags, "--init_channels", args.target_channels, "--layers", args.target_layers]
@@ -168,8 +174,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Search in the DARTS space."""
     parser = make_parser()
-    args = resume_args.parse(parser, argv, SETTINGS)
-    search_cli.check_search(args)
+    args = search_cli.parse(parser, argv)
     if search_cli.is_finished(args, S1):
         return
     device = devices.choose_device(args)

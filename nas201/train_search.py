@@ -29,7 +29,7 @@ from run_settings import SETTINGS
 from search_space import Group, Remarks, SearchSetup, SearchSpace
 from shared_flags import MOST
 from splits import describe
-from support import devices, distributed, resume_args, runs, seeds
+from support import devices, distributed, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import search  # the loop of the paper
 
@@ -67,6 +67,7 @@ class S2(SearchSpace):
     encoding = encoding
     fast = fast_search
     genotype_files = ("genotype.json",)
+    recipe = NAS201
     nesterov = True
 
     def __init__(self, args: argparse.Namespace):
@@ -302,8 +303,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Search in the NAS-Bench-201 space."""
     parser = make_parser()
-    args = resume_args.parse(parser, argv, SETTINGS)
-    search_cli.check_search(args)
+    args = search_cli.parse(parser, argv)
     if config_path := vars(args).pop("config_path", None):
         check_config(config_path, args)
     if search_cli.is_finished(args, S2):

@@ -16,7 +16,7 @@ import torch
 
 from support import checkpoints
 from support.compare import compare_values
-from support.files import UserError, read_json
+from support.files import UserError, quoted, read_json
 from support.settings import RunSettings
 
 MOST_THREADS = 10_000
@@ -106,7 +106,10 @@ def check_overrides(args: argparse.Namespace, saved: argparse.Namespace, setting
         if name in settings.free_arguments | settings.unsaved_arguments or value == getattr(saved, name):
             continue
         before = getattr(saved, name)
-        raise UserError(f"--{name} {value}: {args.resume} was started with {before}. Leave the argument out")
+        advice = "Leave the argument out"
+        if hasattr(args, settings.new_run_argument):
+            advice += f", or start a new run with --{settings.new_run_argument} {quoted(args.resume)}"
+        raise UserError(f"--{name} {value}: {args.resume} was started with {before}. {advice}")
 
 
 def check_against_checkpoint(path: Path, saved: Saved, settings: RunSettings) -> None:

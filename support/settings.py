@@ -29,6 +29,9 @@ class RunSettings:
     # today's default would change the result.
     values_if_missing: Mapping[str, object]
 
+    # The argument with which a new run begins where another one has ended.
+    new_run_argument: str
+
     # The first bytes of a checkpoint. Change these bytes when the content of checkpoints changes.
     checkpoint_magic: bytes
     # Folders in a run directory that the program writes to, besides weights/ and runs/.

@@ -195,6 +195,8 @@ def test_retrain_command_names_the_run_and_the_size(finished):
     command = loaded(finished)[1]["retrain"]
     assert str(finished) in command
     assert "--init_channels 4" in command
+    assert "--cutout --cutout_length 4" in command  # half of 8 pixels
+    assert "--batch_size 17" in command  # a quarter of 70 images, which are fewer than a batch of the recipe
 
 
 @pytest.fixture(scope="module")

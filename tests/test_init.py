@@ -1,10 +1,13 @@
 """Runs that begin with the weights of another run: `--init_from` of searches, `--init_weights` of retrainings."""
 
+import json
 import shutil
 
 import pytest
 import torch
 
+import nas201.train_search
+import remembered
 import train
 import train_search
 from support.weights import read_state
@@ -75,6 +78,28 @@ def test_search_that_does_not_fit_is_refused_before_it_begins(tmp_path, first, f
     line = search_line(dir=tmp_path / "new", **{"init_from": first, **changes})
     assert named in fails(train_search.main, line)
     assert not (tmp_path / "new").exists()
+
+
+def test_search_takes_over_the_settings_of_the_other_one(tmp_path, first):
+    """All but the device and the names of folders; here --epochs is another."""
+    train_search.main(["--init_from", str(first), "--dir", str(tmp_path), "--run_name", "new", "--epochs", "2"])
+    before, after = (json.loads((run / "args.json").read_text())["args"] for run in (first, tmp_path / "new"))
+    changed = {name for name, value in after.items() if value != before[name]}
+    assert changed == {"dir", "run_name", "device", "init_from", "epochs"}
+
+
+def test_another_seed_is_noted(first, capsys):
+    words = ["--init_from", str(first), "--seed", "5"]
+    assert remembered.with_settings_of_search(train_search.make_parser(), words)[-4:] == words
+    assert "note: another --seed" in capsys.readouterr().err
+
+
+def test_search_of_the_other_space_is_refused_before_it_reads_images(first, fails):
+    fails(nas201.train_search.main, ["--init_from", first], "not a search of python -m nas201.train_search")
+
+
+def test_more_generations_than_a_run_was_started_with_are_refused_with_the_remedy(first, fails):
+    fails(train_search.main, ["--resume", first, "--epochs", "9"], "Leave the argument out", f"--init_from {first}")
 
 
 # ---- retrainings

@@ -119,8 +119,9 @@ def test_cutout_erases_one_clipped_square_per_image(length):
     assert_uniform(centers[0] * side + centers[1], side * side)
 
 
-def test_cutout_is_no_larger_than_the_augmentation_allows():
+def test_cutout_is_no_larger_than_the_augmentation_allows(capsys):
     x, _ = epoch(make_loader(white_images(300), 64, cutout=16, max_cutout=4))
+    assert "at most 4x4 pixels" in capsys.readouterr().out
     assert (x[:, 0] == 0).sum(dim=(1, 2)).max() == 16
 
 
