@@ -132,7 +132,8 @@ def compare(winner: dict, random_fitness: list[float], *, feasible: bool) -> tup
         fields["random_mean"] = statistics.fmean(random_fitness)
         fields["random_best"] = max(random_fitness)
         number = len(random_fitness)
-        sentence = f"better than {better} of {number} random architectures on the shared weights; {sentence}"
+        again = f"fitness {winner['fitness']:.2f} %, measured again with the final weights"
+        sentence = f"{again}: better than {better} of {number} random architectures; {sentence}"
     return fields, sentence
 
 

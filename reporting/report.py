@@ -163,6 +163,8 @@ def summary_section(run: ReportedRun) -> str:
     for key, name in names.items():
         for value in finite_values(last, key):
             figures[name] = format_number(value)
+    if run.is_search and (images := validation_images(run)):
+        figures["Validation images"] = f"{images:,} (one is {100 / images:.2g} % of fitness)"
     for value in finite_values(last, "test_top1"):
         figures["Test error, %"] = format_number(100 - value)
     if speeds := finite_values(run.rows, "images_per_second"):
@@ -170,6 +172,15 @@ def summary_section(run: ReportedRun) -> str:
     if memory := finite_values(run.rows, "peak_memory_mb"):
         figures["Peak memory"] = f"{format_number(max(memory), 0)} MB"
     return section("Summary", card=definition_list(figures))
+
+
+def validation_images(run: ReportedRun) -> int | None:
+    """Return the number of validation images in args.json, None if it is not there."""
+    try:
+        images = run.about["data"]["images"]["valid"]
+    except (KeyError, TypeError):
+        return None
+    return images if type(images) is int and images > 0 else None
 
 
 def last_measurement(run: ReportedRun) -> list[dict]:
