@@ -23,6 +23,7 @@ batch. Tests check that both agree with the reference. This is what makes them f
   each state is split into its four phases (`operations.split_phases`), on which the dilated
   convolutions are undilated. 1x1 convolutions and BatchNorm work pixel by pixel, so their results
   stay split until the sum of a node is complete.
+- On a GPU in bfloat16, fitness uses Triton kernels instead (`fused_search.fused_cell`).
 
 Shapes: B images, C channels of a cell, E = 14 edges of a cell, O = 8 operations of an edge. States
 are numbered as in the reference: 0 and 1 are a cell's inputs, and 2, 3, ... are its nodes 0, 1, ...
@@ -173,8 +174,8 @@ class SharedCandidates:
     pool.
 
     The next drawing shows the rows of the matrix from left to right, for two shared inputs, batch
-    statistics and two nodes instead of four. "in 0" and "in 1" are the inputs. c3, c5, d3 and d5 are the convolutions:
-    sep_conv and dil_conv with 3x3 and 5x5 kernels.
+    statistics and two nodes instead of four. "in 0" and "in 1" are the inputs. c3, c5, d3 and d5
+    are the convolutions: sep_conv and dil_conv with 3x3 and 5x5 kernels.
 
         per input                        | per edge: node 0            | per edge: node 1
         in 0           | in 1            | in 0         | in 1         | in 0         | in 1
