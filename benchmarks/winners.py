@@ -118,7 +118,7 @@ def main() -> None:
     accuracies = [result.accuracy for result in random]
     for seed, run in searches.items():
         fitness_of = {
-            row["cell"]: float(row["fitness"]) for row in rows_with_final_weights(run, "random architectures")
+            row["cell"]: float(row["fitness"]) for row in rows_with_final_weights(run.result(), "random architectures")
         }
         fitness = [fitness_of[row["cell"]] for row in random_rows]
         tau = stats.kendalltau(fitness, accuracies).statistic
