@@ -1,14 +1,17 @@
 """Files, runs, devices, processes and command lines. Nothing here depends on the search method.
 
-If the running program is a script of this project, importing this package sets `sys.excepthook`.
-Ctrl-C and a missing package then print one line instead of a traceback. `support.cli.command` also
-prints such lines, but only after a script has imported everything, and importing torch takes
-seconds. So scripts import `support.cli` before torch; ruff.toml sorts that import first.
+If the running program is a script of this project, importing this package sets `sys.excepthook` and
+a handler of Ctrl-C. Ctrl-C and a missing package then print one line instead of a traceback.
+`support.cli.command` also prints such lines, but only after a script has imported everything, and
+importing torch takes seconds. So scripts import `support.cli` before torch; ruff.toml sorts that
+import first.
 """
 
+import os
+import signal
 import sys
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 from support.files import emit
 
@@ -36,6 +39,16 @@ def end_in_one_line(exception_type: type[BaseException], error: BaseException, t
         sys.__excepthook__(exception_type, error, traceback)
 
 
+def end_at_once(number: int, frame: FrameType | None) -> None:
+    """Handle Ctrl-C while a script imports its modules.
+
+    A KeyboardInterrupt could be raised inside the C++ code that sets torch up, which would abort.
+    """
+    emit("interrupted", sys.stderr)
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 def is_of_others(module: str | None) -> bool:
     """Return whether a module, such as "torch.nn", comes from outside this project."""
     top = (module or "").split(".")[0]
@@ -44,3 +57,5 @@ def is_of_others(module: str | None) -> bool:
 
 if is_started_script():
     sys.excepthook = end_in_one_line
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)

@@ -10,10 +10,12 @@ import functools
 import operator
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from support import end_at_once
 from support.files import UserError, emit
 
 # Errors that are not bugs of this program: {part of the exception's message: advice to the user}.
@@ -50,6 +52,8 @@ def command(main: Callable) -> Callable:
         open_missing_streams()
         if hasattr(sys.stdout, "reconfigure"):  # print backslashes for characters that the locale cannot write
             sys.stdout.reconfigure(errors="backslashreplace")
+        if signal.getsignal(signal.SIGINT) is end_at_once:  # every module has been imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             return main(argv)
         except UserError as error:

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # ---- kernels
 
 
+@pytest.mark.slow
 def test_kernels_equal_their_references_in_the_interpreter():
     code = "import json, torch, triton_kernels\n"
     code += "print(json.dumps(triton_kernels.errors(torch.device('cpu'), torch.float32)))"
