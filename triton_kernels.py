@@ -234,15 +234,7 @@ def separable(
 
 
 @separable.register_fake
-def _(
-    x: Tensor,
-    depthwise: Tensor,
-    pointwise: Tensor,
-    stride: int,
-    dilation: int,
-    affine: Tensor | None,
-    most_programs: int = PROGRAMS,
-) -> tuple[Tensor, Tensor]:
+def _(x, depthwise, pointwise, stride, dilation, affine, most_programs=PROGRAMS):
     C, H, W = x.shape[1:]
     return empty_map(x, C, H // stride, W // stride), torch.empty(most_programs, 3, C, device=x.device)
 
@@ -444,7 +436,7 @@ def errors(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Return whether all kernels compute the right values in bfloat16 on a device. If not, say so once."""
+    """Return whether all kernels compute the right values in bfloat16 on a device. If not, print a note."""
     try:
         found = errors(device, torch.bfloat16)
         case = max(found, key=lambda case: (found[case] != found[case], found[case]))  # NaN counts as the largest
