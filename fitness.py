@@ -105,9 +105,9 @@ def measure_fitness(
     `statistics` says which BatchNorm statistics are used, "batch" or "running". Each batch is
     loaded and augmented once and shown to all individuals, so they are compared on the same images.
     Equal alphas are measured once. Several processes divide the individuals among themselves, and
-    each process returns the fitness of all individuals. With `cuda_graph`, a GPU records the pass of
-    an individual once per batch and replays it for the others. `clock` counts individuals times batches as
-    "fitness".
+    each process returns the fitness of all individuals. With `cuda_graph`, a GPU records the pass
+    of an individual once per batch and replays it for the others. `clock` counts individuals times
+    batches as "fitness".
 
     Raises Interrupted between two batches after a signal. Raises UserError, in every process, if an
     individual has logits that are not finite.
