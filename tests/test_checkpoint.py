@@ -76,6 +76,7 @@ def kept_bytes(network, forward):
     return sum(block.nbytes() for block in blocks.values())
 
 
+@pytest.mark.slow
 def test_checkpointed_step_keeps_less_memory():
     """At the paper's size."""
     network, alphas = model_search.Network(16, 10, 8), seeded_alphas(1)

@@ -88,7 +88,7 @@ def assert_equal_ways(tolerance, *supernet):
 @pytest.mark.parametrize(
     "supernet, nodes, kernels, count",
     [
-        (s2, 1, "gpu", 3 + 3 + 3),
+        pytest.param(s2, 1, "gpu", 3 + 3 + 3, marks=pytest.mark.slow),
         pytest.param(s1, 1, "gpu", 5 + 5 + 5 + 1, marks=pytest.mark.slow),
         pytest.param(s1, 2, "cpu", 5 + 6 + 6, marks=pytest.mark.slow),
         pytest.param(s2, 2, "cpu", 3 + 3 + 3, marks=pytest.mark.slow),

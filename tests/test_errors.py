@@ -475,6 +475,7 @@ def test_other_scripts_that_would_normalise_a_single_pixel_are_refused(fails, sm
 
 
 @pytest.mark.usefixtures("quick_report")
+@pytest.mark.slow
 def test_batches_of_more_than_one_pixel_are_trained_on(small_images, tmp_path):
     search, _, retraining = lines_for(small_images)
     train.main([*retraining, "--batch_size", "10", "--dir", str(tmp_path / "retrained")])

@@ -27,7 +27,8 @@ def launches(function, amp):
     return counts
 
 
-@pytest.mark.parametrize("space, most", [pytest.param("s1", 3440, marks=pytest.mark.slow), ("s2", 850)])
+@pytest.mark.slow
+@pytest.mark.parametrize("space, most", [("s1", 3440), ("s2", 850)])
 def test_training_launches_few_kernels(space, most, amp):
     fast = kernels.SPACES[space].fast
     network = kernels.SPACES[space].make_network()
@@ -44,7 +45,7 @@ def test_training_launches_few_kernels(space, most, amp):
     [
         pytest.param("s1", "batch", 420, 3090, marks=pytest.mark.slow),
         pytest.param("s1", "running", 2240, 3450, marks=pytest.mark.slow),
-        ("s2", "batch", 100, 750),
+        pytest.param("s2", "batch", 100, 750, marks=pytest.mark.slow),
         ("s2", "running", 1200, 430),
     ],
 )

@@ -83,7 +83,9 @@ def test_training_step_in_float32_equals_the_plain_one():
 
 
 @pytest.mark.parametrize(
-    "layers, side, steps, kernels", [(3, 12, 2, "cpu"), (4, 12, 1, "gpu"), (2, 8, 1, "gpu-nchw")], indirect=["kernels"]
+    "layers, side, steps, kernels",
+    [(3, 12, 2, "cpu"), (4, 12, 1, "gpu"), pytest.param(2, 8, 1, "gpu-nchw", marks=pytest.mark.slow)],
+    indirect=["kernels"],
 )
 def test_steps_in_float64_leave_equal_weights_and_buffers(layers, side, steps, kernels):
     """In float64 no rounding flips a ReLU, so nothing but the algebra can make a difference.
@@ -147,11 +149,11 @@ def evaluators(of, bn, x, monkeypatch):
     "layers, C, side, kernels",
     [
         (1, 4, 8, "cpu"),
-        (4, 4, 12, "cpu"),
+        pytest.param(4, 4, 12, "cpu", marks=pytest.mark.slow),
         pytest.param(8, 16, 16, "cpu", marks=pytest.mark.slow),
         (4, 4, 12, "gpu"),
         (2, 4, 8, "gpu-nchw"),
-        (3, 4, 8, "gpu-nchw"),
+        pytest.param(3, 4, 8, "gpu-nchw", marks=pytest.mark.slow),
     ],
     indirect=["kernels"],
 )

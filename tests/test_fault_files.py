@@ -350,6 +350,7 @@ def write_side_files(folder, first):
     return len(cases)
 
 
+@pytest.mark.slow
 def test_hostile_files_are_refused_and_execute_nothing(tmp_path):
     for count, (what, name, content) in enumerate(hostile_files(tmp_path / "executed"), 1):
         place = tmp_path / f"{count:02d} {what}, {name}"

@@ -1,6 +1,7 @@
 """Imports point one way: scripts, then the method, then support; only scripts use reporting."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -69,17 +70,23 @@ S2_SCRIPTS = {
     "nas201.report",
     "nas201.rank_all",
 }
-PATHS = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
-IMPORTS = {}  # module: the modules of this project that it imports, at the top or within a function
-for path in PATHS:
-    file = path.relative_to(ROOT)
-    module = ".".join(file.with_suffix("").parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom):
-            inside = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name for name in inside if (ROOT / f"{name.replace('.', '/')}.py").exists()] or [node.module]
-        IMPORTS.setdefault(module, set()).update(n for n in names if (ROOT / f"{n.replace('.', '/')}.py").exists())
+
+
+@functools.cache
+def imports_of_modules():
+    """The modules of this project that each module imports, at the top or within a function."""
+    imports = {}
+    paths = [path for folder in ("", "support/", "reporting/", "nas201/") for path in ROOT.glob(f"{folder}*.py")]
+    for path in paths:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                inside = [f"{node.module}.{alias.name}" for alias in node.names]
+                names = [name for name in inside if (ROOT / f"{name.replace('.', '/')}.py").exists()] or [node.module]
+            own = {name for name in names if (ROOT / f"{name.replace('.', '/')}.py").exists()}
+            imports.setdefault(module, set()).update(own)
+    return imports
 
 
 # Words of EvNAS and its data, also as parts of names: `support` serves any program.
@@ -103,12 +110,12 @@ def test_support_contains_no_word_of_evnas():
 
 
 def test_every_root_module_has_a_place_in_the_layout():
-    root = {module for module in IMPORTS if "." not in module}
+    root = {module for module in imports_of_modules() if "." not in module}
     assert METHOD | SCRIPTS | SHARED | SEARCHES >= root, root - METHOD - SCRIPTS - SHARED - SEARCHES
 
 
 def test_imports_point_one_way():
-    for module, imports in IMPORTS.items():
+    for module, imports in imports_of_modules().items():
         packages = {name.split(".")[0] for name in imports}
         if module.startswith("support."):
             assert packages <= {"support"}, module
@@ -139,6 +146,6 @@ def test_help_imports_no_more_than_it_needs():
 
 def test_there_is_no_circle():
     done = set()
-    while ready := {module for module, imports in IMPORTS.items() if imports <= done} - done:
+    while ready := {module for module, imports in imports_of_modules().items() if imports <= done} - done:
         done |= ready
-    assert done == set(IMPORTS)
+    assert done == set(imports_of_modules())

@@ -309,7 +309,7 @@ def test_loading_a_table_takes_little_memory_and_no_torch(packed):
 # ---- the official .pth and the NATS-Bench directory, synthetic
 
 
-@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("zipped", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_official_pth_loads_in_both_formats_of_torch(tmp_path, zipped):
     """The real file has the older format. Numbers of numpy have its old or its new module name.
 

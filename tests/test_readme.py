@@ -104,6 +104,7 @@ def test_python_snippet_runs(snippet):
     assert names["alphas"].shape[-3:] == (2, 14, 8)
 
 
+@pytest.mark.slow
 def test_search_of_your_own_runs(capsys):
     (snippet,) = blocks("python search")
     names = {}

@@ -134,7 +134,8 @@ class Whole(NamedTuple):
     run: Path  # its directory
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
+# The search on NAS-Bench-201 is slower than the others, and shares its loop with the DARTS space.
+@pytest.fixture(scope="module", params=["search", "retraining", pytest.param("NAS-Bench-201", marks=pytest.mark.slow)])
 def whole(request, tmp_path_factory, table):
     script = SCRIPTS[request.param]
     if request.param == "NAS-Bench-201":
@@ -220,7 +221,9 @@ def test_compiled_run_stopped_in_its_last_measurement_ends_bit_identical(name, t
     assert_same_run(stopped_run(script, tmp_path / "stopped", [stop], capsys), expected)
 
 
-@pytest.mark.parametrize("name", [pytest.param("search", marks=pytest.mark.slow), "NAS-Bench-201", "retraining"])
+@pytest.mark.parametrize(
+    "name", ["retraining", *(pytest.param(name, marks=pytest.mark.slow) for name in ("search", "NAS-Bench-201"))]
+)
 def test_run_of_an_older_version_keeps_its_random_streams(name, tmp_path):
     """Its files do not say how its seeds were derived; splits and drop path are drawn again."""
     script = SCRIPTS[name]

@@ -5,6 +5,7 @@ for what differs from case to case: a path, a number.
 """
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -35,11 +36,14 @@ def strings(path):
     return {text.removeprefix("error: ") for text in texts if text}
 
 
-STRINGS = {
-    path.relative_to(ROOT): strings(path)
-    for folder in ("", "support/", "reporting/", "nas201/")
-    for path in sorted(ROOT.glob(f"{folder}*.py"))
-}
+@functools.cache
+def strings_of_the_program():
+    """The strings of each source file, by its path."""
+    return {
+        path.relative_to(ROOT): strings(path)
+        for folder in ("", "support/", "reporting/", "nas201/")
+        for path in sorted(ROOT.glob(f"{folder}*.py"))
+    }
 
 
 def is_printed(message, texts):
@@ -58,7 +62,7 @@ def test_the_page_has_messages():
 
 @pytest.mark.parametrize("message", MESSAGES)
 def test_message_is_in_the_program(message):
-    assert any(is_printed(message, texts) for texts in STRINGS.values()), message
+    assert any(is_printed(message, texts) for texts in strings_of_the_program().values()), message
 
 
 def test_a_changed_message_is_noticed():

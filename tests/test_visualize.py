@@ -753,7 +753,15 @@ class Opened(NamedTuple):
         return [event["params"] for event in self.events if event.get("method") in methods]
 
 
-WINDOWS = [(*run, width) for run in (("search", "s1"), ("search", "s2"), ("eval", "s1")) for width in (1280, 390)]
+WINDOWS = [
+    pytest.param((kind, space, width), marks=marks)
+    for kind, space, marks in (
+        ("search", "s1", []),
+        ("search", "s2", pytest.mark.slow),
+        ("eval", "s1", pytest.mark.slow),
+    )
+    for width in (1280, 390)
+]
 
 
 @pytest.fixture(scope="module", params=WINDOWS)
@@ -803,6 +811,7 @@ def test_labels_of_cells_fit_their_boxes_in_the_browsers_font(opened):
 # ---- whatever the user's matplotlib is set to
 
 
+@pytest.mark.slow
 def test_settings_of_matplotlib_do_not_matter(tmp_path):
     (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 30\n")
     environment = {**os.environ, "MPLBACKEND": "module://missing.notebook"}
