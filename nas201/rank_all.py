@@ -20,6 +20,7 @@ from nas201 import encoding
 from nas201.genotypes import EDGES, PRIMITIVES
 from search_space import SearchSetup
 from support import checkpoints, distributed
+from support.clock import EveryMinute
 from support.files import atomic_write, check_unpacked_size, open_regular, write_json
 from support.runs import Run
 
@@ -65,6 +66,7 @@ def rank_all(setup: SearchSetup, run: Run) -> None:
         fitness = saved_fitness(run, weights, len(alphas))
     fitness = distributed.sum_over_ranks(torch.from_numpy(fitness)).cpu().numpy()  # in all processes that of rank 0
     setup.clock.work["fitness"].left = np.isnan(fitness).sum() * len(setup.valid_loader)
+    minute = EveryMinute()
     for start in range(0, len(alphas), PART):
         part = slice(start, start + PART)
         if np.isnan(fitness[part]).any():
@@ -74,6 +76,8 @@ def rank_all(setup: SearchSetup, run: Run) -> None:
             if run.writes:
                 with atomic_write(run.path / PARTIAL) as file:
                     np.savez(file, fitness=fitness, weights=weights)
+            if minute.due():
+                distributed.say(f"fitness of {np.isfinite(fitness).sum():,} architectures; {setup.clock.text()}")
     if run.writes:
         write_result(setup, run, fitness)
 

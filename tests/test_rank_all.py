@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from scipy import stats
 
 import nas201.train_search
 from nas201 import encoding, rank_all
+from support import clock
 
 from helpers import S2_ARCHS, S2_TRUTH, STOP, s2_search, stop_at, write_table
 
@@ -89,6 +91,13 @@ def test_interrupted_measurement_continues(whole, searched):
     assert np.isnan(saved).sum() == FEW - 5
     nas201.train_search.main(again)
     assert read(searched) == read(whole)
+
+
+def test_each_minute_a_line_tells_how_far_it_is(searched, monkeypatch, capsys):
+    monkeypatch.setattr(clock, "MINUTE", 1e-9)
+    nas201.train_search.main(["--resume", str(searched), "--rank_all"])
+    lines = re.findall(r"^fitness of (\d+) architectures; ", capsys.readouterr().out, flags=re.MULTILINE)
+    assert lines == ["5", "10", "12"]
 
 
 @pytest.mark.parametrize("content", [b"", b"damaged", None])
