@@ -47,7 +47,7 @@ from retrained import CellChoice, Loader, NetworkSettings
 from run_settings import SETTINGS
 from shared_flags import MOST
 from splits import Files, Split, check_alike, counts_text, describe, subsample
-from support import devices, distributed, resume_args, runs, seeds, self_check
+from support import agreement, devices, distributed, resume_args, runs, seeds, self_check
 from support.clock import Clock, Work, duration
 from support.files import UserError
 from training import (
@@ -481,7 +481,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = devices.choose_device(args)
     if vars(args).pop("parallel", False):
         check_parallel(device)
-    runs.check_arguments_alike(args, SETTINGS)
+    agreement.check_arguments_alike(args, SETTINGS)
 
     splits = load_splits(args, cell)
     train_loader, test_loader = make_loaders(args, splits, device)

@@ -39,7 +39,7 @@ from search_state import (
 )
 from shared_flags import MOST
 from splits import describe
-from support import devices, runs, seeds
+from support import agreement, devices, runs, seeds
 from training import set_learning_rate, train_one_epoch
 from views import DARTS
 
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     if search_cli.is_finished(args, S1):
         return
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args, SETTINGS)
+    agreement.check_arguments_alike(args, SETTINGS)
     train, valid, augmentation = datasets.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)
     candidates = tuple(genotypes.PRIMITIVES) * 14  # in a cell of the supernet: every operation on each of 14 edges

@@ -29,7 +29,7 @@ from run_settings import SETTINGS
 from search_space import Group, Remarks, SearchSetup, SearchSpace
 from shared_flags import MOST
 from splits import describe
-from support import devices, distributed, runs, seeds
+from support import agreement, devices, distributed, runs, seeds
 from support.files import UserError, digest, read_json
 from train_search import search  # the loop of the paper
 
@@ -314,7 +314,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             distributed.say(f"no true accuracies: {PUBLISHED_TABLE} does not exist, and --api_path is not given")
     device = devices.choose_device(args)
-    runs.check_arguments_alike(args, SETTINGS)
+    agreement.check_arguments_alike(args, SETTINGS)
     space = S2(args)
     train, valid, augmentation = data.search_splits(args)
     train_loader, valid_loader = search_cli.search_loaders(args, train, valid, augmentation, device)

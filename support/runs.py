@@ -10,7 +10,6 @@ files can be rebuilt from it.
 import argparse
 import contextlib
 import datetime
-import fcntl
 import itertools
 import json
 import os
@@ -26,6 +25,7 @@ import torch
 from torch import nn
 
 from support import checkpoints, distributed, provenance, signals, weights
+from support.agreement import NEW, check_alike
 from support.compare import compare_values
 from support.files import (
     UserError,
@@ -33,7 +33,6 @@ from support.files import (
     atomic_write,
     end_last_line,
     make_folder,
-    open_regular,
     quoted,
     read_history,
     read_json,
@@ -43,12 +42,11 @@ from support.files import (
     write_json,
 )
 from support.resume_args import check_fingerprint, fingerprint_of, fixed_arguments
+from support.run_directories import lock, make_directory, refuse_links
 from support.settings import RunSettings
 
 # The files of a run that ended before its first checkpoint.
 BEGUN = {"args.json", "log.txt"}
-# What messages call a new run. The name of a new run's directory can differ among processes.
-NEW = "new run"
 
 
 class Run:
@@ -297,92 +295,7 @@ class Run:
             self.log(f"interrupted {place}; continue with: {command}", file=sys.stderr)
 
 
-# ---- agreement among processes
-
-
-def check_alike(where: str | os.PathLike, value: dict[str, object]) -> None:
-    """Check that `value`, which JSON can hold, is the same in all processes of a run.
-
-    Every process has to call this function. If a value differs, all processes raise UserError with
-    the first difference and its rank.
-    """
-    texts = distributed.same_everywhere(json.dumps(value))
-    if texts is None:
-        return
-    rank = next(rank for rank, text in enumerate(texts) if text != texts[0])
-    found = compare_values(json.loads(texts[0]), json.loads(texts[rank]))
-    reason = "their inputs differ"  # the reason if, for example, only one process has some key
-    if found:
-        reason = f"{found.name} is {found.now!r:.100} in process 0, but {found.before!r:.100} in process {rank}"
-    raise UserError(
-        f"{where}: the processes do not agree: {reason}. Start all of them with the same arguments, data and code"
-    )
-
-
-def check_arguments_alike(args: argparse.Namespace, settings: RunSettings) -> None:
-    """Check that all processes of a run have the same arguments, except paths.
-
-    Call this after `devices.choose_device`, which joins the process group. The arguments
-    decide at which steps processes wait for each other, so different arguments must be found before
-    that. If an argument differs, all processes raise UserError.
-    """
-    fixed = fixed_arguments(args, settings)
-    synchronised = {name: getattr(args, name) for name in settings.synchronised_arguments}
-    check_alike(args.resume or NEW, {"resumes": bool(args.resume), "args": fixed | synchronised})
-
-
-# ---- run directories
-
-
-def refuse_links(path: Path, folders: tuple[str, ...]) -> None:
-    """Raise UserError if one of the `folders` in `path` is a symbolic link.
-
-    Otherwise files would be written to the target of the link.
-    """
-    for name in folders:
-        if (path / name).is_symlink():
-            raise UserError(
-                f"{path / name}: this is a symbolic link, and files are not written through links. Remove it"
-            )
-
-
-def lock(path: Path) -> TextIO:
-    """Keep other processes out of a run directory for as long as the returned file is open.
-
-    Raises UserError.
-    """
-    try:
-        file = open_regular(path / ".lock", "a")
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # A forked process, such as one that reads images, inherits the lock. If the forked process
-        # outlived this one, the run would stay locked.
-        os.register_at_fork(after_in_child=file.close)
-    except BlockingIOError:
-        raise UserError(f"{path}: in use by another process. Wait for that process, or stop it") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot open the run directory ({error.strerror})") from error
-    return file
-
-
-def make_directory(path: Path, new_name: bool = True) -> Path:
-    """Make the directory `path` and return its path. Raises UserError.
-
-    With `new_name`, an existing directory is not used, and path-2 (or path-3, and so on) is made
-    instead. So two runs that start in the same second get different directories.
-    """
-    try:
-        make_folder(path.parent)
-        if not new_name:
-            make_folder(path)
-            return path
-        for name in (path.name, *(f"{path.name}-{i}" for i in range(2, 1000))):
-            with contextlib.suppress(FileExistsError):
-                path.with_name(name).mkdir()
-                sync_folder(path.parent)
-                return path.with_name(name)
-    except OSError as error:
-        raise UserError(f"{path}: cannot make the run directory ({error.strerror})") from error
-    raise UserError(f"{path}: cannot make the run directory: too many runs have this name. Choose another name")
+# ---- earlier and finished runs
 
 
 def set_aside(run: Run) -> None:
