@@ -41,6 +41,7 @@ FIGURES = {  # column: head of the printed table
     "test_top1": "test",
     "seconds": "seconds",
 }
+MEAN = "mean ± std"  # the name of the last line
 MEANING = {
     "fitness": "of the winner in the last generation, %",
     "final": "fitness of the winner again, on the final weights, as that of the random architectures",
@@ -48,6 +49,7 @@ MEANING = {
     "true": "the winner's true accuracy in the benchmark, %",
     "tau": "Kendall's tau of fitness and true accuracy over the random architectures; 0 is chance",
     "test": "test accuracy after retraining, %; of a search, that of the newest retraining of its winner",
+    MEAN: "over these runs; std is the standard deviation of a sample (n - 1)",
 }
 CHARTS = {  # {step: {field of the history: title}}
     "generation": {
@@ -161,7 +163,7 @@ def lines_of_table(rows: Sequence[dict]) -> list[list[str]]:
         lines.append([Path(row["run"]).name, str(row["dataset"]), str(row["seed"]), *figures])
     if len(rows) > 1 and are_alike(rows):
         figures = [mean_std_text([row[name] for row in rows], digits[name]) for name in known]
-        lines.append(["mean ± std", "", "", *figures])
+        lines.append([MEAN, "", "", *figures])
     return lines
 
 
@@ -174,8 +176,8 @@ def print_table(rows: Sequence[dict]) -> None:
         texts[0] = line[0].ljust(widths[0])
         emit("  ".join(texts), sys.stdout)
     for head, text in MEANING.items():
-        if set(head.split(", ")) & set(lines[0]):
-            print(f"{head}: {text}")
+        if set(head.split(", ")) & {*lines[0], lines[-1][0]}:
+            emit(f"{head}: {text}", sys.stdout)
 
 
 def save_csv(rows: Sequence[dict], path: str | os.PathLike) -> None:
