@@ -141,7 +141,8 @@ def of_arch_string():
     return nas201.model.Network(4, 2, 10, arch)
 
 
-@pytest.mark.parametrize("make", [pytest.param(of_genotype, marks=pytest.mark.slow), of_arch_string])
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [of_genotype, of_arch_string])
 def test_compiled_retrained_network_equals_the_eager_one_as_graphs(graphs, make):
     eager, *others = retrained(make())
     for results in others:

@@ -46,7 +46,7 @@ def test_training_launches_few_kernels(space, most, amp):
         pytest.param("s1", "batch", 420, 3090, marks=pytest.mark.slow),
         pytest.param("s1", "running", 2240, 3450, marks=pytest.mark.slow),
         pytest.param("s2", "batch", 100, 750, marks=pytest.mark.slow),
-        ("s2", "running", 1200, 430),
+        pytest.param("s2", "running", 1200, 430, marks=pytest.mark.slow),
     ],
 )
 def test_fitness_launches_few_kernels(space, bn, most_shared, most, amp):

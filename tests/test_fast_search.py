@@ -152,7 +152,7 @@ def evaluators(of, bn, x, monkeypatch):
         pytest.param(4, 4, 12, "cpu", marks=pytest.mark.slow),
         pytest.param(8, 16, 16, "cpu", marks=pytest.mark.slow),
         (4, 4, 12, "gpu"),
-        (2, 4, 8, "gpu-nchw"),
+        pytest.param(2, 4, 8, "gpu-nchw", marks=pytest.mark.slow),
         pytest.param(3, 4, 8, "gpu-nchw", marks=pytest.mark.slow),
     ],
     indirect=["kernels"],

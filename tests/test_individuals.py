@@ -97,6 +97,7 @@ def test_true_accuracies_are_those_of_the_table(s2_run):
     assert [row["cell"] for row in rows[: len(alphas)]] == [s2_encoding.arch_string(alpha) for alpha in alphas]
 
 
+@pytest.mark.slow
 def test_measured_latency_is_in_its_column(tmp_path):
     run = search(tmp_path, "--plain", epochs=1, max_latency=1e9)
     rows = [row for row in read(run) if row["group"] == "population"]

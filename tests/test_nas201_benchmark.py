@@ -149,6 +149,7 @@ def test_table_with_no_column_of_200_epochs_is_refused(lines, write):
     assert "200 epochs" in error_of(benchmark.load, write(only))
 
 
+@pytest.mark.slow
 def test_exported_table_equals_its_source(lines, write, tmp_path, capsys):
     source = write([line.rpartition(",")[0] for line in lines])
     destination = tmp_path / "out.csv.xz"

@@ -74,6 +74,7 @@ def test_table_has_fitness_and_truth_of_every_architecture(tmp_path, few):
     assert not (run / rank_all.PARTIAL).exists()
 
 
+@pytest.mark.slow
 def test_architectures_see_the_images_of_the_last_measurement(searched, monkeypatch):
     """So an individual of the last population has the fitness that individuals.csv gives it."""
     with open(searched / "individuals.csv", newline="") as file:
@@ -100,7 +101,7 @@ def test_each_minute_a_line_tells_how_far_it_is(searched, monkeypatch, capsys):
     assert lines == ["5", "10", "12"]
 
 
-@pytest.mark.parametrize("content", [b"", b"damaged", None])
+@pytest.mark.parametrize("content", [pytest.param(b"", marks=pytest.mark.slow), b"damaged", None])
 def test_partial_file_of_another_measurement_is_ignored(whole, searched, content):
     if content is None:
         np.savez(searched / rank_all.PARTIAL, fitness=np.full(FEW, 50.0), weights="of another search")
