@@ -1,6 +1,6 @@
 """--compile: the compiled cells compute the same, and equal cells share a graph.
 
-In the fast tests the backend returns each graph as it is; in the slow ones it is inductor.
+Some tests have a backend that returns each graph as it is; in the others it is inductor.
 """
 
 import copy
