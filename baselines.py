@@ -202,6 +202,6 @@ def pick(run_dir: str | Path, number: int) -> tuple:
     if not isinstance(front, list) or not all(isinstance(entry, dict) for entry in front):
         raise UserError(f"{path} does not hold the front of a search; resume the search to write it again")
     if number > len(front):
-        raise UserError(f"--pick {number}: the front in {path} has {len(front)} architectures")
+        raise UserError(f"--pick {number}: there are only {len(front)} on the front in {path}")
     where = f"{path}, front, number {number}"
     return from_json(front[number - 1].get("genotype"), where), where

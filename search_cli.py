@@ -235,6 +235,7 @@ def begin_from(setup: SearchSetup, run_dir: str) -> None:
         raise UserError(f"{last}: not a saved population, because values are outside [0, 1)")
     shared_flags.begin_with_weights(setup.network, Path(run_dir) / "weights" / "weights.pt")
     setup.first_population = alphas
+    distributed.say(f"begins with the population {last}")
 
 
 def run_search(search: Callable, setup: SearchSetup, prog: str, inputs: dict) -> None:

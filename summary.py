@@ -175,6 +175,8 @@ def print_table(rows: Sequence[dict]) -> None:
         texts = [text.rjust(width) for text, width in zip(line, widths, strict=True)]
         texts[0] = line[0].ljust(widths[0])
         emit("  ".join(texts), sys.stdout)
+    if len(rows) > 1 and not are_alike(rows):
+        print("no means, because not all of these runs have the same kind, search space and data set")
     for head, text in MEANING.items():
         if set(head.split(", ")) & {*lines[0], lines[-1][0]}:
             emit(f"{head}: {text}", sys.stdout)
