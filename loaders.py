@@ -300,7 +300,8 @@ def check_batch(batch_size: int, train: Split, auxiliary: bool = False) -> None:
     """Raise UserError if the split is smaller than a training batch, or a batch has too few values for BatchNorm."""
     if batch_size > len(train):
         raise UserError(
-            f"--batch_size {batch_size} is larger than the training split of {len(train)} images: give {len(train)} or less"
+            f"--batch_size {batch_size} is larger than the training split of {len(train)} images: "
+            f"give {len(train)} or less"
         )
     check_statistics("--batch_size", batch_size, train, distributed.world_size(), auxiliary)
 
