@@ -110,7 +110,7 @@ def crop(windows: torch.Tensor, draws: Draws, images: torch.Tensor) -> torch.Ten
 
 
 def flip(batch: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Flip the images of a batch (B, 3, H, W) for which `draws` says so, from left to right."""
+    """Flip the images of a batch (B, 3, H, W) that `draws` selects, from left to right."""
     if draws.flip is None:
         return batch
     return torch.where(draws.flip.view(-1, 1, 1, 1), batch.flip(3), batch)
