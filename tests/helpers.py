@@ -335,6 +335,13 @@ def start(*argv):
     return subprocess.Popen([sys.executable, *map(str, argv)], **settings, start_new_session=True)
 
 
+def torchrun(logs, *argv, **settings):
+    """Two processes started by torchrun, whose own files go to the folder `logs`; `settings` are Popen's."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "--log-dir", logs]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen([*map(str, [*launcher, *argv])], cwd=ROOT, env=environment, text=True, **settings)
+
+
 def interrupted_at(process, line, number):
     """Sends the signal to the process' group at a line of its output that contains `line`; returns stderr."""
     for text in process.stdout:

@@ -216,6 +216,7 @@ def test_a_wrong_kernel_is_refused_by_name(main, argv, fails):
         assert word in line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("main, argv", SCRIPTS)
 def test_without_the_self_check_a_wrong_kernel_is_used(main, argv, tmp_path, monkeypatch, quick_report):
     monkeypatch.chdir(tmp_path)

@@ -117,13 +117,10 @@ def meets_budgets(amounts, budgets):
     return all(amount <= budget for amount, budget in zip(amounts, budgets, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("space", "seed"),
-    [
-        ("s2", 0),
-        *(pytest.param("s1", seed, marks=pytest.mark.slow) for seed in range(5)),
-        *(pytest.param("s2", seed, marks=pytest.mark.slow) for seed in range(1, 5)),
-    ],
+    [(space, seed) for space in ("s1", "s2") for seed in range(5)],
 )
 def test_winners_meet_a_tight_budget(tmp_path, space, seed):
     run, budgets, counts = search_with_tight_budgets(tmp_path, space, seed)

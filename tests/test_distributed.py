@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -27,7 +26,7 @@ from support import devices, distributed
 from support.files import UserError
 from training import TrainingSettings, TrainingState, train_one_epoch
 
-from helpers import checkpoint_bytes, load_checkpoint
+from helpers import checkpoint_bytes, load_checkpoint, torchrun
 
 ROOT = Path(__file__).resolve().parents[1]
 SEARCH = "--dataset digits --pop_size 5 --tsize 2 --init_channels 2 --layers 1 --device cpu --baselines 1".split()
@@ -35,12 +34,6 @@ SEARCH += "--train_samples 128 --valid_samples 60 --batch_size 32".split()
 RETRAIN = "--dataset digits --arch EvNASB --init_channels 2 --layers 3 --device cpu".split()
 RETRAIN += "--train_samples 128 --batch_size 32 --drop_path_prob 0.2".split()
 SCRIPTS = [pytest.param(train_search, SEARCH, id="search"), pytest.param(train, RETRAIN, id="retraining")]
-
-
-def torchrun(*command, **settings):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen([*launcher, *map(str, command)], cwd=ROOT, env=environment, text=True, **settings)
 
 
 def measure():
@@ -65,7 +58,7 @@ def of_two(tmp_path, call):
         f"torch.save(test_distributed.{call}, {str(tmp_path)!r} + f'/result{{distributed.rank()}}.pt')\n"
         "distributed.leave_process_group()\n"
     )
-    assert torchrun(script).wait(timeout=300) == 0
+    assert torchrun(tmp_path / "logs", script).wait(timeout=300) == 0
     return [torch.load(tmp_path / f"result{rank}.pt") for rank in (0, 1)]
 
 
@@ -191,8 +184,9 @@ def finish(main, run, epochs):
 @pytest.mark.slow
 @pytest.mark.parametrize("script, argv", SCRIPTS)
 def test_lost_process_ends_the_run_in_one_line_and_one_process_continues_it(tmp_path, script, argv):
-    process = torchrun(script.__file__, *argv, "--epochs", 40, "--dir", tmp_path, stderr=subprocess.PIPE)
-    history = wait_for_lines(process, tmp_path, 2)
+    argv = [*argv, "--epochs", 40, "--dir", tmp_path / "runs"]
+    process = torchrun(tmp_path / "logs", script.__file__, *argv, stderr=subprocess.PIPE)
+    history = wait_for_lines(process, tmp_path / "runs", 2)
     workers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     ranks = {
         next(v for v in Path(f"/proc/{pid}/environ").read_text().split("\0") if v.startswith("RANK=")): int(pid)
@@ -213,8 +207,9 @@ def test_lost_process_ends_the_run_in_one_line_and_one_process_continues_it(tmp_
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_run_under_torchrun_stops_and_says_how_to_continue(tmp_path, script, argv, number):
     """It passes the signal on; both processes stop at the same step, and one of them saves."""
-    process = torchrun(script.__file__, *argv, "--epochs", 40, "--dir", tmp_path, stderr=subprocess.PIPE)
-    history = wait_for_lines(process, tmp_path, 2)
+    argv = [*argv, "--epochs", 40, "--dir", tmp_path / "runs"]
+    process = torchrun(tmp_path / "logs", script.__file__, *argv, stderr=subprocess.PIPE)
+    history = wait_for_lines(process, tmp_path / "runs", 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=120)
     (line,) = (line for line in errors.splitlines() if line.startswith("interrupted in "))
@@ -262,7 +257,7 @@ def test_all_processes_refuse_data_that_changed_for_one(tmp_path, make_images):
         "from support import distributed\n"
         f"train.main(['--resume', {str(run)!r}, '--data', {str(tmp_path)!r} + f'/{{distributed.rank()}}'])\n"
     )
-    process = torchrun(script, stderr=subprocess.PIPE)
+    process = torchrun(tmp_path / "logs", script, stderr=subprocess.PIPE)
     _, errors = process.communicate(timeout=120)
     assert process.returncode != 0
     assert 'train.py", line' not in errors, errors  # torchrun adds its own traceback

@@ -68,7 +68,8 @@ def test_fitness_launches_few_kernels(space, bn, most_shared, most, amp):
         assert not (shared | counts).keys() & UNREAD
 
 
-@pytest.mark.parametrize("space, most", [pytest.param("s1", 53, marks=pytest.mark.slow), ("s2", 10)])
+@pytest.mark.slow
+@pytest.mark.parametrize("space, most", [("s1", 53), ("s2", 10)])
 def test_triton_kernels_save_memory_traffic(space, most):
     """In GB for an individual in bfloat16 on 1,024 images. PyTorch's kernels need 119 and 21."""
     with kernels.fake_gpu(triton=True):

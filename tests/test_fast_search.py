@@ -84,7 +84,13 @@ def test_training_step_in_float32_equals_the_plain_one():
 
 @pytest.mark.parametrize(
     "layers, side, steps, kernels",
-    [(3, 12, 2, "cpu"), (4, 12, 1, "gpu"), pytest.param(2, 8, 1, "gpu-nchw", marks=pytest.mark.slow)],
+    [
+        (3, 8, 1, "cpu"),
+        (3, 8, 1, "gpu"),
+        pytest.param(3, 12, 2, "cpu", marks=pytest.mark.slow),
+        pytest.param(4, 12, 1, "gpu", marks=pytest.mark.slow),
+        pytest.param(2, 8, 1, "gpu-nchw", marks=pytest.mark.slow),
+    ],
     indirect=["kernels"],
 )
 def test_steps_in_float64_leave_equal_weights_and_buffers(layers, side, steps, kernels):
@@ -151,7 +157,8 @@ def evaluators(of, bn, x, monkeypatch):
         (1, 4, 8, "cpu"),
         pytest.param(4, 4, 12, "cpu", marks=pytest.mark.slow),
         pytest.param(8, 16, 16, "cpu", marks=pytest.mark.slow),
-        (4, 4, 12, "gpu"),
+        (2, 4, 8, "gpu"),
+        pytest.param(4, 4, 12, "gpu", marks=pytest.mark.slow),
         pytest.param(2, 4, 8, "gpu-nchw", marks=pytest.mark.slow),
         pytest.param(3, 4, 8, "gpu-nchw", marks=pytest.mark.slow),
     ],
@@ -166,7 +173,10 @@ def test_fitness_logits_in_float64_equal_the_plain_ones(bn, layers, C, side, ker
 
 
 @both_modes
-@pytest.mark.parametrize("layers, C, side", [(4, 4, 12), pytest.param(8, 16, 16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "layers, C, side",
+    [(3, 4, 8), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(4, 4, 12), (8, 16, 16)])],
+)
 def test_fitness_logits_in_float32_equal_the_plain_ones(bn, layers, C, side, monkeypatch):
     of, x = network(layers, C), images(3, (16, 3, side, side))
     expected = plain_logits(of, x, individual(1), bn)

@@ -141,6 +141,9 @@ def valid_summary(name, folder):
     return folder / "search-digits-seed19" / name, summary.main, [folder, "digits"]
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     "kind, valid",
     [
@@ -148,9 +151,9 @@ def valid_summary(name, folder):
         ("table", valid_table),
         ("split file", valid_split),
         ("history", valid_history),
-        ("history of a table of three", partial(valid_summary, "history.jsonl")),
-        ("arguments of a table of three", partial(valid_summary, "args.json")),
-        ("baselines of a table of three", partial(valid_summary, "baselines.json")),
+        slow("history of a table of three", partial(valid_summary, "history.jsonl")),
+        slow("arguments of a table of three", partial(valid_summary, "args.json")),
+        slow("baselines of a table of three", partial(valid_summary, "baselines.json")),
     ],
 )
 def test_malformed_file_is_read_or_refused_in_one_line(tmp_path, monkeypatch, kind, valid):

@@ -198,6 +198,7 @@ def test_run_after_a_power_cut_continues_or_begins_anew_and_ends_bit_identical(r
     assert COUNTS["power cut"]["continued, bit-identical"] > 0
 
 
+@pytest.mark.slow
 def test_every_state_of_the_disk_can_be_read(recorded, tmp_path):
     """Neither checkpoints nor weights are damaged, and no checkpoint that was saved is lost."""
     disk = recorded.disk

@@ -1,6 +1,7 @@
 """Faults of processes and machines, tried and counted: kills, disks, lost streams, little memory.
 
-The tests try a few of each; `make test-faults` tries them all (EVNAS_FAULTS=full) and prints what came of them.
+These tests are slow, because they start processes. They try a few of each fault. `make test-faults` tries them all
+(EVNAS_FAULTS=full) and prints what came of them.
 """
 
 import contextlib
@@ -23,6 +24,7 @@ import faults
 from faults import ARGUMENTS, COUNTS, FULL, ROOT, exit_code, few
 from helpers import assert_same_run, load_checkpoint, search_line, train_line
 
+pytestmark = pytest.mark.slow
 counted, process, whole = faults.counted, faults.process, faults.whole
 
 
@@ -226,7 +228,6 @@ def test_run_resumed_twice_at_once_continues_once(whole, process, tmp_path):
 # ---- bare hosts
 
 
-@pytest.mark.slow
 def test_run_without_tensorboard_and_display_says_what_is_missing(whole, process, tmp_path):
     argv = [*ARGUMENTS[whole.script], "--dir", tmp_path / "parent"]
     running = process(whole.script, argv, tmp_path / "output", without=["tensorboard"], drawn=True)
@@ -246,7 +247,6 @@ def test_run_without_tensorboard_and_display_says_what_is_missing(whole, process
 # ---- several processes
 
 
-@pytest.mark.slow
 def test_two_interrupted_processes_continue_and_end_bit_identical(whole, process, tmp_path):
     """In an epoch, at its end and while it is measured, by a signal that only one of them gets."""
     script, output = whole.script, tmp_path / "output"
@@ -354,7 +354,6 @@ def started_to_train(process, argv, output):
     return running, [int(child) for child in children]
 
 
-@pytest.mark.slow
 def test_run_whose_worker_is_killed_ends_in_one_line_and_continues(photographs, process, tmp_path):
     (whole, argv), luck = photographs, random.Random(4)
     for i in range(few(8, 1)):
@@ -368,7 +367,6 @@ def test_run_whose_worker_is_killed_ends_in_one_line_and_continues(photographs, 
         COUNTS["image-reading process killed"]["one line, exit 2; continued, bit-identical"] += 1
 
 
-@pytest.mark.slow
 def test_run_killed_without_its_workers_continues_at_once(photographs, process, tmp_path):
     """After kill -9 the processes that read its images live on for some seconds."""
     whole, argv = photographs
@@ -382,7 +380,6 @@ def test_run_killed_without_its_workers_continues_at_once(photographs, process, 
         COUNTS["kill -9 while others read images"]["continued at once, bit-identical"] += 1
 
 
-@pytest.mark.slow
 def test_run_with_little_shared_memory_ends_in_one_line_and_continues(photographs, process, tmp_path):
     with disk(tmp_path / "disk", 1):  # or this test cannot mount a small one either
         pass

@@ -233,6 +233,7 @@ def test_resume_with_another_argument_is_refused(finished, fails, flags):
     assert flags[0] in fails(main, ["--resume", finished, *flags])
 
 
+@pytest.mark.slow
 def test_run_is_bound_to_its_table_wherever_it_is(finished, tmp_path, table, monkeypatch, fails):
     shutil.copytree(finished, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
@@ -250,6 +251,7 @@ def test_run_is_bound_to_its_table_wherever_it_is(finished, tmp_path, table, mon
     assert "nowhere.csv" in fails(main, ["--resume", "run", "--api_path", "nowhere.csv"])
 
 
+@pytest.mark.slow
 def test_run_is_bound_to_its_split_file_wherever_it_is(tmp_path, monkeypatch, fails):
     """The data set is called CIFAR-10, but its images are random ones of 8x8 pixels."""
 
@@ -399,6 +401,7 @@ def assert_accuracies(row, tests):
     assert row["space_most_parameters"] > 0
 
 
+@pytest.mark.slow
 def test_summary_describes_three_seeds(tmp_path, table, capsys):
     names = [f"search-digits-seed{seed}" for seed in summary.SEEDS]
     sizes = ["--epochs", 2, "--train_samples", 100, "--baselines", 4, "--pop_size", 3, "--tsize", 2]

@@ -125,6 +125,11 @@ def commands_of(*scripts):
     return [text for text in COMMANDS if parse_command(text).script.startswith(scripts)]
 
 
+def first_is_fast(commands):
+    """The commands as parameters of a test. All but the first are slow tests."""
+    return [commands[0], *(pytest.param(text, marks=pytest.mark.slow) for text in commands[1:])]
+
+
 def main_of(command):
     """Return the main function that a command calls, and its arguments."""
     words = [word for word in command.here if word not in ("-i", "-m")]
@@ -195,7 +200,7 @@ def test_published_test_runs(folder, capsys, text):
     assert f"on {images} images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", commands_of("train.py", "train_cifar100.py", "train_imagenet.py"))
+@pytest.mark.parametrize("text", first_is_fast(commands_of("train.py", "train_cifar100.py", "train_imagenet.py")))
 def test_published_retraining_runs(folder, text):
     command = run_here(text)
     made = made_in(folder)
@@ -205,7 +210,7 @@ def test_published_retraining_runs(folder, text):
     assert genotype_files.load(made / "genotype.json") == genotypes.get(cell)
 
 
-@pytest.mark.parametrize("text", commands_of("train_search.py"))
+@pytest.mark.parametrize("text", first_is_fast(commands_of("train_search.py")))
 def test_published_search_runs(folder, text):
     command = run_here(text)
     made = made_in(folder)

@@ -85,6 +85,7 @@ def test_architectures_see_the_images_of_the_last_measurement(searched, monkeypa
     assert {row["cell"]: row["fitness"] for row in read(searched)} == final
 
 
+@pytest.mark.slow
 def test_interrupted_measurement_continues(whole, searched):
     again = ["--resume", str(searched), "--rank_all"]
     stop_at("all architectures, 5 of 12: batch 0", STOP, nas201.train_search.main, again)

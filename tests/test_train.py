@@ -4,11 +4,8 @@ import json
 import math
 import re
 import shutil
-import subprocess
-import sys
 import tarfile
 from argparse import Namespace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,7 +28,7 @@ import training
 from model import NetworkCIFAR, NetworkImageNet
 from support import runs, seeds
 
-from helpers import ARCH_WITH_DEAD_END, history, load_checkpoint, retrain, train_line
+from helpers import ARCH_WITH_DEAD_END, history, load_checkpoint, retrain, torchrun, train_line
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -443,6 +440,7 @@ def test_test_whose_loss_is_not_finite_fails(finished, tmp_path, fails):
     assert "nan" in fails(test_cifar.main, argv)
 
 
+@pytest.mark.slow
 def test_training_with_the_largest_seed_runs(tmp_path):
     run = retrain(tmp_path, seed=2**63 - 1, epochs=1, train_samples=16, drop_path_prob=0.3)
     assert len(history(run)) == 1
@@ -605,11 +603,9 @@ def test_recipe_and_size_that_do_not_fit_are_refused(mixed_images, fails, words,
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["EvNASB", ARCH_WITH_DEAD_END])
 def test_two_processes_write_one_run(tmp_path, arch):
-    project = Path(train.__file__).parent
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    argv = train_line("--cutout", dir=tmp_path, epochs=2, arch=arch)
-    subprocess.run([*launcher, str(project / "train.py"), *argv], check=True, cwd=project, timeout=300)
-    (run,) = tmp_path.iterdir()
+    argv = train_line("--cutout", dir=tmp_path / "runs", epochs=2, arch=arch)
+    assert torchrun(tmp_path / "logs", train.__file__, *argv).wait(timeout=300) == 0
+    (run,) = (tmp_path / "runs").iterdir()
     assert [line["epoch"] for line in history(run)] == [1, 2]
     log = (run / "log.txt").read_text()
     assert log.count("epoch 1/2: loss") == log.count("finished") == 1

@@ -117,7 +117,7 @@ def plain_logits(network, x, alphas, bn):
         return network(x, alphas)
 
 
-@pytest.mark.parametrize("layers, side", [(1, 8), (4, 12)])
+@pytest.mark.parametrize("layers, side", [(1, 8), pytest.param(4, 12, marks=pytest.mark.slow)])
 def test_fitness_in_the_darts_space_equals_the_plain_one(references, layers, side):
     network = fill(Network(4, 10, layers)).double()
     x = images(3, (4, 3, side, side)).double()

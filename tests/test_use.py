@@ -240,7 +240,6 @@ EXPORTS = [  # recipe, format, --normalize
     ("imagenet", "torch", True),
     ("imagenet", "onnx", False),
 ]
-FASTEST, *SLOWER = EXPORTS
 
 
 class Exported(NamedTuple):
@@ -253,7 +252,7 @@ class Exported(NamedTuple):
     file: Path
 
 
-@pytest.fixture(scope="module", params=[FASTEST, *(pytest.param(case, marks=pytest.mark.slow) for case in SLOWER)])
+@pytest.fixture(scope="module", params=[pytest.param(case, marks=pytest.mark.slow) for case in EXPORTS])
 def exported(request, write_images, tmp_path_factory):
     recipe, format, normalize = request.param
     if format == "onnx":
@@ -307,7 +306,8 @@ def test_exported_file_computes_without_this_project(exported, tmp_path):
     assert_close(found, np.concatenate([expected, expected[:1]]))
 
 
-@pytest.mark.parametrize("exported", [FASTEST], indirect=True, scope="module")
+@pytest.mark.slow
+@pytest.mark.parametrize("exported", [EXPORTS[0]], indirect=True, scope="module")
 def test_exported_file_computes_the_networks_logits(exported):
     pixels = random_pixels(exported.recipe)
     found = export.run_torch(exported.file, torch.from_numpy(pixels)).detach().numpy()

@@ -68,6 +68,7 @@ ARCHITECTURES = {
     **{f"arch {seed}": random_arch(seed) for seed in range(5)},
     "largest": largest_genotype(),
 }
+DRAWN_FAST = ("EvNASA", "genotype 0", "arch 0", "largest")  # all are drawn in slow tests
 
 
 # ---- cells
@@ -125,7 +126,10 @@ def draw(cell):
     return Drawn(cell, width, height, boxes, lines)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+@pytest.fixture(
+    scope="module",
+    params=[name if name in DRAWN_FAST else pytest.param(name, marks=pytest.mark.slow) for name in ARCHITECTURES],
+)
 def drawings(request):
     """The drawings of one architecture: two of a genotype, one of an arch string."""
     name = request.param
