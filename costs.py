@@ -7,6 +7,7 @@ that of the other parts of the network, such as stem and classifier.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from typing import NamedTuple
@@ -72,6 +73,13 @@ def count(module: nn.Module, pixels: int) -> torch.Tensor:
     return torch.tensor([parameters, weights * pixels], device="cpu")  # even within torch.device("meta")
 
 
+@functools.cache  # the table needs the same few operations for most cells
+def operation_cost(name: str, C: int, stride: int, pixels: int) -> torch.Tensor:
+    """Count an operation of the DARTS space with C channels and `pixels` output pixels; see `count`."""
+    with torch.device("meta"):
+        return count(OPS[name](C, stride, True), pixels)
+
+
 def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the cost table of `NetworkCIFAR(C, classes, layers, False, genotype)` for images (3, H, W).
 
@@ -94,11 +102,8 @@ def s1_table(C: int, layers: int, classes: int, image_shape: tuple[int, int, int
         C = cell.channels // len(concat)
         pixels //= stride**2
         for o, name in enumerate(PRIMITIVES):
-            with torch.device("meta"):
-                from_input = count(OPS[name](C, stride, True), pixels)
-                from_node = count(OPS[name](C, 1, True), pixels)
-            choices[stride - 1, edge_inputs < 2, o] += from_input
-            choices[stride - 1, edge_inputs >= 2, o] += from_node
+            choices[stride - 1, edge_inputs < 2, o] += operation_cost(name, C, stride, pixels)
+            choices[stride - 1, edge_inputs >= 2, o] += operation_cost(name, C, 1, pixels)
     return fixed, choices
 
 

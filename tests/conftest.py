@@ -1,5 +1,6 @@
 """Fixtures that several test files use."""
 
+import gc
 import os
 import signal
 from pathlib import Path
@@ -13,6 +14,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 # A script that runs the tests in the background, or nohup, has them ignore signals that tests send.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Python's collector would look through the many objects of torch and pytest again and again: a tenth of all the time.
+gc.set_threshold(100_000)
+
+
+def pytest_collection_finish():
+    """Leave out of all later collections what there is before the first test."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

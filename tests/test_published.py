@@ -91,7 +91,6 @@ SIZES = {
 # training images.
 READER = """
 import numpy
-import torchvision
 
 def reader(classes, count=50_000):
     class CIFAR:
@@ -100,7 +99,9 @@ def reader(classes, count=50_000):
             self.data = numpy.uint8(self.targets)[:, None, None, None] + numpy.zeros((1, 32, 32, 3), numpy.uint8)
             self.classes = [str(i) for i in range(classes)]
     return CIFAR
-
+"""
+INSTALLED = """
+import torchvision
 torchvision.datasets.CIFAR10, torchvision.datasets.CIFAR100 = reader(10), reader(100)
 """
 
@@ -255,7 +256,7 @@ def table(folder):
 
 def run(folder, words):
     """Run a process in `folder`. It finds this project and CIFAR's stand-in, and gets no input."""
-    (folder / "sitecustomize.py").write_text(READER)
+    (folder / "sitecustomize.py").write_text(READER + INSTALLED)
     environment = {**os.environ, "PYTHONPATH": f"{folder}:{ROOT}", "PYTHON": sys.executable}
     settings = dict(cwd=folder, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     done = subprocess.run(words, timeout=300, **settings)
