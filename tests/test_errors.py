@@ -743,7 +743,9 @@ def test_hints_are_quoted_for_the_shell(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", ["weights", "population", "runs"])
+@pytest.mark.parametrize(
+    "name", ["weights", *(pytest.param(name, marks=pytest.mark.slow) for name in ("population", "runs"))]
+)
 def test_folder_of_a_run_that_is_a_link_is_refused_by_name(fails, tmp_path, name):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "found").mkdir()

@@ -177,6 +177,7 @@ def recorded(request, tmp_path_factory):
     return Recorded(main, run, argv, disk)
 
 
+@pytest.mark.slow
 def test_run_after_a_power_cut_continues_or_begins_anew_and_ends_bit_identical(recorded, tmp_path):
     """It begins anew if the disk has no checkpoint."""
     disk = recorded.disk

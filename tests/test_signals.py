@@ -57,7 +57,14 @@ def test_workers_that_read_files_are_not_disturbed(photographs, tmp_path, number
 # ---- in this process
 
 
-@pytest.mark.parametrize("numbers", [[signal.SIGINT] * 2, [signal.SIGTERM, signal.SIGINT], [signal.SIGTERM] * 2])
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [signal.SIGINT] * 2,
+        pytest.param([signal.SIGTERM, signal.SIGINT], marks=pytest.mark.slow),
+        pytest.param([signal.SIGTERM] * 2, marks=pytest.mark.slow),
+    ],
+)
 def test_second_signal_stops_at_once(tmp_path, capsys, numbers):
     argv = search_line(dir=tmp_path, run_name="run", layers=1)
     stop_at("generation 1/3: batch 1", numbers, train_search.main, argv)
@@ -154,7 +161,11 @@ def opened(monkeypatch):
     return paths
 
 
-@pytest.mark.parametrize("side, workers", [(8, 0), (80, 0), (80, 2)], ids=["memory", "files", "files in workers"])
+@pytest.mark.parametrize(
+    "side, workers",
+    [(8, 0), (80, 0), pytest.param(80, 2, marks=pytest.mark.slow)],
+    ids=["memory", "files", "files in workers"],
+)
 def test_batches_that_are_over_are_left_out(make_images, opened, side, workers):
     split = datasets.load_images("folder", make_images("train", 5, [(side, side)]), "train")
 

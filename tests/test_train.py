@@ -458,7 +458,7 @@ def made_photos(make_images):
     return root
 
 
-@pytest.fixture(params=["made", "real"])
+@pytest.fixture(params=["made", pytest.param("real", marks=pytest.mark.slow)])
 def photos(request, tmp_path):
     """A folder with photographs in val/: made ones, or real ones where those are at hand."""
     if request.param == "made":
