@@ -68,7 +68,7 @@ ARCHITECTURES = {
     **{f"arch {seed}": random_arch(seed) for seed in range(5)},
     "largest": largest_genotype(),
 }
-DRAWN_FAST = ("EvNASA", "genotype 0", "arch 0", "largest")  # all are drawn in slow tests
+DRAWN_FAST = ("EvNASA", "genotype 0", "arch 0", "largest")  # slow tests draw the others
 
 
 # ---- cells
