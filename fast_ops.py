@@ -193,7 +193,7 @@ def depthwise(x: Tensor, kernel: Tensor, dilation: int = 1, even: Tensor | None 
     stride = 1 if even is None else 2
     if stride == 2 and dilation == 2:
         # Stride, dilation and padding are all even, so only pixels with even coordinates enter the
-        # sums. On these pixels alone, the convolution has stride 1 and dilation 1.
+        # sums. On only these pixels, the convolution has stride 1 and dilation 1.
         x = even
         stride = 1
         padding = padding // 2

@@ -254,7 +254,7 @@ def best_of(values: np.ndarray, n: int) -> float:
     """Return the exact expectation of the largest of `n` draws from `values` (N,), all different.
 
     Let p(i) be the probability that all n draws are among the i smallest values. p(i) is the
-    product i/N * (i-1)/(N-1) * .. of n factors. The largest draw is the i-th smallest value with
+    product i/N * (i-1)/(N-1) * ... of n factors. The largest draw is the i-th smallest value with
     probability p(i) - p(i-1).
     """
     places = np.arange(1, len(values) + 1)[:, None]  # i, (N, 1)

@@ -81,7 +81,7 @@ def fixed_split(dataset: str) -> list[torch.Tensor]:
 def read_split(path: str | os.PathLike, keys: tuple[str, str], count: int) -> list[torch.Tensor]:
     """Read a split file of the benchmark and return two index tensors (int64).
 
-    The file is JSON such as {"train": ["int", ["0", "5", ..]], "valid": ["int", [..]]}, with the
+    The file is JSON such as {"train": ["int", ["0", "5", ...]], "valid": ["int", [...]]}, with the
     two names in `keys`. Raises UserError unless the indices are distinct whole numbers from 0 to
     `count` - 1.
     """

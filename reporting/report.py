@@ -321,7 +321,7 @@ def operation_lines(rows: list[dict], cell_name: str, view: SpaceView) -> list[L
 
 
 def operation_shares(path: str | os.PathLike, view: SpaceView) -> dict[str, float]:
-    """Return {"normal cell max_pool_3x3": percent of edges, ..} for a saved population.
+    """Return {"normal cell max_pool_3x3": percent of edges, ...} for a saved population.
 
     Raises UserError if the file is not a population of this space.
     """

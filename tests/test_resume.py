@@ -192,11 +192,8 @@ def stopped_run(script, folder, stops, capsys):
 def test_run_stopped_again_and_again_ends_bit_identical(whole, tmp_path, capsys):
     """A retraining at every second moment; the searches at fewer, because they are slower and share their loop."""
     script, expected = whole
-    chosen = stops(script)[::2]
-    if script.module is nas201.train_search:
-        chosen = chosen[::2]
-    if script.module is train_search:
-        chosen = [chosen[5]]  # in a measurement
+    moments = stops(script)
+    chosen = {train: moments[::2], nas201.train_search: moments[::4], train_search: [moments[10]]}[script.module]
     assert_same_run(stopped_run(script, tmp_path, chosen, capsys), expected)
 
 
