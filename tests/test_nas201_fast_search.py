@@ -34,11 +34,11 @@ class Fast(torch.nn.Module):
 @functools.cache
 def weights(C, track):
     """The filled weights and buffers: filling a network takes longer than loading it."""
-    return fill(Network(C, 2, 10, track_running_stats=track)).state_dict()
+    return fill(Network(C, SMALL["N"], SMALL["classes"], track_running_stats=track)).state_dict()
 
 
 def network(track=True, C=4, dtype=torch.float32):
-    of = Network(C, 2, 10, track_running_stats=track)
+    of = Network(C, SMALL["N"], SMALL["classes"], track_running_stats=track)
     of.load_state_dict(weights(C, track))
     return of.to(dtype)
 
@@ -116,8 +116,7 @@ def test_alphas_get_the_gradients_of_the_plain_network():
 
 
 def test_training_trajectory_is_that_of_the_original():
-    of = Fast(fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"])))
-    steps = trajectory(of, *TRAJECTORIES["s2_supernet"]["train_traj"], nesterov=True)
+    steps = trajectory(Fast(network(C=SMALL["C"])), *TRAJECTORIES["s2_supernet"]["train_traj"], nesterov=True)
     assert_matches(steps, SMALL["train_traj"], "train_traj")
 
 
@@ -126,8 +125,7 @@ def test_training_trajectory_is_that_of_the_original():
 
 @pytest.mark.parametrize("case", SMALL["cases"], ids=lambda case: str(case["seed"]))
 def test_eval_logits_are_those_of_the_original(case):
-    of = fill(Network(SMALL["C"], SMALL["N"], SMALL["classes"]))
-    evaluator = fast_evaluator(of, "running", images(17, (4, 3, 32, 32)))
+    evaluator = fast_evaluator(network(C=SMALL["C"]), "running", images(17, (4, 3, 32, 32)))
     raw = seeded_alphas(case["seed"], (1, 6, 5))
     assert_close(evaluator.logits(raw), case["eval_logits_raw"])
     assert_close(evaluator.logits(decode(raw)), case["eval_logits_decoded"])
