@@ -228,7 +228,9 @@ class FileLoader(Batches):
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for batch in batches:
                 if isinstance(batch, UserError):
-                    raise batch
+                    # Not `raise batch`: an error that is also a local variable refers to itself, so
+                    # it would stay in memory, and with it the worker processes.
+                    raise UserError(str(batch))
                 x = batch[0].to(self.device, non_blocking=True)
                 y = batch[1].to(self.device, non_blocking=True)
                 yield x.contiguous(memory_format=memory_format(self.device)), y

@@ -1,6 +1,7 @@
 """Loaders: augmentation (compared with torchvision's), order, shares of processes, image files."""
 
 import hashlib
+import multiprocessing
 
 import numpy as np
 import pytest
@@ -364,3 +365,4 @@ def test_unreadable_file_is_named(photos, workers):
     bad.write_bytes(bad.read_bytes()[:-400])
     with pytest.raises(UserError, match="val/bee/1.jpg"):
         epoch(file_loader(photos, workers=workers))
+    assert multiprocessing.active_children() == []
