@@ -69,4 +69,4 @@ def some_names(names: list[str], alike: set[str]) -> str:
     confusing = [ascii(name) for name in names if appearance(name) in alike]
     plain = [name for name in names if appearance(name) not in alike]
     shown = [*confusing, *plain]
-    return ", ".join(shown[:3]) + (", .." if len(shown) > 3 else "")
+    return ", ".join(shown[:3]) + (", ..." if len(shown) > 3 else "")

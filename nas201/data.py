@@ -99,7 +99,7 @@ def read_indices(content: object, key: str, path: str | os.PathLike, count: int)
     """Return one list of a split file whose JSON content is `content`. Raises UserError."""
     entry = content.get(key) if isinstance(content, dict) else None
     if not (isinstance(entry, list) and len(entry) == 2 and entry[0] == "int" and isinstance(entry[1], list)):
-        raise UserError(f'{path} has no "{key}": ["int", [..]], which a split file of this data set has')
+        raise UserError(f'{path} has no "{key}": ["int", [...]], which a split file of this data set has')
     where = f'{path}, "{key}"'
     for value in entry[1]:
         if not (type(value) in (int, str) and str(value).isdecimal() and len(str(value)) < 10):

@@ -62,7 +62,7 @@ def seeded_alphas(seed, shape=(2, 14, 8)):
 
 
 def s1_alphas(seed):
-    """Decoded alphas of step 0, 1, .. of a trajectory: two seeds a step, one a cell."""
+    """Decoded alphas of step 0, 1, ... of a trajectory: two seeds a step, one a cell."""
     return [
         encoding.decode(torch.cat([seeded_alphas(seed + 2 * step + g, (1, 14, 8)) for g in (0, 1)])) for step in (0, 1)
     ]

@@ -223,7 +223,7 @@ def test_size_that_differs_from_the_side_file_is_refused(fails, trained):
 def test_classes_that_differ_from_the_side_file_are_refused(fails, trained, make_images):
     root = make_images("test", 1, [(8, 8)])
     argv = ["--dataset", "folder", "--data", root, "--model_path", trained]
-    fails(test_cifar.main, argv, trained, "ant, bee, cat", "0, 1, 2, ..")
+    fails(test_cifar.main, argv, trained, "ant, bee, cat", "0, 1, 2, ...")
 
 
 def test_images_that_differ_from_the_side_file_are_refused(fails, trained, make_images):

@@ -265,7 +265,7 @@ def test_one_name_in_two_unicode_forms_is_refused_in_two_splits():
 )
 def test_names_that_look_alike_are_shown_escaped(one, other):
     text = difference(["ant", "bee", "cat", "cow", "zoo", one], ["ant", other])
-    assert f"training: {ascii(one)}, bee, cat, .." in text
+    assert f"training: {ascii(one)}, bee, cat, ..." in text
     assert f"test: {ascii(other)}" in text
     assert text.isascii()
 
