@@ -39,7 +39,7 @@ def shared_data():
     return find
 
 
-@pytest.fixture(params=["cpu", "gpu", "gpu-nchw"])
+@pytest.fixture(params=["cpu", "gpu", pytest.param("gpu-nchw", marks=pytest.mark.slow)])
 def kernels(request, monkeypatch):
     """The fast paths as they are on the CPU; with the kernels that GPUs run; with these and the other layout."""
     import fast_ops
