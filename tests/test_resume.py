@@ -192,7 +192,7 @@ def stopped_run(script, folder, stops, capsys):
 def test_run_stopped_again_and_again_ends_bit_identical(whole, tmp_path, capsys):
     """A retraining at every second moment; the searches at fewer, because they are slower and share their loop."""
     script, expected = whole
-    moments = stops(script)
+    moments = stops(script)  # moments[10] is in a measurement
     chosen = {train: moments[::2], nas201.train_search: moments[::4], train_search: [moments[10]]}[script.module]
     assert_same_run(stopped_run(script, tmp_path, chosen, capsys), expected)
 
